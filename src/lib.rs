@@ -1,0 +1,15 @@
+//! Warren turns a bare machine into a node that runs untrusted code in microVM sandboxes.
+//!
+//! One package, two programs: `warren` (every role of the node and the command line) and `burrow`
+//! (the agent inside a sandbox). Dependencies point one way: `wire` is used by everything, `vmm`,
+//! `network` and `storage` know nothing of `control` or `node`.
+
+pub mod cli;
+pub mod control;
+pub mod guest;
+pub mod init;
+pub mod node;
+pub mod sandbox;
+pub mod storage;
+pub mod vmm;
+pub mod wire;

@@ -1,0 +1,5 @@
+//! To be written.
+/// Entry.
+pub fn main(_args: Vec<std::ffi::OsString>) -> std::process::ExitCode {
+    std::process::ExitCode::SUCCESS
+}

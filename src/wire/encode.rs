@@ -1,0 +1,116 @@
+//! From messages to octets.
+
+use super::message::{Arg, Fields, Message};
+
+impl Message {
+    /// Appends the message as it travels.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        put(out, self.tag().as_bytes());
+        match self {
+            Self::Request(request) => {
+                word(out, &request.verb);
+                for arg in &request.args {
+                    match arg {
+                        Arg::Positional(v) => {
+                            out.push(b' ');
+                            value(out, v);
+                        }
+                        Arg::Named(k, v) => pair(out, k, v),
+                    }
+                }
+            }
+            Self::Cancel { .. } => word(out, "cancel"),
+            Self::Ok { fields, .. } => {
+                word(out, "ok");
+                pairs(out, fields);
+            }
+            Self::Err { error, .. } => {
+                word(out, "err");
+                word(out, &error.code);
+                out.push(b' ');
+                quoted(out, error.message.as_bytes());
+                pairs(out, &error.fields);
+            }
+            Self::Item { fields, .. } => {
+                word(out, "item");
+                pairs(out, fields);
+            }
+            Self::Data { channel, payload, .. } => {
+                word(out, "data");
+                word(out, channel);
+                word(out, &payload.len().to_string());
+                out.push(b'\n');
+                put(out, payload);
+            }
+            Self::End { channel, .. } => {
+                word(out, "end");
+                word(out, channel);
+            }
+            Self::Credit { channel, octets, .. } => {
+                word(out, "credit");
+                word(out, channel);
+                word(out, &octets.to_string());
+            }
+        }
+        out.push(b'\n');
+    }
+
+    /// The message as it travels.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(64);
+        self.encode(&mut out);
+        out
+    }
+}
+
+fn put(out: &mut Vec<u8>, bytes: &[u8]) {
+    out.extend_from_slice(bytes);
+}
+
+fn word(out: &mut Vec<u8>, text: &str) {
+    out.push(b' ');
+    put(out, text.as_bytes());
+}
+
+fn pairs(out: &mut Vec<u8>, fields: &Fields) {
+    for (k, v) in &fields.0 {
+        pair(out, k, v);
+    }
+}
+
+fn pair(out: &mut Vec<u8>, key: &str, v: &[u8]) {
+    word(out, key);
+    out.push(b'=');
+    value(out, v);
+}
+
+/// Octets that may stand in a bare word: everything printable but space, quote, backslash and `=`.
+pub(super) fn is_bare(octet: u8) -> bool {
+    octet > b' ' && octet != 0x7f && !matches!(octet, b'"' | b'\\' | b'=')
+}
+
+fn value(out: &mut Vec<u8>, v: &[u8]) {
+    if !v.is_empty() && v.iter().all(|&b| is_bare(b)) {
+        put(out, v);
+    } else {
+        quoted(out, v);
+    }
+}
+
+fn quoted(out: &mut Vec<u8>, v: &[u8]) {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    out.push(b'"');
+    for &octet in v {
+        match octet {
+            b'"' | b'\\' => out.extend_from_slice(&[b'\\', octet]),
+            b'\n' => put(out, b"\\n"),
+            0..=0x1f | 0x7f => {
+                let digits = [HEX[usize::from(octet >> 4)], HEX[usize::from(octet & 15)]];
+                put(out, b"\\x");
+                put(out, &digits);
+            }
+            _ => out.push(octet),
+        }
+    }
+    out.push(b'"');
+}

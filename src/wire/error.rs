@@ -1,0 +1,118 @@
+//! Typed errors as they travel: a stable code, a sentence, and fields for programs.
+
+use std::fmt;
+
+use super::message::Fields;
+
+macro_rules! codes {
+    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
+        /// Every error code of the protocol. Codes are stable; sentences are not.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Code { $($(#[$doc])* $name,)* }
+
+        impl Code {
+            /// All codes, in the order of docs/protocol.md.
+            pub const ALL: &'static [Code] = &[$(Code::$name,)*];
+
+            /// The code as written on the wire.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Code::$name => $text,)* }
+            }
+
+            /// The code that is written so, where there is one.
+            pub fn parse(text: &str) -> Option<Code> {
+                match text { $($text => Some(Code::$name),)* _ => None }
+            }
+        }
+    };
+}
+
+codes! {
+    /// A line that is not of the grammar; the tag is `-` unless it could be read.
+    BadLine = "BAD_LINE",
+    /// A line of more than 64 KiB; it is skipped to its LF.
+    LineTooLong = "LINE_TOO_LONG",
+    /// A data frame of more than 1 MiB; its payload is skipped.
+    DataTooLong = "DATA_TOO_LONG",
+    /// No such verb.
+    UnknownVerb = "UNKNOWN_VERB",
+    /// A key that the verb does not know, or one positional value too many.
+    UnknownArgument = "UNKNOWN_ARGUMENT",
+    /// An argument that the verb needs is not there.
+    MissingArgument = "MISSING_ARGUMENT",
+    /// An argument is ill-typed or given twice.
+    BadArgument = "BAD_ARGUMENT",
+    /// A number is outside of its limits; `min` and `max` are in the fields.
+    OutOfRange = "OUT_OF_RANGE",
+    /// The tag is in use by a running request.
+    TagInUse = "TAG_IN_USE",
+    /// More was sent on a channel than its credit allows.
+    CreditExceeded = "CREDIT_EXCEEDED",
+    /// The client has too many requests under way.
+    TooManyRequests = "TOO_MANY_REQUESTS",
+    /// The request was cancelled by its client.
+    Cancelled = "CANCELLED",
+    /// No object of that name.
+    NotFound = "NOT_FOUND",
+    /// An object of that name is there already.
+    AlreadyExists = "ALREADY_EXISTS",
+    /// The object's state does not allow this.
+    BadState = "BAD_STATE",
+    /// A template's image or the guest kernel is damaged or not of the expected form.
+    Corrupt = "CORRUPT",
+    /// The virtual machine could not be started or ended; the sentence says why.
+    VmFailed = "VM_FAILED",
+    /// The guest did not answer in time.
+    GuestTimeout = "GUEST_TIMEOUT",
+    /// The link to the sandbox's agent or worker broke.
+    LinkLost = "LINK_LOST",
+    /// The program could not be started in the sandbox.
+    ExecFailed = "EXEC_FAILED",
+    /// A file operation failed in the sandbox; `errno` is in the fields.
+    FileFailed = "FILE_FAILED",
+    /// The node has no memory, disk or descriptors left for this.
+    NoCapacity = "NO_CAPACITY",
+    /// The node is stopping and takes nothing new.
+    Stopping = "STOPPING",
+    /// The supervisor was restarted while the request ran.
+    NodeRestarted = "NODE_RESTARTED",
+    /// Warren's own fault; the log has more.
+    Internal = "INTERNAL",
+}
+
+/// A typed error: what `err` carries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error {
+    /// Stable, upper case. A `String` so that a client can pass on codes newer than itself.
+    pub code: String,
+    /// A sentence that names what was wrong, the value and the limit.
+    pub message: String,
+    /// Machine-readable details.
+    pub fields: Fields,
+}
+
+impl Error {
+    /// An error of a known code.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code: code.as_str().to_string(), message: message.into(), fields: Fields::new() }
+    }
+
+    /// Adds a machine-readable detail.
+    pub fn with(mut self, key: &str, value: impl ToString) -> Self {
+        self.fields = self.fields.with(key, value);
+        self
+    }
+
+    /// Whether this is an error of that code.
+    pub fn is(&self, code: Code) -> bool {
+        self.code == code.as_str()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code, self.message)
+    }
+}
+
+impl std::error::Error for Error {}

@@ -1,0 +1,96 @@
+//! A non-blocking stream that carries messages: reads into a `Decoder`, writes from a bounded queue.
+
+use std::io::{self, ErrorKind, Read, Write};
+
+use super::decode::{Decoded, Decoder};
+use super::message::Message;
+
+/// What a `Link` found when it read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Filled {
+    /// The stream has nothing more for now.
+    Drained,
+    /// There may be more: handle what came first, then read again.
+    More,
+    /// The peer closed its side.
+    Closed,
+}
+
+/// One end of a message stream over a non-blocking descriptor.
+#[derive(Debug)]
+pub struct Link<S> {
+    stream: S,
+    decoder: Decoder,
+    out: Vec<u8>,
+    written: usize,
+}
+
+impl<S: Read + Write> Link<S> {
+    /// Wraps a non-blocking stream.
+    pub fn new(stream: S) -> Self {
+        Self { stream, decoder: Decoder::new(), out: Vec::new(), written: 0 }
+    }
+
+    /// The stream itself, to register or shut down.
+    pub fn stream(&mut self) -> &mut S {
+        &mut self.stream
+    }
+
+    /// Reads once, at most 64 KiB. Call `next` until `None` after each; repeat while this gives `More`
+    /// (descriptors are registered edge-triggered).
+    pub fn fill(&mut self) -> io::Result<Filled> {
+        let mut chunk = [0u8; 64 * 1024];
+        loop {
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Ok(Filled::Closed),
+                Ok(n) => {
+                    self.decoder.push(&chunk[..n]);
+                    return Ok(Filled::More);
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(Filled::Drained),
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// The next whole message that was read.
+    #[allow(clippy::should_implement_trait)] // not an iterator: `None` is not the end
+    pub fn next(&mut self) -> Option<Decoded> {
+        self.decoder.next()
+    }
+
+    /// Queues a message; `flush` writes it.
+    pub fn send(&mut self, message: &Message) {
+        message.encode(&mut self.out);
+    }
+
+    /// Octets queued and not yet written: what a caller bounds before it sends more.
+    pub fn queued(&self) -> usize {
+        self.out.len() - self.written
+    }
+
+    /// Writes what the stream takes now. `Ok(true)` when the queue is empty, `Ok(false)` when the stream is full.
+    pub fn flush(&mut self) -> io::Result<bool> {
+        while self.written < self.out.len() {
+            match self.stream.write(&self.out[self.written..]) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(n) => self.written += n,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    // Give back what was written once it is most of the buffer, so that it cannot grow for ever.
+                    if self.written > self.out.len() / 2 {
+                        self.out.drain(..self.written);
+                        self.written = 0;
+                    }
+                    return Ok(false);
+                }
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        self.out.clear();
+        self.written = 0;
+        self.out.shrink_to(64 * 1024);
+        Ok(true)
+    }
+}
