@@ -1,5 +1,6 @@
-//! To be written.
+//! The virtual machine monitor: `warren vmm`, one process for each microVM.
 
+pub mod boot;
 pub mod memory;
 
 /// Entry.
