@@ -17,6 +17,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use super::memory::{self, GuestMemory, MemoryError, PAGE};
+use crate::wire::Code;
 use acpi::MmioDevice;
 use elf::{ElfError, KernelFile};
 
@@ -58,6 +59,19 @@ impl fmt::Display for BootError {
 }
 
 impl std::error::Error for BootError {}
+
+impl BootError {
+    /// The code that the supervisor is told.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Kernel(ElfError::Read(_)) | Self::Initramfs(_) | Self::Memory(_) => Code::VmFailed,
+            Self::TooLarge { .. } => Code::OutOfRange,
+            // The smallest guest has room for any kernel that is one.
+            Self::Kernel(_) => Code::Corrupt,
+            Self::CommandLine(_) => Code::BadArgument,
+        }
+    }
+}
 
 impl From<MemoryError> for BootError {
     fn from(e: MemoryError) -> Self {
