@@ -1,5 +1,6 @@
 //! To be written.
 
+pub mod devices;
 pub mod memory;
 
 /// Entry.
