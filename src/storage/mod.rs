@@ -1,1 +1,3 @@
-//! To be written.
+//! What a node keeps on its data partition.
+
+pub mod overlay;
