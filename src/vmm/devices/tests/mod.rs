@@ -6,7 +6,6 @@ mod queue;
 mod rng;
 mod serial;
 mod set;
-mod vsock;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
