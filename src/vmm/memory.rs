@@ -128,6 +128,10 @@ impl Mapping {
         // A core dump of a worker is no place for a guest's memory. Best effort: it changes no behaviour.
         // SAFETY: the range is our own mapping.
         unsafe { libc::madvise(aligned, len, libc::MADV_DONTDUMP) };
+        // Huge pages: a fault in guest memory costs an exit and is the largest part of a guest's boot; 15 faults
+        // instead of 5,000 took it from 97 to 68 virtual ms, for 5 MiB more of memory. Best effort as well.
+        // SAFETY: the range is our own mapping.
+        unsafe { libc::madvise(aligned, len, libc::MADV_HUGEPAGE) };
         Ok(Self { start: aligned, len })
     }
 }
