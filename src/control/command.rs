@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::init::client::StopMode;
+use crate::init::StopMode;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::spec::{Defaults, Spec};
 use crate::wire::{Arg, Args, Code, Error, Request};

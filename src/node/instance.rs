@@ -57,6 +57,8 @@ pub struct Worker {
     pub refusal: Option<Error>,
     /// How the process ended, from init.
     pub status: Option<ChildStatus>,
+    /// It was asked to end the machine.
+    pub told_to_stop: bool,
     /// The process has ended.
     pub dead: bool,
     /// Links to the agent that were lost while the worker lived.

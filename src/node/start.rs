@@ -17,7 +17,8 @@ use crate::sandbox::spec::{MAX_DISK_MIB, Spec};
 use crate::sandbox::spawn::Spawned;
 use crate::sandbox::worker;
 use crate::storage::overlay;
-use crate::storage::templates::{Template, TemplateError};
+use crate::storage::template_disk::TemplateEvent;
+use crate::storage::templates::{self, Template, TemplateError};
 use crate::wire::{Code, Error, Fields, Link, Message, Request};
 
 const MIB: u64 = 1024 * 1024;
@@ -70,7 +71,7 @@ impl Supervisor {
             return self.build(id, &template);
         }
         if self.catalogue.begin_verifying(&name) {
-            let job = move || Done::Verified { template: template.name.clone(), result: template.verify() };
+            let job = move || Done::Verified { template: template.manifest.name.clone(), result: templates::verify(&template) };
             self.background.run("verify", job).map_err(|e| Error::new(Code::NoCapacity, format!("no thread: {e}")))?;
         }
         Ok(())
@@ -101,8 +102,8 @@ impl Supervisor {
     }
 
     /// The template disks were looked at.
-    pub(super) fn imported(&mut self, events: Vec<crate::storage::templates::TemplateEvent>) {
-        self.catalogue.imported(events, &mut self.database);
+    pub(super) fn imported(&mut self, events: Vec<TemplateEvent>) {
+        self.catalogue.imported(events, &mut self.database, now_ms());
         for id in self.scheduled(|_| true) {
             if let Err(error) = self.schedule(&id) {
                 self.fail_start(&id, error);
@@ -118,7 +119,7 @@ impl Supervisor {
     /// Makes everything the sandbox holds and starts its worker.
     fn build(&mut self, id: &SandboxId, template: &Template) -> Result<(), Error> {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
-        let base_mib = template.size_bytes.div_ceil(MIB);
+        let base_mib = template.manifest.size_bytes.div_ceil(MIB);
         let disk_mib = sandbox.spec.disk_mib.unwrap_or(base_mib + self.config.sandbox.default_extra_disk_mib);
         if disk_mib < base_mib || disk_mib > MAX_DISK_MIB {
             return Err(Error::new(
@@ -130,7 +131,7 @@ impl Supervisor {
             .with("max", MAX_DISK_MIB));
         }
         sandbox.spec.disk_mib = Some(disk_mib);
-        sandbox.template_sha256.clone_from(&template.sha256);
+        sandbox.template_sha256 = template.manifest.sha256_hex();
         sandbox.state.become_(State::Creating)?;
         self.notify_waiters(id);
         let built = self.launch(id, template, disk_mib * MIB);
@@ -152,7 +153,7 @@ impl Supervisor {
         };
         let kernel = open(&share.join("vmlinux"))?;
         let initramfs = open(&share.join("initramfs.img"))?;
-        let base = open(&template.image)?;
+        let base = templates::open_image(template).map_err(|e| Error::new(Code::Corrupt, e.to_string()))?;
         let kvm = fs::OpenOptions::new()
             .read(true)
             .write(true)
@@ -166,7 +167,7 @@ impl Supervisor {
         };
         let Opened { overlay, serial, last_words, listener, cgroup } =
             sandbox.home.make().map_err(no_room("the sandbox's places cannot be made"))?;
-        overlay::create(&overlay, disk_bytes, template.size_bytes, &template.sha256_octets())
+        overlay::create(&overlay, disk_bytes, template.manifest.size_bytes, &template.manifest.sha256)
             .map_err(|e| Error::new(Code::NoCapacity, format!("overlay: {e}")))?;
         let Spawned { pid, pidfd } =
             self.spawner.spawn(&cgroup, listener.as_fd(), &last_words).map_err(no_room("worker cannot be started"))?;
@@ -201,6 +202,7 @@ impl Supervisor {
             tokens: [mio::Token(0); 3],
             refusal: None,
             status: None,
+            told_to_stop: false,
             dead: false,
             agent_losses: 0,
         };
@@ -316,7 +318,7 @@ fn configure_request(hostname: &str, spec: &Spec, catalogue: &super::catalogue::
         .set("hostname", hostname)
         .set("clock_ns", u128::from(now_ms()) * 1_000_000)
         .set("grow", true);
-    let defaults = catalogue.get(&spec.template).ok().map(|template| &template.defaults);
+    let defaults = catalogue.get(&spec.template).ok().map(|template| &template.manifest.defaults);
     if let Some(defaults) = defaults {
         request = request.set("user", defaults.user).set("cwd", &defaults.cwd);
         request = defaults.env.iter().fold(request, |request, entry| request.set("env", entry));

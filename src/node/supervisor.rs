@@ -27,7 +27,8 @@ use crate::sandbox::home::Places;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::spawn::Spawner;
 use crate::storage::state::{Change, Snapshot, State as Database, Ticket};
-use crate::storage::templates::{TemplateError, TemplateEvent};
+use crate::storage::template_disk::TemplateEvent;
+use crate::storage::templates::TemplateError;
 
 /// What an event comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,6 +86,8 @@ pub struct Supervisor {
     pub(super) touched_clients: BTreeSet<u64>,
     /// Sandboxes whose links may have something to be sent.
     pub(super) touched_sandboxes: BTreeSet<SandboxId>,
+    /// Agents that are not read until a client has taken its answers.
+    pub(super) held: BTreeSet<(u64, Token)>,
     pub(super) sandboxes: BTreeMap<SandboxId, Sandbox>,
     pub(super) catalogue: Catalogue,
     pub(super) timers: Timers<Timer>,
@@ -168,6 +171,7 @@ impl Supervisor {
             next_client: 1,
             touched_clients: BTreeSet::new(),
             touched_sandboxes: BTreeSet::new(),
+            held: BTreeSet::new(),
             sandboxes: BTreeMap::new(),
             catalogue,
             timers: Timers::default(),
@@ -208,7 +212,9 @@ impl Supervisor {
 
     fn import_templates(&mut self) {
         let directory = self.config.paths.data.join("templates");
-        let started = self.background.run("templates", move || Done::Imported(super::catalogue::import(&directory)));
+        let reserved = self.catalogue.built_in();
+        let started =
+            self.background.run("templates", move || Done::Imported(super::catalogue::import(directory, reserved)));
         if let Err(e) = started {
             log::error!("template disks cannot be looked at: {e}");
         } else {

@@ -63,6 +63,11 @@ pub struct Opened {
 }
 
 impl Home {
+    /// The sandbox's id.
+    pub fn id(&self) -> Option<&str> {
+        self.dir.file_name()?.to_str()
+    }
+
     /// The private disk.
     pub fn overlay(&self) -> PathBuf {
         self.dir.join("overlay")
