@@ -138,7 +138,7 @@ impl Supervisor {
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
             sandbox.worker = Some(Worker {
                 pid,
-                pidfd,
+                _pidfd: pidfd,
                 link,
                 agent,
                 routes: std::collections::HashMap::new(),

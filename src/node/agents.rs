@@ -180,9 +180,7 @@ impl Supervisor {
         if let Some(row) = row {
             self.database.submit(Change::PutExecution(Box::new(row)));
         }
-        if routed
-            && let Some(worker) = sandbox.worker.as_mut().filter(|worker| worker.agent.is_ready())
-        {
+        if routed && let Some(worker) = sandbox.worker.as_mut().filter(|worker| worker.agent.is_ready()) {
             let tag = worker.agent.request(Request::new("", "exec.forget").set("exec", number));
             worker.routes.insert(tag, Route::Unheeded);
         }
@@ -256,6 +254,15 @@ impl Supervisor {
         match message {
             Message::Item { fields, .. } => {
                 let Some(number) = fields.number("exec") else { return };
+                let running = fields.get("state") == Some("running");
+                if running && !sandbox.execs.contains_key(&number) {
+                    // It was started in the last moments of the supervisor before, which could not write it down.
+                    let argv = vec![fields.bytes("argv").unwrap_or_default().to_vec()];
+                    let mut exec = Exec::new(number, argv, now_ms());
+                    exec.reopen(&sandbox.home, self.config.sandbox.exec_ring_kib * 1024);
+                    sandbox.next_exec = sandbox.next_exec.max(number.saturating_add(1));
+                    sandbox.execs.insert(number, exec);
+                }
                 take_over(sandbox, number);
                 self.touched_sandboxes.insert(id.clone());
             }

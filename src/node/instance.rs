@@ -43,8 +43,8 @@ pub enum Route {
 pub struct Worker {
     /// In the node's pid namespace.
     pub pid: i32,
-    /// Becomes readable at its end.
-    pub pidfd: OwnedFd,
+    /// Becomes readable at its end; open for as long as that is watched.
+    pub _pidfd: OwnedFd,
     /// Control of the machine.
     pub link: Link<UnixStream>,
     /// The guest's agent.
