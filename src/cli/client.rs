@@ -297,6 +297,8 @@ impl Client {
     ) -> Result<Reply, Error> {
         let mut reply = Reply::default();
         let mut chunk = vec![0u8; FRAME];
+        // What was read and not yet sent. The source is read also when there is no credit: its end needs none.
+        let mut held = 0..0;
         let broken = |e: io::Error| local(LOCAL_IO, e.to_string());
         loop {
             while let Some(event) = self.try_next(call)? {
@@ -310,27 +312,29 @@ impl Client {
                     Event::Done(result) => return result.map(|fields| Reply { fields, ..reply }),
                 }
             }
-            let room = match &source {
-                Some((channel, _)) => self.room(call, channel).min(FRAME),
-                None => 0,
-            };
-            let Some((channel, reader)) = source.as_mut().filter(|_| room > 0) else {
+            let Some((channel, reader)) = &mut source else {
                 self.turn(None)?;
                 continue;
             };
-            match reader.read(&mut chunk[..room]) {
-                Ok(0) => {
-                    self.end(call, channel);
-                    source = None;
+            if held.is_empty() {
+                match reader.read(&mut chunk) {
+                    Ok(0) => {
+                        self.end(call, channel);
+                        source = None;
+                        continue;
+                    }
+                    Ok(n) => held = 0..n,
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(e) => return Err(broken(e)),
                 }
-                Ok(n) => {
-                    self.write(call, channel, &chunk[..n]);
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(broken(e)),
             }
-            self.pump();
-            self.check_interrupt()?;
+            held.start += self.write(call, channel, &chunk[held.clone()]);
+            if held.is_empty() {
+                self.pump();
+                self.check_interrupt()?;
+            } else {
+                self.turn(None)?;
+            }
         }
     }
 

@@ -152,6 +152,8 @@ impl<'a> Session<'a> {
         let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
         let mut outputs = [Output::new("stdout", stdout.as_fd()), Output::new("stderr", stderr.as_fd())];
         let mut stdin_open = self.mode.stdin;
+        // What was read and not yet sent. Standard input is read also when there is no credit: its end needs none.
+        let mut held = Vec::new();
         let mut done = None;
         loop {
             self.client.pump();
@@ -173,15 +175,16 @@ impl<'a> Session<'a> {
                 }
             }
 
-            let room = if stdin_open && done.is_none() { self.client.room(&self.call, "stdin") } else { 0 };
-            let ready = self.poll(&stdin, room > 0, &outputs)?;
+            let sent = self.client.write(&self.call, "stdin", &held);
+            held.drain(..sent);
+            let ready = self.poll(&stdin, stdin_open && held.is_empty() && done.is_none(), &outputs)?;
             if ready.signal {
                 while let Some(signal) = self.signals.next() {
                     self.on_signal(signal);
                 }
             }
-            if ready.stdin && self.read_stdin(&stdin, room.min(FRAME)) {
-                stdin_open = false;
+            if ready.stdin {
+                stdin_open = self.read_stdin(&stdin, &mut held);
             }
             for (output, ready) in outputs.iter_mut().zip(ready.outputs) {
                 if ready {
@@ -256,18 +259,17 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// Passes what standard input has now on; `true` at its end.
-    fn read_stdin(&mut self, stdin: &io::Stdin, room: usize) -> bool {
-        let mut chunk = vec![0u8; room];
-        match read(stdin.as_fd(), &mut chunk) {
-            Ok(n) if n > 0 => {
-                self.client.write(&self.call, "stdin", &chunk[..n]);
-                false
-            }
-            Err(Errno::EAGAIN | Errno::EINTR) => false,
+    /// Reads what standard input has now; `false` at its end.
+    fn read_stdin(&mut self, stdin: &io::Stdin, held: &mut Vec<u8>) -> bool {
+        held.resize(FRAME, 0);
+        let got = read(stdin.as_fd(), held);
+        held.truncate(got.unwrap_or(0));
+        match got {
+            Ok(n) if n > 0 => true,
+            Err(Errno::EAGAIN | Errno::EINTR) => true,
             _ => {
                 self.client.end(&self.call, "stdin");
-                true
+                false
             }
         }
     }

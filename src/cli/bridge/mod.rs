@@ -259,7 +259,7 @@ impl Bridge {
                 port.heard = Instant::now();
                 port.reader.push(&chunk[..n]);
                 while let Some(found) = port.reader.next() {
-                    if let Some(greeting) = self.relay.from_port(found) {
+                    if let Some(greeting) = self.relay.take_from_port(found) {
                         greet(port, &greeting);
                     }
                 }
@@ -276,7 +276,7 @@ impl Bridge {
 
     fn find_swallowed_greeting(&mut self) {
         let Some(port) = self.port.as_mut().filter(|port| port.heard.elapsed() >= STALL) else { return };
-        if let Some(greeting) = port.reader.greeting_in_message().and_then(|found| self.relay.from_port(found)) {
+        if let Some(greeting) = port.reader.greeting_in_message().and_then(|found| self.relay.take_from_port(found)) {
             note("the node went away in the middle of a message");
             greet(port, &greeting);
         }
@@ -293,7 +293,7 @@ impl Bridge {
                 Ok(Filled::More) => {
                     more = true;
                     while let Some(found) = client.link.next() {
-                        self.relay.from_client(id, found);
+                        self.relay.take_from_client(id, found);
                     }
                 }
                 Ok(Filled::Closed) => client.half_closed = true,

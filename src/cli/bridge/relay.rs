@@ -97,10 +97,10 @@ impl Relay {
     }
 
     /// Takes in what a client sent.
-    pub fn from_client(&mut self, id: u64, found: Decoded) {
+    pub fn take_from_client(&mut self, id: u64, found: Decoded) {
         match found {
             Decoded::Bad { tag, error } => self.refuse(id, tag, error),
-            Decoded::Message(Message::Request(request)) => self.from_client_request(id, request),
+            Decoded::Message(Message::Request(request)) => self.take_request(id, request),
             Decoded::Message(Message::Data { tag, channel, payload }) => {
                 let Some(port_tag) = self.port_tag(id, &tag) else { return };
                 if payload.is_empty() {
@@ -123,7 +123,7 @@ impl Relay {
         }
     }
 
-    fn from_client_request(&mut self, id: u64, mut request: Request) {
+    fn take_request(&mut self, id: u64, mut request: Request) {
         let Some(client) = self.clients.get_mut(&id) else { return };
         let tag = request.tag.clone();
         let answer = |error: Error| (id, Message::err(&tag, error));
@@ -160,7 +160,7 @@ impl Relay {
     }
 
     /// Takes in what the node sent. Gives its greeting where it is one: the caller sends the answer.
-    pub fn from_port(&mut self, found: Decoded) -> Option<Greeting> {
+    pub fn take_from_port(&mut self, found: Decoded) -> Option<Greeting> {
         let mut message = match found {
             Decoded::Message(message) => message,
             Decoded::Bad { error, .. } => {
@@ -321,14 +321,14 @@ mod tests {
         let mut decoder = Decoder::new();
         decoder.push(octets);
         while let Some(found) = decoder.next() {
-            relay.from_client(id, found);
+            relay.take_from_client(id, found);
         }
     }
 
     fn answer(relay: &mut Relay, octets: &[u8]) -> Vec<Greeting> {
         let mut decoder = Decoder::new();
         decoder.push(octets);
-        std::iter::from_fn(|| decoder.next()).filter_map(|found| relay.from_port(found)).collect()
+        std::iter::from_fn(|| decoder.next()).filter_map(|found| relay.take_from_port(found)).collect()
     }
 
     fn sent(relay: &mut Relay) -> Vec<String> {
@@ -384,7 +384,7 @@ mod tests {
         let mut relay = synced();
         let id = relay.connected();
         say(&mut relay, id, b"1 file.write\n");
-        relay.from_client(id, Decoded::Message(Message::data("1", "content", vec![7; MAX_DATA])));
+        relay.take_from_client(id, Decoded::Message(Message::data("1", "content", vec![7; MAX_DATA])));
         assert!(!relay.accepts(id));
         let mut octets = 0;
         while let Some(message) = relay.next_for_port() {
