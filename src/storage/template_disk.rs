@@ -325,3 +325,206 @@ fn remove_leftovers(folder: &Path) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::os::unix::fs::MetadataExt;
+
+    use super::super::templates::{to_hex, verify};
+    use super::*;
+
+    struct Scene {
+        root: PathBuf,
+    }
+
+    impl Scene {
+        fn new(name: &str) -> Self {
+            let root = std::env::temp_dir().join(format!("warren-import-{name}-{}", std::process::id()));
+            fs::create_dir_all(&root).unwrap();
+            Self { root }
+        }
+
+        fn target(&self) -> Target {
+            Target { folder: self.root.join("templates"), reserved: vec!["base".to_string()] }
+        }
+
+        /// Writes a template disk; each image lies behind the one before, with the hash that `lie` leaves of its own.
+        fn disk(&self, file: &str, images: &[(&str, &[u8])], lie: impl Fn(String) -> String) -> PathBuf {
+            let mut text = "warren-template-disk 1\nheader_bytes = 4096\n".to_string();
+            let mut body = Vec::new();
+            for (name, image) in images {
+                text += &format!(
+                    "[[template]]\nname = {name:?}\nsha256 = {:?}\nsize_bytes = {}\noffset = {}\n",
+                    to_hex(&Sha256::digest(image)),
+                    image.len(),
+                    4096 + body.len()
+                );
+                body.extend_from_slice(image);
+            }
+            let mut disk = lie(text).into_bytes();
+            disk.resize(4096, 0);
+            disk.extend(body);
+            let path = self.root.join(file);
+            fs::write(&path, disk).unwrap();
+            path
+        }
+
+        fn import(&self, devices: &[&Path]) -> Vec<TemplateEvent> {
+            let events = RefCell::new(Vec::new());
+            let devices: Vec<PathBuf> = devices.iter().map(|path| path.to_path_buf()).collect();
+            import(&devices, &self.target(), &|event| events.borrow_mut().push(event));
+            let mut events = events.into_inner();
+            assert_eq!(events.pop(), Some(TemplateEvent::Finished));
+            events
+        }
+
+        fn names(&self) -> Vec<String> {
+            let mut names: Vec<_> = fs::read_dir(self.root.join("templates"))
+                .into_iter()
+                .flatten()
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            names
+        }
+    }
+
+    impl Drop for Scene {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.root);
+        }
+    }
+
+    /// An image with holes at its begin, in its middle and at its end.
+    fn image() -> Vec<u8> {
+        let mut image = vec![0; 3 * 1024 * 1024 + 8192];
+        for (at, value) in [(4096, 1), (1024 * 1024 - 1, 2), (1024 * 1024, 3), (2_500_000, 4)] {
+            image[at] = value;
+        }
+        image
+    }
+
+    #[test]
+    fn images_are_imported_sparsely_once() {
+        let scene = Scene::new("once");
+        let disk = scene.disk("disk", &[("python", &image()), ("tiny", &[7; 4096])], |text| text);
+        let other = scene.root.join("other");
+        fs::write(&other, [9; 8192]).unwrap();
+        let missing = scene.root.join("missing");
+        let events = scene.import(&[&missing, &other, &disk]);
+        let [TemplateEvent::Imported { template }, TemplateEvent::Imported { template: tiny }] = events.as_slice()
+        else {
+            panic!("{events:?}")
+        };
+        assert_eq!((template.manifest.name.as_str(), tiny.manifest.name.as_str()), ("python", "tiny"));
+        verify(template).unwrap();
+        let meta = fs::metadata(template.image()).unwrap();
+        assert_eq!(meta.len(), image().len() as u64);
+        assert!(meta.blocks() * 512 <= 64 * 1024, "{} octets on disk", meta.blocks() * 512);
+        assert_eq!(scene.names(), ["python", "tiny"]);
+
+        let skipped = |name: &str| TemplateEvent::Skipped { name: name.to_string() };
+        assert_eq!(scene.import(&[&disk]), [skipped("python"), skipped("tiny")]);
+    }
+
+    #[test]
+    fn a_newer_image_takes_the_place_of_the_older() {
+        let scene = Scene::new("newer");
+        scene.import(&[&scene.disk("old", &[("python", &[1; 4096])], |text| text)]);
+        let events = scene.import(&[&scene.disk("new", &[("python", &[2; 8192])], |text| text)]);
+        let [TemplateEvent::Imported { template }] = events.as_slice() else { panic!("{events:?}") };
+        verify(template).unwrap();
+        assert_eq!(fs::read(template.image()).unwrap(), [2; 8192]);
+        assert_eq!(scene.names(), ["python"]);
+    }
+
+    #[test]
+    fn a_bad_image_leaves_nothing_and_harms_no_other() {
+        let scene = Scene::new("bad");
+        let images: [(&str, &[u8]); 4] =
+            [("a", &[1; 4096]), ("b", &[2; 4096]), ("base", &[3; 4096]), ("d", &[4; 4096])];
+        let hash = |image: &[u8]| to_hex(&Sha256::digest(image));
+        let disk = scene.disk("disk", &images, |text| text.replace(&hash(&[1; 4096]), &hash(&[9; 4096])));
+        fs::create_dir_all(scene.root.join("templates/left.tmp/deep")).unwrap(); // of a power cut
+        let events = scene.import(&[&disk]);
+        assert!(
+            matches!(&events[0], TemplateEvent::Failed { name: Some(n), error: TemplateError::WrongHash { .. }, .. } if n == "a"),
+            "{events:?}"
+        );
+        assert!(matches!(&events[1], TemplateEvent::Imported { .. }), "{events:?}");
+        assert!(
+            matches!(&events[2], TemplateEvent::Failed { error: TemplateError::NameTaken { name }, .. } if name == "base"),
+            "{events:?}"
+        );
+        assert!(matches!(&events[3], TemplateEvent::Imported { .. }), "{events:?}");
+        assert_eq!(scene.names(), ["b", "d"]);
+    }
+
+    #[test]
+    fn an_image_beyond_the_end_of_the_disk_fails() {
+        let scene = Scene::new("short");
+        let disk =
+            scene.disk("disk", &[("a", &[1; 4096])], |text| text.replace("size_bytes = 4096", "size_bytes = 8192"));
+        let events = scene.import(&[&disk]);
+        assert!(matches!(&events[0], TemplateEvent::Failed { error: TemplateError::Io { .. }, .. }), "{events:?}");
+        assert_eq!(scene.names(), [""; 0]);
+    }
+
+    #[test]
+    fn a_corrupt_header_is_a_typed_error_and_other_disks_go_on() {
+        let scene = Scene::new("header");
+        let good = scene.disk("good", &[("good", &[1; 4096])], |text| text);
+        for (index, (change, to)) in [
+            ("header_bytes = 4096", "header_bytes = 4095"),
+            ("header_bytes = 4096", "header_bytes = 0"),
+            ("header_bytes = 4096", "header_bytes = 99999999999999999999"),
+            ("header_bytes = 4096", "header_bytes = 1048576"), // the disk is shorter
+            ("header_bytes = 4096", "header_bytes = 2097152"),
+            ("header_bytes = 4096", "x = 1"),
+            ("[[template]]", "[[templates]]"),
+            ("[[template]]", "[[template"),
+            ("[[template]]", "\0[[template]]"),
+            ("size_bytes", "sise_bytes"),
+            ("offset = 4096", "offset = 0"),
+            ("offset = 4096", "offset = 4097"),
+            ("offset = 4096", "offset = 9223372036854771712"),
+            ("offset = 4096", "offset = -4096"),
+            ("name = \"bad\"", "name = \"../../bad\""),
+            ("name = \"bad\"", "name = 5"),
+        ]
+        .iter()
+        .enumerate()
+        {
+            let bad = scene.disk("bad", &[("bad", &[1; 4096])], |text| text.replace(change, to));
+            let events = scene.import(&[&bad, &good]);
+            assert!(matches!(&events[0], TemplateEvent::Failed { device, .. } if *device == bad), "{to}: {events:?}");
+            let second = matches!(&events[1], TemplateEvent::Imported { .. } | TemplateEvent::Skipped { .. });
+            assert!(second && events.len() == 2, "case {index}: {events:?}");
+            assert_eq!(scene.names(), ["good"]);
+        }
+    }
+
+    #[test]
+    fn no_header_makes_the_parser_panic() {
+        // A small generator (xorshift) over a good header: every run tries the same damage.
+        let scene = Scene::new("fuzz");
+        let disk = scene.disk("disk", &[("a", &[1; 4096])], |text| text);
+        let good = fs::read(disk).unwrap()[..4096].to_vec();
+        let mut state = 0x2545_f491_4f6c_dd1d_u64;
+        let mut random = |below: usize| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state % below as u64) as usize
+        };
+        for _ in 0..5000 {
+            let mut header = good.clone();
+            for _ in 0..=random(4) {
+                header[random(200)] = random(256) as u8;
+            }
+            let _ = parse_header(&header, Path::new("x"));
+            let _ = header_bytes(&header);
+        }
+    }
+}

@@ -392,3 +392,140 @@ fn parse_hex(text: &str) -> Option<[u8; 32]> {
     }
     Some(octets)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest(change: &str, to: &str) -> Result<Manifest, TemplateError> {
+        let text = format!(
+            "name = \"python\"\ndescription = \"d\"\nsha256 = \"{}\"\nsize_bytes = 8192\n\
+             [defaults]\nuser = 1000\ncwd = \"/workspace\"\nenv = [\"A=1\", \"B_2=\"]\n",
+            "ab".repeat(32)
+        );
+        assert!(text.contains(change));
+        Manifest::parse(&text.replacen(change, to, 1), "m.toml")
+    }
+
+    #[test]
+    fn a_manifest_is_read_and_written_the_same() {
+        let manifest = manifest("", "").unwrap();
+        assert_eq!((manifest.name.as_str(), manifest.sha256, manifest.size_bytes), ("python", [0xab; 32], 8192));
+        assert_eq!(manifest.defaults.env, ["A=1", "B_2="]);
+        assert_eq!(Manifest::parse(&manifest.to_toml().unwrap(), "x").unwrap(), manifest);
+    }
+
+    #[test]
+    fn defaults_may_be_left_out() {
+        let manifest =
+            manifest("[defaults]\nuser = 1000\ncwd = \"/workspace\"\nenv = [\"A=1\", \"B_2=\"]\n", "").unwrap();
+        assert_eq!(manifest.defaults, Defaults::default());
+    }
+
+    #[test]
+    fn every_broken_rule_is_an_error_that_names_the_place() {
+        let long = "x".repeat(64);
+        for (change, to) in [
+            ("\"python\"", "\"../python\""),
+            ("\"python\"", "\"\""),
+            ("\"python\"", "\"-a\""),
+            ("\"python\"", "\"a.tmp\""),
+            ("\"python\"", &format!("\"{long}\"")),
+            ("\"d\"", "\"a\\nb\""),
+            ("abab", "abxy"),
+            ("abab", "ab"),
+            ("abab", "é"),
+            ("8192", "0"),
+            ("8192", "8191"),
+            ("8192", "-4096"),
+            ("8192", "1099511631872"),
+            ("1000", "4294967295"),
+            ("1000", "\"root\""),
+            ("/workspace", "workspace"),
+            ("/workspace", "/a\\u0000"),
+            ("A=1", "A"),
+            ("A=1", "=1"),
+            ("A=1", "1A=1"),
+            ("A=1", "A=\\u0000"),
+            ("size_bytes", "bytes"),
+            ("description", "extra"),
+        ] {
+            match manifest(change, to) {
+                Err(TemplateError::Invalid { place, .. }) => assert_eq!(place, "m.toml"),
+                other => panic!("{change} -> {to}: {other:?}"),
+            }
+        }
+    }
+
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("warren-{name}-{}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+
+        fn add(&self, group: &str, name: &str, image: &[u8]) -> PathBuf {
+            let folder = self.0.join(group).join("templates").join(name);
+            fs::create_dir_all(&folder).unwrap();
+            let sha256 = to_hex(&Sha256::digest(image));
+            let text = format!("name = {name:?}\nsha256 = {sha256:?}\nsize_bytes = {}\n", image.len());
+            fs::write(folder.join(MANIFEST), text).unwrap();
+            fs::write(folder.join(IMAGE), image).unwrap();
+            folder
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn templates_are_discovered_and_bad_ones_reported() {
+        let root = Folder::new("discover");
+        root.add("share", "base", &[1; 4096]);
+        root.add("data", "base", &[2; 4096]);
+        root.add("data", "python", &[3; 8192]);
+        root.add("data", "half.tmp", &[3; 8192]);
+        fs::write(root.add("data", "short", &[4; 8192]).join(IMAGE), [4; 4096]).unwrap();
+        fs::rename(root.add("data", "moved", &[5; 4096]), root.0.join("data/templates/other")).unwrap();
+        fs::remove_file(root.add("data", "lacking", &[6; 4096]).join(IMAGE)).unwrap();
+        let linked = root.add("data", "linked", &[7; 4096]).join(IMAGE);
+        fs::remove_file(&linked).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", &linked).unwrap();
+        fs::write(root.add("data", "huge", &[8; 4096]).join(MANIFEST), vec![b'#'; 100_000]).unwrap();
+
+        let (found, errors) = discover_all(&root.0.join("share"), &root.0.join("data"));
+        let names: Vec<_> = found.iter().map(|t| (t.manifest.name.as_str(), t.origin)).collect();
+        assert_eq!(names, [("base", Origin::BuiltIn), ("python", Origin::Imported)]);
+        let said = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        assert_eq!(errors.len(), 6, "{said}");
+        for part in [
+            "short has 4096 octets",
+            "moved is not its folder's",
+            "lacking",
+            "linked",
+            "limit of 65536",
+            "base is taken",
+        ] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+        assert_eq!(discover(&root.0.join("nowhere"), Origin::BuiltIn), (Vec::new(), Vec::new()));
+    }
+
+    #[test]
+    fn a_changed_image_does_not_verify() {
+        let root = Folder::new("verify");
+        let template = load(&root.add("share", "base", &[1; 8192]), Origin::BuiltIn).unwrap();
+        verify(&template).unwrap();
+        let mut image = [1; 8192];
+        image[5000] = 2;
+        fs::write(template.image(), image).unwrap();
+        assert!(matches!(verify(&template), Err(TemplateError::WrongHash { name, .. }) if name == "base"));
+        fs::write(template.image(), [1; 4096]).unwrap();
+        assert!(matches!(verify(&template), Err(TemplateError::WrongSize { found: 4096, expected: 8192, .. })));
+    }
+}
