@@ -42,6 +42,11 @@ impl Connection {
         self.stream.write_all(octets)
     }
 
+    /// Takes octets that were read from the stream already.
+    pub fn feed(&mut self, octets: &[u8]) {
+        self.decoder.push(octets);
+    }
+
     /// The next message. `UnexpectedEof` when the peer has closed, `InvalidData` for what is no message.
     pub fn receive(&mut self) -> io::Result<Message> {
         let mut chunk = [0u8; 32 * 1024];

@@ -35,6 +35,7 @@ pub struct Boot {
     memory_mib: u32,
     allowed: Vec<String>,
     root_port: bool,
+    service: String,
 }
 
 impl Boot {
@@ -69,12 +70,19 @@ impl Boot {
             memory_mib: 4096,
             allowed: Vec::new(),
             root_port: true,
+            service: "/test/serve".to_string(),
         }
     }
 
     /// With this data disk instead of a fresh one.
     pub fn data_disk(mut self, disk: Disk) -> Self {
         self.data = Some(disk);
+        self
+    }
+
+    /// With this disk, which the image was written to once, instead of a fresh copy.
+    pub fn image_disk(mut self, disk: Disk) -> Self {
+        self.image = Some(disk);
         self
     }
 
@@ -100,6 +108,13 @@ impl Boot {
     pub fn virtual_time(mut self) -> Self {
         self.clock = Clock::Virtual;
         self.cpus = 1;
+        self
+    }
+
+    /// With this program on the node instead of the agent behind `Node::run`.
+    pub fn only_service(mut self, path: &str) -> Self {
+        self.service = path.to_string();
+        self.root_port = false;
         self
     }
 
@@ -132,7 +147,8 @@ impl Boot {
                 cmdline.push(' ');
                 cmdline.push_str(parameter);
             }
-            cmdline.push_str(" warren.service=/test/serve");
+            cmdline.push_str(" warren.service=");
+            cmdline.push_str(&self.service);
             Firmware::Kernel { kernel, initramfs, cmdline }
         };
         let disks: Vec<Disk> = self.image.into_iter().chain(self.data).collect();

@@ -1,6 +1,9 @@
-//! What the tests ask of the node from inside: `node-tool processes | state | overlay OVERLAY BASE`.
+//! What the tests ask of the node from inside: `processes`, `state`, `talk SOCKET`, `disk OVERLAY BASE`.
 
 use std::fs;
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -18,8 +21,14 @@ fn main() -> ExitCode {
             lines.sort();
             println!("{}", lines.join("\n"));
         }
+        ["talk", socket] => {
+            if let Err(e) = talk(socket) {
+                eprintln!("node-tool: {socket}: {e}");
+                return ExitCode::FAILURE;
+            }
+        }
         _ => {
-            eprintln!("usage: node-tool processes | state");
+            eprintln!("usage: node-tool processes | state | talk SOCKET");
             return ExitCode::from(2);
         }
     }
@@ -58,6 +67,17 @@ fn state() -> Vec<String> {
     let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();
     lines.extend(mounts.lines().map(|line| format!("mount {}", line.split(' ').nth(1).unwrap_or_default())));
     lines
+}
+
+/// Copies standard input to a Unix socket, half-closes it, and prints what comes back until the peer closes too.
+fn talk(socket: &str) -> io::Result<()> {
+    let mut stream = UnixStream::connect(socket)?;
+    let mut answers = stream.try_clone()?;
+    let reader = std::thread::spawn(move || io::copy(&mut answers, &mut io::stdout()));
+    io::copy(&mut io::stdin(), &mut stream)?;
+    stream.shutdown(Shutdown::Write)?;
+    reader.join().map_err(|_| io::Error::other("the reading thread panicked"))??;
+    Ok(())
 }
 
 /// What the supervisor holds open: paths, and the kinds of what has no path.
