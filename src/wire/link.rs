@@ -36,6 +36,11 @@ impl<S: Read + Write> Link<S> {
         &mut self.stream
     }
 
+    /// The stream itself, to look at.
+    pub fn stream_ref(&self) -> &S {
+        &self.stream
+    }
+
     /// Reads once, at most 64 KiB. Call `next` until `None` after each; repeat while this gives `More`
     /// (descriptors are registered edge-triggered).
     pub fn fill(&mut self) -> io::Result<Filled> {
