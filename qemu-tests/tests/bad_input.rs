@@ -54,15 +54,6 @@ fn one_pebibyte_of_memory_is_out_of_range() {
     create_fails(&[("memory_mib", "1073741824")], Code::OutOfRange);
 }
 
-#[test]
-fn more_memory_than_the_node_has_is_no_capacity() {
-    let node = shared::node();
-    let before = settled(&node);
-    let error = node.control().err(Sandbox::create_request(&[("memory_mib", "32768")]));
-    assert!(error.is(Code::NoCapacity) || error.is(Code::OutOfRange), "{error}");
-    before.assert_restored(&node);
-}
-
 /// Runs `sandbox.create` while a file of the node is spoilt by a line of shell, and mends it afterwards.
 fn create_with_spoilt(file: &str, spoil: &str, code: &[Code]) {
     let node = shared::node();

@@ -65,9 +65,9 @@ fn an_error_is_one_line_with_its_code() {
 #[test]
 fn run_creates_runs_and_removes() {
     let node = shared::node();
-    let before = warren(&node, &["ps", "--json"]);
-    let run = warren(&node, &["run", "base", "--", "sh", "-c", "echo in a sandbox; exit 3"]);
+    let before = warren(&node, &["ps", "--all", "--json"]);
+    let run = warren(&node, &["run", "--rm", "base", "--", "sh", "-c", "echo in a sandbox; exit 3"]);
     assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));
     assert_eq!(stdout(&run), "in a sandbox\n");
-    assert_eq!(stdout(&warren(&node, &["ps", "--json"])), stdout(&before));
+    assert_eq!(stdout(&warren(&node, &["ps", "--all", "--json"])), stdout(&before));
 }

@@ -156,7 +156,9 @@ impl Command {
     pub fn of(request: Request, defaults: Defaults) -> Result<Self, Error> {
         let verb = request.verb.clone();
         let Some(entry) = VERBS.iter().find(|entry| entry.name == verb) else {
-            return Err(Error::new(Code::UnknownVerb, format!("{verb} is not a verb; help lists them")).with("verb", verb));
+            return Err(
+                Error::new(Code::UnknownVerb, format!("{verb} is not a verb; help lists them")).with("verb", verb)
+            );
         };
         (entry.parse)(&verb, Args::of(request), defaults)
     }
@@ -243,7 +245,9 @@ fn exec_start(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error>
             request = request.set(key, true);
         }
     }
-    for (key, limits) in [("cols", 1..=MAX_TERMINAL), ("rows", 1..=MAX_TERMINAL), ("timeout_ms", 1..=u64::MAX / 2_000_000)] {
+    for (key, limits) in
+        [("cols", 1..=MAX_TERMINAL), ("rows", 1..=MAX_TERMINAL), ("timeout_ms", 1..=u64::MAX / 2_000_000)]
+    {
         if let Some(number) = args.number(key, limits)? {
             request = request.set(key, number);
         }

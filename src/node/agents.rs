@@ -180,9 +180,7 @@ impl Supervisor {
         if let Some(row) = row {
             self.database.submit(Change::PutExecution(Box::new(row)));
         }
-        if routed
-            && let Some(worker) = sandbox.worker.as_mut().filter(|worker| worker.agent.is_ready())
-        {
+        if routed && let Some(worker) = sandbox.worker.as_mut().filter(|worker| worker.agent.is_ready()) {
             let tag = worker.agent.request(Request::new("", "exec.forget").set("exec", number));
             worker.routes.insert(tag, Route::Unheeded);
         }

@@ -150,6 +150,8 @@ fn seal(template: &Template) -> Option<Seal> {
 /// as long as reading takes.
 pub fn import(folder: PathBuf, reserved: Vec<String>) -> Vec<TemplateEvent> {
     let events = RefCell::new(Vec::new());
-    template_disk::import(&block_devices::list(), &Target { folder, reserved }, &|event| events.borrow_mut().push(event));
+    template_disk::import(&block_devices::list(), &Target { folder, reserved }, &|event| {
+        events.borrow_mut().push(event)
+    });
     events.into_inner()
 }

@@ -105,11 +105,13 @@ impl Supervisor {
 
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.ended_ms = Some(now_ms());
-        let in_order = words.as_ref().is_some_and(|words| matches!(words.reason.as_str(), "guest-poweroff" | "stopped"));
+        let in_order =
+            words.as_ref().is_some_and(|words| matches!(words.reason.as_str(), "guest-poweroff" | "stopped"));
         match sandbox.state {
             State::Starting if !sandbox.removing => {
                 let error = refusal.unwrap_or_else(|| {
-                    let error = Error::new(Code::VmFailed, format!("the machine ended before its agent answered: {cause}"));
+                    let error =
+                        Error::new(Code::VmFailed, format!("the machine ended before its agent answered: {cause}"));
                     with_console(error, sandbox)
                 });
                 self.fail_start(id, error);

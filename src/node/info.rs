@@ -33,7 +33,10 @@ impl Supervisor {
         let fields = if kvm { fields } else { fields.with("problem", "/dev/kvm is missing") };
         let fields = fields
             .with("started_ms", started)
-            .with("kernel", nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default())
+            .with(
+                "kernel",
+                nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default(),
+            )
             .with("cpus", std::thread::available_parallelism().map_or(0, std::num::NonZero::get))
             .with("memory_mib", memory_kib("MemTotal:") / 1024)
             .with("memory_available_mib", memory_kib("MemAvailable:") / 1024);

@@ -51,7 +51,8 @@ impl Listener {
 
     /// Tells a connection that is one too many, and closes it.
     pub fn refuse(mut stream: UnixStream, max: u64) {
-        let error = Error::new(Code::NoCapacity, format!("{max} clients are connected, the limit of this node")).with("max", max);
+        let error = Error::new(Code::NoCapacity, format!("{max} clients are connected, the limit of this node"))
+            .with("max", max);
         // It gets what its socket takes at once: a fresh one takes this.
         let _ = stream.write(&Message::err("-", error).to_bytes());
     }

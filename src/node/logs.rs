@@ -80,7 +80,8 @@ impl Supervisor {
 
     /// Looks at the followed logs again.
     pub(super) fn logs_due(&mut self) {
-        let following = |client: &Client<Job>| client.jobs.values().any(|job| matches!(job, Job::Logs(reader) if reader.follow));
+        let following =
+            |client: &Client<Job>| client.jobs.values().any(|job| matches!(job, Job::Logs(reader) if reader.follow));
         let keys: Vec<u64> = self.clients.iter().filter(|(_, client)| following(client)).map(|(key, _)| *key).collect();
         self.log_timer = !keys.is_empty();
         if self.log_timer {

@@ -153,7 +153,8 @@ impl Supervisor {
             Some(client) => client.admit(&tag),
             None => return,
         };
-        let done = admitted.and_then(|()| Command::of(request, defaults)).and_then(|command| self.execute(key, &tag, command));
+        let done =
+            admitted.and_then(|()| Command::of(request, defaults)).and_then(|command| self.execute(key, &tag, command));
         if let Err(error) = done {
             self.answer(key, &Message::err(&tag, error));
         }
@@ -186,7 +187,8 @@ impl Supervisor {
                 self.answer(key, &Message::ok(tag, row));
             }
             Command::SandboxCreate { spec, progress } => {
-                let id = self.create(spec, Waiter { client: key, tag: tag.to_string(), what: Awaited::Created { progress } })?;
+                let id = self
+                    .create(spec, Waiter { client: key, tag: tag.to_string(), what: Awaited::Created { progress } })?;
                 if self.sandboxes.contains_key(&id) {
                     self.add_job(key, tag, Job::Wait(id));
                 }
@@ -215,8 +217,11 @@ impl Supervisor {
             }
             Command::ExecList(name) => {
                 let id = self.find(&name)?;
-                let rows: Vec<Fields> =
-                    self.sandboxes.get(&id).map(|s| s.execs.values().map(|exec| exec.fields()).collect()).unwrap_or_default();
+                let rows: Vec<Fields> = self
+                    .sandboxes
+                    .get(&id)
+                    .map(|s| s.execs.values().map(|exec| exec.fields()).collect())
+                    .unwrap_or_default();
                 for row in rows {
                     self.answer(key, &Message::item(tag, row));
                 }
@@ -256,7 +261,9 @@ impl Supervisor {
         let mut matching = self.sandboxes.keys().filter(|id| !given.is_empty() && id.as_str().starts_with(given));
         match (matching.next(), matching.next()) {
             (Some(id), None) => Ok(id.clone()),
-            (Some(_), Some(_)) => Err(Error::new(Code::BadArgument, format!("{given} is the start of more than one sandbox id"))),
+            (Some(_), Some(_)) => {
+                Err(Error::new(Code::BadArgument, format!("{given} is the start of more than one sandbox id")))
+            }
             _ => Err(Error::new(Code::NotFound, format!("no sandbox {given}")).with("sandbox", given)),
         }
     }

@@ -13,8 +13,8 @@ use crate::sandbox::agent::{Agent, Approach};
 use crate::sandbox::home::Opened;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
-use crate::sandbox::spec::{MAX_DISK_MIB, Spec};
 use crate::sandbox::spawn::Spawned;
+use crate::sandbox::spec::{MAX_DISK_MIB, Spec};
 use crate::sandbox::worker;
 use crate::storage::overlay;
 use crate::storage::template_disk::TemplateEvent;
@@ -34,7 +34,9 @@ impl Supervisor {
         let live = self.sandboxes.values().filter(|sandbox| sandbox.state.is_live()).count() as u64;
         let max = self.config.sandbox.max_sandboxes;
         if live >= max {
-            return Err(Error::new(Code::NoCapacity, format!("{live} sandboxes live, the limit of this node")).with("max", max));
+            return Err(
+                Error::new(Code::NoCapacity, format!("{live} sandboxes live, the limit of this node")).with("max", max)
+            );
         }
         if let Some(name) = &spec.name
             && let Some(holder) = self.sandboxes.values().find(|sandbox| sandbox.spec.name.as_ref() == Some(name))
@@ -71,7 +73,10 @@ impl Supervisor {
             return self.build(id, &template);
         }
         if self.catalogue.begin_verifying(&name) {
-            let job = move || Done::Verified { template: template.manifest.name.clone(), result: templates::verify(&template) };
+            let job = move || Done::Verified {
+                template: template.manifest.name.clone(),
+                result: templates::verify(&template),
+            };
             self.background.run("verify", job).map_err(|e| Error::new(Code::NoCapacity, format!("no thread: {e}")))?;
         }
         Ok(())
@@ -148,9 +153,8 @@ impl Supervisor {
 
     fn launch(&mut self, id: &SandboxId, template: &Template, disk_bytes: u64) -> Result<(), Error> {
         let share = self.config.paths.share.clone();
-        let open = |path: &Path| {
-            File::open(path).map_err(|e| Error::new(Code::VmFailed, format!("{}: {e}", path.display())))
-        };
+        let open =
+            |path: &Path| File::open(path).map_err(|e| Error::new(Code::VmFailed, format!("{}: {e}", path.display())));
         let kernel = open(&share.join("vmlinux"))?;
         let initramfs = open(&share.join("initramfs.img"))?;
         let base = templates::open_image(template).map_err(|e| Error::new(Code::Corrupt, e.to_string()))?;
@@ -223,7 +227,8 @@ impl Supervisor {
     pub(super) fn agent_ready(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let Some(worker) = &mut sandbox.worker else { return };
-        let configure = configure_request(sandbox.spec.name.as_deref().unwrap_or(id.as_str()), &sandbox.spec, &self.catalogue);
+        let configure =
+            configure_request(sandbox.spec.name.as_deref().unwrap_or(id.as_str()), &sandbox.spec, &self.catalogue);
         let tag = worker.agent.request(configure);
         worker.routes.insert(tag, Route::Configure);
         self.touched_sandboxes.insert(id.clone());
@@ -281,7 +286,10 @@ impl Supervisor {
             }
             Awaited::Created { progress } => {
                 if progress {
-                    answers.push((waiter.client, Message::item(&waiter.tag, Fields::new().with("id", id).with("state", state))));
+                    answers.push((
+                        waiter.client,
+                        Message::item(&waiter.tag, Fields::new().with("id", id).with("state", state)),
+                    ));
                 }
                 true
             }

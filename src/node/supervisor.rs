@@ -152,10 +152,15 @@ impl Supervisor {
         let listener = Listener::bind(&config.control.socket).map_err(failed("control socket"))?;
         let spawner = Spawner::new().map_err(failed("own program"))?;
 
-        let mut sources = HashMap::from([(Token(0), Source::Waker), (Token(1), Source::Signals), (Token(2), Source::Listener)]);
+        let mut sources =
+            HashMap::from([(Token(0), Source::Waker), (Token(1), Source::Signals), (Token(2), Source::Listener)]);
         let registry = poll.registry();
-        registry.register(&mut SourceFd(&signals.as_raw_fd()), Token(1), Interest::READABLE).map_err(failed("signals"))?;
-        registry.register(&mut SourceFd(&listener.descriptor()), Token(2), Interest::READABLE).map_err(failed("listener"))?;
+        registry
+            .register(&mut SourceFd(&signals.as_raw_fd()), Token(1), Interest::READABLE)
+            .map_err(failed("signals"))?;
+        registry
+            .register(&mut SourceFd(&listener.descriptor()), Token(2), Interest::READABLE)
+            .map_err(failed("listener"))?;
         if let Some(init) = &mut init {
             init.register(registry, Token(3)).map_err(failed("link to init"))?;
             sources.insert(Token(3), Source::Init);

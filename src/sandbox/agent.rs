@@ -80,7 +80,10 @@ impl Agent {
         let message = match self.link.next()? {
             Decoded::Message(message) => message,
             Decoded::Bad { error, .. } => {
-                return Some(Heard::Broken(Error::new(Code::LinkLost, format!("the agent sent garbage: {}", error.message))));
+                return Some(Heard::Broken(Error::new(
+                    Code::LinkLost,
+                    format!("the agent sent garbage: {}", error.message),
+                )));
             }
         };
         match (self.phase, &message) {

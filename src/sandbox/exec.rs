@@ -127,7 +127,10 @@ impl Exec {
         let output = &mut self.outputs[index];
         let total = output.total();
         if total + octets.len() as u64 > output.granted {
-            return Err(Error::new(Code::CreditExceeded, format!("{}: the agent sent more than allowed", OUTPUTS[index])));
+            return Err(Error::new(
+                Code::CreditExceeded,
+                format!("{}: the agent sent more than allowed", OUTPUTS[index]),
+            ));
         }
         let append = |output: &mut Output| -> io::Result<()> {
             if output.ring.is_none() {
@@ -138,7 +141,8 @@ impl Exec {
                 None => Ok(()),
             }
         };
-        append(output).map_err(|e| Error::new(Code::NoCapacity, format!("output of exec {} cannot be kept: {e}", self.number)))
+        append(output)
+            .map_err(|e| Error::new(Code::NoCapacity, format!("output of exec {} cannot be kept: {e}", self.number)))
     }
 
     /// The agent says that an output has ended.
@@ -228,7 +232,9 @@ impl Exec {
                 fields.0.extend(outcome.0.iter().cloned());
                 fields
             }
-            Some(Err(error)) => fields.with("state", "failed").with("code", &error.code).with("message", &error.message),
+            Some(Err(error)) => {
+                fields.with("state", "failed").with("code", &error.code).with("message", &error.message)
+            }
         }
     }
 
@@ -310,7 +316,10 @@ mod tests {
         let mut allowed = INITIAL_CREDIT;
         for round in 0..100u64 {
             while sent < allowed {
-                let piece = vec![u8::try_from(round).expect("small"); 10_000.min(usize::try_from(allowed - sent).expect("fits"))];
+                let piece = vec![
+                    u8::try_from(round).expect("small");
+                    10_000.min(usize::try_from(allowed - sent).expect("fits"))
+                ];
                 exec.take(&home, 1024 * 1024, 0, &piece).expect("within credit");
                 sent += piece.len() as u64;
             }
@@ -322,7 +331,9 @@ mod tests {
                 exec.credit(7, "a", 0, 100_000);
             }
         }
-        assert!(exec.take(&home, 1024 * 1024, 0, &vec![0; usize::try_from(allowed - sent).expect("fits") + 1]).is_err());
+        assert!(
+            exec.take(&home, 1024 * 1024, 0, &vec![0; usize::try_from(allowed - sent).expect("fits") + 1]).is_err()
+        );
         exec.finish(Ok(Fields::new().with("exit", 0)));
         exec.credit(7, "a", 0, u64::MAX);
         assert!(exec.pump(0, &mut reader));

@@ -51,8 +51,9 @@ impl Spec {
             check_name("name", name)?;
         }
         let vcpus = args.number("vcpus", VCPUS)?.map_or(defaults.vcpus, |n| u8::try_from(n).unwrap_or(u8::MAX));
-        let memory_mib =
-            args.number("memory_mib", MEMORY_MIB)?.map_or(defaults.memory_mib, |n| u32::try_from(n).unwrap_or(u32::MAX));
+        let memory_mib = args
+            .number("memory_mib", MEMORY_MIB)?
+            .map_or(defaults.memory_mib, |n| u32::try_from(n).unwrap_or(u32::MAX));
         let disk_mib = args.number("disk_mib", 1..=MAX_DISK_MIB)?;
         let mut env = Vec::new();
         for entry in args.all("env") {
@@ -69,7 +70,8 @@ impl Spec {
         }
         for (what, count) in [("env", env.len()), ("label", labels.len())] {
             if count > MAX_ENTRIES {
-                return Err(bad(what, format!("{count} of {what} are over the limit of {MAX_ENTRIES}")).with("max", MAX_ENTRIES));
+                return Err(bad(what, format!("{count} of {what} are over the limit of {MAX_ENTRIES}"))
+                    .with("max", MAX_ENTRIES));
             }
         }
         Ok(Self { template, name, vcpus, memory_mib, disk_mib, env, labels })
@@ -118,9 +120,12 @@ mod tests {
 
     #[test]
     fn out_of_range_names_the_value_and_the_limits() {
-        for (key, value, min, max) in
-            [("vcpus", "0", "1", "16"), ("vcpus", "17", "1", "16"), ("memory_mib", "1", "64", "32768"), ("memory_mib", "1073741824", "64", "32768")]
-        {
+        for (key, value, min, max) in [
+            ("vcpus", "0", "1", "16"),
+            ("vcpus", "17", "1", "16"),
+            ("memory_mib", "1", "64", "32768"),
+            ("memory_mib", "1073741824", "64", "32768"),
+        ] {
             let error = take(Request::new("1", "sandbox.create").set(key, value)).expect_err("out of range");
             assert!(error.is(Code::OutOfRange), "{error}");
             assert_eq!((error.fields.get("min"), error.fields.get("max")), (Some(min), Some(max)));
@@ -130,7 +135,15 @@ mod tests {
 
     #[test]
     fn ill_formed_entries_are_refused() {
-        for (key, value) in [("env", "A"), ("env", "=x"), ("env", "A=\0"), ("label", "x"), ("label", "X=1"), ("template", "../x"), ("name", "")] {
+        for (key, value) in [
+            ("env", "A"),
+            ("env", "=x"),
+            ("env", "A=\0"),
+            ("label", "x"),
+            ("label", "X=1"),
+            ("template", "../x"),
+            ("name", ""),
+        ] {
             let error = take(Request::new("1", "sandbox.create").set(key, value)).expect_err(value);
             assert!(error.is(Code::BadArgument), "{error}");
         }
