@@ -151,8 +151,8 @@ fn make(client: &mut Client, shape: &Shape, template: Option<&str>) -> Result<Fi
     for entry in resolve_env(&shape.env) {
         request = request.set_bytes("env", &entry);
     }
-    for (key, value) in &shape.label {
-        request = request.set(&format!("label.{key}"), value);
+    for label in &shape.label {
+        request = request.set("label", label);
     }
     if status.is_enabled() {
         request = request.set("progress", true);
