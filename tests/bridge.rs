@@ -1,5 +1,7 @@
 //! `warren bridge` between real clients and a pretended QEMU.
 
+#![allow(clippy::unwrap_used)] // a failed unwrap is a failed test
+
 mod fake;
 
 use std::io::{BufRead, BufReader, Read, Write};

@@ -1,5 +1,7 @@
 //! The built program against a pretended node: what it prints where, its exit codes, its streams.
 
+#![allow(clippy::unwrap_used)] // a failed unwrap is a failed test
+
 mod fake;
 
 use std::fs::{self, File};
