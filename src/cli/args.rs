@@ -276,7 +276,7 @@ pub fn parse_mib(text: &str) -> Result<u64, String> {
     let unit = unit.strip_suffix("ib").or_else(|| unit.strip_suffix('b')).unwrap_or(&unit);
     let scaled = match unit {
         "" | "m" => Some(number),
-        "k" if number % 1024 == 0 => Some(number / 1024),
+        "k" if number.is_multiple_of(1024) => Some(number / 1024),
         "k" => return Err(format!("{text:?} is not a whole number of MiB")),
         "g" => number.checked_mul(1 << 10),
         "t" => number.checked_mul(1 << 20),

@@ -19,9 +19,13 @@ pub fn print_json(value: &Value) -> io::Result<()> {
     print(format!("{value:#}\n"))
 }
 
-/// Writes `error: CODE: sentence` to standard error.
+/// Writes `error: CODE: sentence` to standard error, and below it the end of the console log where the error has it.
 pub fn print_error(error: &Error) {
     complain(&format!("error: {}: {}", error.code, error.message));
+    let console = error.fields.bytes("console").map(String::from_utf8_lossy).unwrap_or_default();
+    for line in console.lines() {
+        complain(&format!("  console: {}", line.trim_end()));
+    }
 }
 
 /// Writes a line to standard error; nothing is left to do when that fails.
