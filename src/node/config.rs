@@ -1,4 +1,4 @@
-//! The node's one configuration file. Every key has a default; the shipped example (rootfs/etc/warren.toml)
+//! The node's one configuration file. Every key has a default; the shipped example (rootfs/host/etc/warren/warren.toml)
 //! shows them all. A mistake is an error that names file, line and key: nothing is ignored or guessed.
 
 use std::fmt;
@@ -307,5 +307,120 @@ fn walk(table: &DeTable<'_>, prefix: &str, visit: &mut impl FnMut(&str, Span, Sp
         if let DeValue::Table(inner) = value.get_ref() {
             walk(inner, &path, visit);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXAMPLE: &str = include_str!("../../rootfs/host/etc/warren/warren.toml");
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("w.toml"))
+    }
+
+    fn fails(text: &str) -> String {
+        parse(text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_empty_file_and_the_shipped_example_are_the_defaults() {
+        assert_eq!(parse("").unwrap(), Config::default());
+        assert_eq!(parse(EXAMPLE).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn the_example_shows_every_key_with_a_comment() {
+        let mut keys = Vec::new();
+        walk(DeTable::parse(EXAMPLE).unwrap().get_ref(), "", &mut |path, _, _| keys.push(path.to_string()));
+        // Serde names the keys that it knows when it meets one that it does not.
+        let mut known = Vec::new();
+        for table in expected(&fails("unknown = 1")) {
+            for key in expected(&fails(&format!("[{table}]\nunknown = 1"))) {
+                known.push(format!("{table}.{key}"));
+            }
+            known.push(table);
+        }
+        keys.sort();
+        known.sort();
+        assert_eq!(keys, known);
+
+        let mut before = "";
+        for line in EXAMPLE.lines() {
+            if line.contains(" = ") && !line.starts_with('#') {
+                assert!(before.starts_with('#'), "no comment before {line}");
+            }
+            before = line;
+        }
+    }
+
+    /// The names in "expected one of `a`, `b`" or "expected `a`".
+    fn expected(message: &str) -> Vec<String> {
+        let names = message.split("expected").nth(1).unwrap_or_else(|| panic!("{message}"));
+        names.split('`').skip(1).step_by(2).map(str::to_string).collect()
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_file_and_line() {
+        let error = parse("[node]\nname = \"a\"\n\n[sandbox]\n# comment\ndefault_cpus = 1\n").unwrap_err();
+        assert_eq!((error.line, error.key.as_deref()), (Some(6), Some("sandbox.default_cpus")));
+        assert!(error.to_string().starts_with("w.toml:6: sandbox.default_cpus: unknown field"), "{error}");
+        let error = parse("\n[sandboxes]\nx = 1\n").unwrap_err();
+        assert_eq!((error.line, error.key.as_deref()), (Some(2), Some("sandboxes")));
+    }
+
+    #[test]
+    fn an_ill_typed_value_is_named_with_its_file_and_line() {
+        for (text, line, key) in [
+            ("[sandbox]\ndefault_vcpus = \"two\"\n", 2, "sandbox.default_vcpus"),
+            ("[sandbox]\nmax_sandboxes = -1\n", 2, "sandbox.max_sandboxes"),
+            ("\n\n[log]\nlevel = \"loud\"\n", 4, "log.level"),
+            ("sandbox.default_memory_mib = 1.5\n", 1, "sandbox.default_memory_mib"),
+            ("[node]\nname = [\n 1,\n]\n", 2, "node.name"),
+            ("control = { max_clients = true }\n", 1, "control.max_clients"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert_eq!((error.line, error.key.as_deref()), (Some(line), Some(key)), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_value_beyond_its_limits_names_key_line_value_and_limits() {
+        assert_eq!(
+            fails("[sandbox]\ndefault_vcpus = 17\n"),
+            "w.toml:2: sandbox.default_vcpus: 17 is out of range: 1 to 16"
+        );
+        assert_eq!(
+            fails("\nsandbox.default_memory_mib = 63"),
+            "w.toml:2: sandbox.default_memory_mib: 63 is out of range: 64 to 32768"
+        );
+        assert_eq!(fails("[paths]\ndata = \"data\""), "w.toml:2: paths.data: \"data\" is not an absolute path");
+        for name in ["", "Node", "-a", "a-", "a..b", "a_b", "a b", &"a".repeat(64), &["a"; 33].join(".")] {
+            let error = parse(&format!("[node]\nname = {name:?}")).unwrap_err();
+            assert_eq!((error.line, error.key.as_deref()), (Some(2), Some("node.name")), "{name}");
+        }
+        assert_eq!(parse("[node]\nname = \"n-1.rack2\"").unwrap().node.name, "n-1.rack2");
+    }
+
+    #[test]
+    fn broken_syntax_names_its_line() {
+        for (text, line) in [("[node\n", 1), ("[node]\nname = \"a\n", 2), ("a = 1\na = 2\n", 2), ("\u{0}", 1)] {
+            let error = parse(text).unwrap_err();
+            assert_eq!(error.line, Some(line), "{text:?}: {error}");
+            assert!(!error.to_string().contains('\n'));
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_named() {
+        let error = Config::load(Path::new("/does/not/exist.toml")).unwrap_err();
+        assert_eq!((error.line, error.key.as_ref()), (None, None));
+        assert!(error.to_string().starts_with("/does/not/exist.toml: No such file"), "{error}");
+        let path = std::env::temp_dir().join(format!("warren-config-{}", std::process::id()));
+        std::fs::write(&path, vec![b'#'; 2 * 1024 * 1024]).unwrap();
+        let error = Config::load(&path).unwrap_err();
+        std::fs::remove_file(&path).unwrap();
+        assert!(error.message.contains("over the limit of 1048576"), "{error}");
     }
 }
