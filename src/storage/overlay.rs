@@ -504,3 +504,6 @@ fn next_data(file: &File, from: u64) -> io::Result<u64> {
         Err(errno) => Err(errno.into()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,6 +10,8 @@
 
 pub mod block;
 pub mod device;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod driver;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
