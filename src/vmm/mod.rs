@@ -1,8 +1,14 @@
-//! To be written.
+//! The virtual machine monitor: `warren vmm`, one process for each microVM.
 
+mod bare;
+pub mod boot;
+mod config;
+pub mod kvm;
+mod last_words;
+mod link;
+mod machine;
 pub mod memory;
+mod platform;
+mod worker;
 
-/// Entry.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
-}
+pub use worker::main;

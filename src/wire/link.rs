@@ -41,6 +41,13 @@ impl<S: Read + Write> Link<S> {
         &self.stream
     }
 
+    /// Takes the link apart for a stream that goes on without messages: the stream, octets that were read and
+    /// belong to no message yet, octets that wait to be written.
+    pub fn into_parts(mut self) -> (S, Vec<u8>, Vec<u8>) {
+        let unsent = self.out.split_off(self.written);
+        (self.stream, self.decoder.into_rest(), unsent)
+    }
+
     /// Reads once, at most 64 KiB. Call `next` until `None` after each; repeat while this gives `More`
     /// (descriptors are registered edge-triggered).
     pub fn fill(&mut self) -> io::Result<Filled> {
