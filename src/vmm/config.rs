@@ -1,0 +1,137 @@
+//! The arguments of `vm.start`, checked.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use super::memory::PAGE;
+use crate::wire::{Args, Code, Error, Request};
+
+/// Most processors of a guest.
+pub const MAX_VCPUS: u64 = 16;
+/// Least memory of a guest, in MiB.
+pub const MIN_MEMORY_MIB: u64 = 64;
+/// Most memory of a guest, in MiB.
+pub const MAX_MEMORY_MIB: u64 = 32 * 1024;
+/// First guest address of vsock; lower ones have meanings of their own (virtio 1.2 §5.10.4).
+const MIN_CID: u64 = 3;
+
+/// What a microVM is started with.
+#[derive(Debug)]
+pub struct StartConfig {
+    /// Processors, 1 to `MAX_VCPUS`.
+    pub vcpus: u8,
+    /// Memory in octets, a multiple of a page.
+    pub memory_bytes: u64,
+    /// Kernel parameters after the worker's own.
+    pub command_line: String,
+    /// Guest's vsock address.
+    pub cid: u32,
+    /// /dev/kvm.
+    pub kvm: OwnedFd,
+    /// Guest kernel, an uncompressed ELF.
+    pub kernel: File,
+    /// Guest initramfs.
+    pub initramfs: File,
+    /// Where the serial port's output goes.
+    pub serial: File,
+    /// Read-only image under the root disk.
+    pub base: File,
+    /// What the guest writes to its root disk.
+    pub overlay: File,
+}
+
+impl StartConfig {
+    /// Checks a `vm.start` request; `descriptors` are those that came with it. What it does not name is closed.
+    pub fn parse(request: Request, descriptors: Vec<OwnedFd>) -> Result<Self, Error> {
+        let mut args = Args::of(request);
+        let mut descriptors: Vec<Option<OwnedFd>> = descriptors.into_iter().map(Some).collect();
+        let vcpus = args.number("vcpus", 1..=MAX_VCPUS)?.unwrap_or(1) as u8;
+        let memory_mib = needed("memory_mib", args.number("memory_mib", MIN_MEMORY_MIB..=MAX_MEMORY_MIB)?)?;
+        let memory_bytes = memory_mib << 20;
+        debug_assert_eq!(memory_bytes % PAGE, 0);
+        let command_line = args.text("cmdline")?.unwrap_or_default();
+        let cid = needed("cid", args.number("cid", MIN_CID..=u64::from(u32::MAX) - 1)?)? as u32;
+        let mut take = |key| take_descriptor(&mut args, &mut descriptors, key);
+        let config = Self {
+            vcpus,
+            memory_bytes,
+            command_line,
+            cid,
+            kvm: take("kvm")?,
+            kernel: take("kernel")?.into(),
+            initramfs: take("initramfs")?.into(),
+            serial: take("serial")?.into(),
+            base: take("base")?.into(),
+            overlay: take("overlay")?.into(),
+        };
+        args.finish()?;
+        Ok(config)
+    }
+}
+
+fn needed<T>(key: &str, value: Option<T>) -> Result<T, Error> {
+    value.ok_or_else(|| Error::new(Code::MissingArgument, format!("{key} is missing")).with("argument", key))
+}
+
+/// The descriptor that `key=fd:N` names. Each can be named once.
+fn take_descriptor(args: &mut Args, descriptors: &mut [Option<OwnedFd>], key: &'static str) -> Result<OwnedFd, Error> {
+    let value = needed(key, args.text(key)?)?;
+    let index = value.strip_prefix("fd:").and_then(|n| n.parse::<usize>().ok());
+    index.and_then(|n| descriptors.get_mut(n)).and_then(Option::take).ok_or_else(|| {
+        Error::new(Code::BadArgument, format!("{key}={value} names no descriptor that came with the request"))
+            .with("argument", key)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEYS: [&str; 6] = ["kvm", "kernel", "initramfs", "serial", "base", "overlay"];
+
+    fn request() -> Request {
+        let request = Request::new("1", "vm.start").set("memory_mib", 128).set("cid", 3);
+        (0..).zip(KEYS).fold(request, |r, (n, key)| r.set(key, format!("fd:{n}")))
+    }
+
+    fn descriptors(count: usize) -> Vec<OwnedFd> {
+        (0..count).map(|_| File::open("/dev/null").unwrap().into()).collect()
+    }
+
+    fn code(request: Request) -> String {
+        StartConfig::parse(request, descriptors(6)).expect_err("a bad request was taken").code
+    }
+
+    fn replace(key: &str, value: &str) -> Request {
+        let mut request = request();
+        request.args.retain(|a| !matches!(a, crate::wire::Arg::Named(k, _) if k == key));
+        request.set(key, value)
+    }
+
+    #[test]
+    fn a_full_request_is_taken() {
+        let config = StartConfig::parse(request().set("cmdline", "a b"), descriptors(6)).unwrap();
+        assert_eq!((config.vcpus, config.memory_bytes, config.cid), (1, 128 << 20, 3));
+        assert_eq!(config.command_line, "a b");
+    }
+
+    #[test]
+    fn numbers_outside_their_limits_are_refused() {
+        for (key, value) in
+            [("vcpus", "0"), ("vcpus", "17"), ("memory_mib", "1"), ("memory_mib", "1073741824"), ("cid", "2")]
+        {
+            assert_eq!(code(replace(key, value)), "OUT_OF_RANGE", "{key}={value}");
+        }
+        assert_eq!(code(replace("vcpus", "two")), "BAD_ARGUMENT");
+    }
+
+    #[test]
+    fn descriptors_must_be_there_and_are_used_once() {
+        for bad in ["fd:6", "fd:0", "fd:", "fd:-1", "/dev/kvm"] {
+            assert_eq!(code(replace("overlay", bad)), "BAD_ARGUMENT", "{bad}");
+        }
+        assert_eq!(StartConfig::parse(request(), descriptors(5)).unwrap_err().code, "BAD_ARGUMENT");
+        assert_eq!(code(Request::new("1", "vm.start").set("memory_mib", 64)), "MISSING_ARGUMENT");
+        assert_eq!(code(request().set("surprise", 1)), "UNKNOWN_ARGUMENT");
+    }
+}

@@ -1,0 +1,152 @@
+//! KVM as the worker uses it: one virtual machine with KVM's own interrupt controllers, its memory slots, the
+//! event descriptors of its devices, and its processors.
+//!
+//! No PIT is created: the guest is told of a hardware-reduced platform, takes its time from kvm-clock and the
+//! TSC, and never looks for one. That saves a kernel thread for each guest and the guest its calibration.
+
+mod cpuid;
+mod run;
+mod vcpu;
+
+pub use run::{Bus, ExitCounts, Processors};
+pub use vcpu::Vcpu;
+
+use std::fmt;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::boot::layout;
+use super::memory::GuestMemory;
+
+/// What KVM must be able to do, with the name of it for people.
+const NEEDED: [(Cap, &str); 6] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+];
+
+/// How often KVM_CREATE_VM is tried when a signal interrupts it.
+const CREATE_TRIES: usize = 5;
+
+/// What KVM refused, and why.
+#[derive(Debug)]
+pub enum KvmError {
+    /// An ioctl failed.
+    Refused {
+        /// Which one, and on what.
+        what: String,
+        /// The kernel's reason.
+        cause: errno::Error,
+    },
+    /// The host's KVM lacks something.
+    Lacks(String),
+    /// A thread of a processor cannot be started.
+    Thread(std::io::Error),
+}
+
+impl fmt::Display for KvmError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused { what, cause } => write!(f, "KVM refused {what}: {cause}"),
+            Self::Lacks(what) => write!(f, "the host's KVM lacks {what}"),
+            Self::Thread(cause) => write!(f, "a processor's thread cannot be started: {cause}"),
+        }
+    }
+}
+
+impl std::error::Error for KvmError {}
+
+/// For `map_err`: names what was refused.
+fn refused(what: impl Into<String>) -> impl FnOnce(errno::Error) -> KvmError {
+    let what = what.into();
+    move |cause| KvmError::Refused { what, cause }
+}
+
+/// A virtual machine without processors yet.
+#[derive(Debug)]
+pub struct Vm {
+    fd: VmFd,
+    /// Keeps the guest's memory mapped for as long as KVM may use it.
+    _memory: GuestMemory,
+    /// What KVM and this host's processor offer.
+    supported: CpuId,
+    has_tsc_deadline: bool,
+}
+
+impl Vm {
+    /// Makes a virtual machine with the given memory on an open /dev/kvm.
+    pub fn new(kvm: OwnedFd, memory: GuestMemory) -> Result<Self, KvmError> {
+        // SAFETY: the descriptor is open and owned by nobody else; whether it is /dev/kvm, the next call finds out.
+        let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
+        if kvm.get_api_version() != KVM_API_VERSION as i32 {
+            return Err(KvmError::Lacks(format!("API version {KVM_API_VERSION}, or it is no KVM")));
+        }
+        if let Some((_, name)) = NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+            return Err(KvmError::Lacks((*name).to_string()));
+        }
+        let has_tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("the supported CPUID"))?;
+
+        let fd = create(&kvm)?;
+        // Both are outside of RAM; Intel processors without unrestricted guest mode use them (api.rst 4.35, 4.33).
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(refused("the identity map's address"))?;
+        fd.set_tss_address(layout::KVM_TSS as usize).map_err(refused("the TSS address"))?;
+        for (slot, region) in memory.regions().iter().enumerate() {
+            let slot = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: region.guest_addr,
+                memory_size: region.size,
+                userspace_addr: region.host_addr,
+            };
+            // SAFETY: the region is a live mapping of that size, and `_memory` keeps it for as long as the VM.
+            unsafe { fd.set_user_memory_region(slot) }.map_err(refused(format!("memory slot {}", slot.slot)))?;
+        }
+        fd.create_irq_chip().map_err(refused("an interrupt controller"))?;
+        // No performance counters: they tell a guest about its neighbours. Older kernels cannot turn them off here;
+        // CPUID hides them in any case.
+        let mut no_pmu = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
+        no_pmu.args[0] = u64::from(KVM_PMU_CAP_DISABLE);
+        let _ = fd.enable_cap(&no_pmu);
+        Ok(Self { fd, _memory: memory, supported, has_tsc_deadline })
+    }
+
+    /// Lets writes to `event` raise a global system interrupt.
+    pub fn wire_interrupt(&self, event: &EventFd, gsi: u32) -> Result<(), KvmError> {
+        self.fd.register_irqfd(event, gsi).map_err(refused(format!("an irqfd for interrupt {gsi}")))
+    }
+
+    /// Lets the guest's 32-bit write of `queue` to `addr` signal `event` without leaving KVM.
+    pub fn wire_doorbell(&self, event: &EventFd, addr: u64, queue: u32) -> Result<(), KvmError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(addr), queue)
+            .map_err(refused(format!("an ioeventfd at {addr:#x} for queue {queue}")))
+    }
+
+    /// Makes all processors; the first one starts at `entry` with PVH's registers, the others wait for it.
+    /// To be called once, after the interrupt controller is there (KVM asks for that order).
+    pub fn create_vcpus(&self, count: u8, entry: u64) -> Result<Vec<Vcpu>, KvmError> {
+        (0..count).map(|id| Vcpu::new(self, id, count, entry)).collect()
+    }
+}
+
+fn create(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    let mut tries = 1;
+    loop {
+        match kvm.create_vm() {
+            Ok(fd) => return Ok(fd),
+            Err(e) if e.errno() == libc::EINTR && tries < CREATE_TRIES => tries += 1,
+            Err(cause) => return Err(KvmError::Refused { what: "a virtual machine".to_string(), cause }),
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! One processor: its CPUID, boot MSRs and the registers of the PVH entry.
+
+use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_ioctls::VcpuFd;
+
+use super::cpuid::{self, Processor};
+use super::{KvmError, Vm, refused};
+use crate::vmm::boot::layout::START_INFO;
+
+const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
+const MISC_ENABLE_FAST_STRING: u64 = 1;
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+/// Memory ranges on, everything write-back: without it a guest may take its RAM for uncacheable.
+const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
+
+const CR0_PROTECTED_MODE: u64 = 1;
+const CR0_EXTENSION_TYPE: u64 = 1 << 4;
+/// RFLAGS with nothing set but the bit that always is.
+const RFLAGS_RESERVED: u64 = 1 << 1;
+
+/// A processor that has not run yet.
+#[derive(Debug)]
+pub struct Vcpu {
+    pub(super) fd: VcpuFd,
+    pub(super) id: u8,
+}
+
+impl Vcpu {
+    pub(super) fn new(vm: &Vm, id: u8, count: u8, entry: u64) -> Result<Self, KvmError> {
+        let fd = vm.fd.create_vcpu(u64::from(id)).map_err(refused(format!("processor {id}")))?;
+        // Unknown on hosts with an unstable TSC: then the guest is not told a frequency.
+        let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+        let processor = Processor { id, count, has_tsc_deadline: vm.has_tsc_deadline, tsc_khz };
+        let entries = cpuid::filter(vm.supported.as_slice(), &processor);
+        let entries = CpuId::from_entries(&entries)
+            .map_err(|_| KvmError::Lacks(format!("room for {} CPUID entries", entries.len())))?;
+        fd.set_cpuid2(&entries).map_err(refused(format!("the CPUID of processor {id}")))?;
+
+        // KVM resets FPU, local APIC (LINT0 = ExtINT on processor 0) and the other MSRs to what is wanted here.
+        let msrs = [
+            kvm_msr_entry { index: MSR_IA32_MISC_ENABLE, data: MISC_ENABLE_FAST_STRING, ..Default::default() },
+            kvm_msr_entry { index: MSR_MTRR_DEF_TYPE, data: MTRR_ENABLED_WRITE_BACK, ..Default::default() },
+        ];
+        let msrs = Msrs::from_entries(&msrs).map_err(|_| KvmError::Lacks("room for two MSRs".to_string()))?;
+        let set = fd.set_msrs(&msrs).map_err(refused(format!("the MSRs of processor {id}")))?;
+        if set != msrs.as_slice().len() {
+            return Err(KvmError::Lacks(format!("MSR {:#x}", msrs.as_slice()[set].index)));
+        }
+        if id == 0 {
+            set_entry(&fd, entry)?;
+        }
+        Ok(Self { fd, id })
+    }
+}
+
+/// A flat 32-bit segment of 4 GiB.
+fn flat(kind: u8, selector: u16) -> kvm_segment {
+    kvm_segment { base: 0, limit: u32::MAX, selector, type_: kind, present: 1, db: 1, s: 1, g: 1, ..Default::default() }
+}
+
+/// 32-bit protected mode without paging, EBX at the start_info (Xen misc/pvh.pandoc, "x86 HVM direct boot ABI").
+fn set_entry(fd: &VcpuFd, entry: u64) -> Result<(), KvmError> {
+    let mut special = fd.get_sregs().map_err(refused("a read of the system registers"))?;
+    // Selectors as they would be with a table of null, code, data, task; the table itself is the kernel's affair.
+    special.cs = flat(0b1011, 0x8);
+    let data = flat(0b0011, 0x10);
+    (special.ds, special.es, special.fs, special.gs, special.ss) = (data, data, data, data, data);
+    special.tr = kvm_segment { limit: 0x67, selector: 0x18, type_: 0b1011, present: 1, s: 0, ..Default::default() };
+    special.cr0 = CR0_PROTECTED_MODE | CR0_EXTENSION_TYPE;
+    special.cr4 = 0;
+    special.efer = 0;
+    fd.set_sregs(&special).map_err(refused("the system registers"))?;
+    let registers = kvm_regs { rip: entry, rbx: START_INFO, rflags: RFLAGS_RESERVED, ..Default::default() };
+    fd.set_regs(&registers).map_err(refused("the registers"))
+}

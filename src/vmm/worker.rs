@@ -1,0 +1,355 @@
+//! The worker process: one mio loop that serves the supervisor's connections and the guest's devices.
+//!
+//! It opens no path. The supervisor gives it a listening socket (descriptor 3), a file for its last words
+//! (descriptor 4), and with `vm.start` everything that the microVM needs.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use mio::event::Event;
+use mio::net::UnixListener;
+use mio::{Events, Interest, Poll, Token, Waker};
+
+use super::config::StartConfig;
+use super::last_words::{End, LastWords, Reason};
+use super::link::{Connection, RawStream};
+use super::machine::Machine;
+use crate::wire::{Args, Code, Decoded, Error, Fields, Filled, Message, PROTOCOL_VERSION, Request};
+
+/// The descriptor that the worker listens on.
+const LISTENER_FD: RawFd = 3;
+/// Events taken from the kernel at once.
+const EVENTS: usize = 64;
+/// A connection that leaves this many octets of replies unread is closed.
+const QUEUE_MAX: usize = 256 * 1024;
+
+const LISTENER: Token = Token(0);
+const ENDED: Token = Token(1);
+/// The devices' tokens, and the first of the connections'.
+const FIRST_DEVICE: usize = 16;
+const FIRST_CONNECTION: usize = 1 << 16;
+
+/// Runs the worker to its end.
+pub fn main() -> ExitCode {
+    let last_words = LastWords::take_over();
+    let end = match Worker::new().and_then(|worker| worker.run(&last_words)) {
+        Ok(end) => end,
+        Err(e) => {
+            let end = End::new(Reason::Internal, format!("the worker's loop failed: {e}"));
+            last_words.write(&end);
+            end
+        }
+    };
+    eprintln!("warren vmm: {end}");
+    if end.reason.is_orderly() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// A request of a connection that is answered later.
+#[derive(Debug)]
+struct Pending {
+    connection: Token,
+    tag: String,
+}
+
+struct Worker {
+    poll: Poll,
+    listener: UnixListener,
+    connections: BTreeMap<Token, Connection>,
+    next_connection: usize,
+    /// The microVM, once `vm.start` made it.
+    machine: Option<Machine>,
+    /// How the microVM ended; the loop ends with it.
+    end: Option<End>,
+    /// Filled by processors' threads; the first end counts.
+    guest_end: Arc<Mutex<Option<End>>>,
+    waker: Arc<Waker>,
+    /// `vm.watch` requests.
+    watchers: Vec<Pending>,
+    /// `vm.stop` requests.
+    stoppers: Vec<Pending>,
+}
+
+/// What a request leads to.
+enum Outcome {
+    /// Its final reply.
+    Done(Fields),
+    /// It is answered later, or was answered already.
+    Later,
+}
+
+impl Worker {
+    fn new() -> io::Result<Self> {
+        // SAFETY: the supervisor gives the worker this descriptor and nothing else in the process owns it; if it is no
+        // listening socket, the first accept fails.
+        let listener = unsafe { StdListener::from_raw_fd(LISTENER_FD) };
+        listener.set_nonblocking(true)?;
+        // SAFETY: sets a flag of a descriptor that is open: the call above succeeded.
+        unsafe { libc::fcntl(LISTENER_FD, libc::F_SETFD, libc::FD_CLOEXEC) };
+        let mut listener = UnixListener::from_std(listener);
+        let poll = Poll::new()?;
+        poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
+        let waker = Arc::new(Waker::new(poll.registry(), ENDED)?);
+        Ok(Self {
+            poll,
+            listener,
+            connections: BTreeMap::new(),
+            next_connection: FIRST_CONNECTION,
+            machine: None,
+            end: None,
+            guest_end: Arc::default(),
+            waker,
+            watchers: Vec::new(),
+            stoppers: Vec::new(),
+        })
+    }
+
+    fn run(mut self, last_words: &LastWords) -> io::Result<End> {
+        let mut events = Events::with_capacity(EVENTS);
+        loop {
+            match self.poll.poll(&mut events, None) {
+                Ok(()) => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(e),
+            }
+            for event in &events {
+                match event.token() {
+                    LISTENER => self.accept()?,
+                    ENDED => {
+                        let guest_end = self.guest_end.lock().unwrap_or_else(PoisonError::into_inner).take();
+                        self.end = self.end.take().or(guest_end);
+                    }
+                    token if token.0 < FIRST_CONNECTION => {
+                        if let Some(machine) = &self.machine {
+                            machine.devices().handle(token);
+                        }
+                    }
+                    token => self.serve(token, event),
+                }
+            }
+            if let Some(end) = self.end.take() {
+                return Ok(self.finish(end, last_words));
+            }
+        }
+    }
+
+    /// Takes every connection that waits.
+    fn accept(&mut self) -> io::Result<()> {
+        loop {
+            let mut stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::ECONNABORTED)) => continue,
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {
+                    // Who waits is served with the next connection that arrives.
+                    eprintln!("warren vmm: a connection cannot be taken: {e}");
+                    return Ok(());
+                }
+                Err(e) => return Err(e),
+            };
+            let token = Token(self.next_connection);
+            self.next_connection += 1;
+            self.poll.registry().register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
+            self.connections.insert(token, Connection::new(stream));
+        }
+    }
+
+    fn serve(&mut self, token: Token, event: &Event) {
+        if event.is_writable() && self.connections.get_mut(&token).is_some_and(|c| c.flush().is_err()) {
+            self.close(token);
+        }
+        if event.is_readable() {
+            self.read(token);
+        }
+    }
+
+    /// Reads a connection until it has no more (events are edge-triggered) or is handed over.
+    fn read(&mut self, token: Token) {
+        loop {
+            let Some(connection) = self.connections.get_mut(&token) else { return };
+            let filled = match connection.fill() {
+                Ok(filled) => filled,
+                Err(e) => {
+                    eprintln!("warren vmm: a connection failed: {e}");
+                    return self.close(token);
+                }
+            };
+            while let Some(decoded) = self.connections.get_mut(&token).and_then(Connection::next) {
+                self.receive(token, decoded);
+            }
+            match filled {
+                Filled::More => {}
+                Filled::Drained => return,
+                Filled::Closed => return self.close(token),
+            }
+        }
+    }
+
+    fn receive(&mut self, token: Token, decoded: Decoded) {
+        match decoded {
+            Decoded::Message(Message::Request(request)) => {
+                let tag = request.tag.clone();
+                match self.request(token, request) {
+                    Ok(Outcome::Done(fields)) => self.send(token, &Message::ok(&tag, fields)),
+                    Ok(Outcome::Later) => {}
+                    Err(error) => self.send(token, &Message::err(&tag, error)),
+                }
+            }
+            Decoded::Message(Message::Cancel { tag }) => self.cancel(token, &tag),
+            Decoded::Message(other) => {
+                let error = Error::new(Code::BadLine, "the worker takes requests only");
+                self.send(token, &Message::err(other.tag(), error));
+            }
+            Decoded::Bad { tag, error } => self.send(token, &Message::err(&tag, error)),
+        }
+    }
+
+    fn request(&mut self, token: Token, request: Request) -> Result<Outcome, Error> {
+        let tag = request.tag.clone();
+        match request.verb.as_str() {
+            "hello" => {
+                Args::of(request).finish()?;
+                Ok(Outcome::Done(Fields::new().with("protocol", PROTOCOL_VERSION).with("role", "worker")))
+            }
+            "vm.start" => self.start(token, request),
+            "vm.watch" => {
+                Args::of(request).finish()?;
+                if self.machine.is_some() {
+                    self.send(token, &Message::item(&tag, Fields::new().with("event", "running")));
+                }
+                self.watchers.push(Pending { connection: token, tag });
+                Ok(Outcome::Later)
+            }
+            "vm.stats" => {
+                Args::of(request).finish()?;
+                let machine = self.machine.as_ref().ok_or_else(not_running)?;
+                Ok(Outcome::Done(machine.stats()))
+            }
+            "vsock.connect" | "vsock.accept" => {
+                self.become_stream(token, request)?;
+                Ok(Outcome::Later)
+            }
+            "vm.stop" => {
+                Args::of(request).finish()?;
+                self.stoppers.push(Pending { connection: token, tag });
+                self.end.get_or_insert_with(|| End::new(Reason::Stopped, "the supervisor stopped it"));
+                Ok(Outcome::Later)
+            }
+            verb => Err(Error::new(Code::UnknownVerb, format!("{verb} is no verb of a worker")).with("verb", verb)),
+        }
+    }
+
+    /// Hands a connection over to the vsock device: what follows on it is a guest's stream.
+    fn become_stream(&mut self, token: Token, request: Request) -> Result<(), Error> {
+        let (tag, connects) = (request.tag.clone(), request.verb == "vsock.connect");
+        let mut args = Args::of(request);
+        let port = args
+            .number("port", 0..=u64::from(u32::MAX) - 1)?
+            .ok_or_else(|| Error::new(Code::MissingArgument, "port is missing").with("argument", "port"))?
+            as u32;
+        args.finish()?;
+        let machine = self.machine.as_ref().ok_or_else(not_running)?;
+        let Some(mut connection) = self.connections.remove(&token) else { return Ok(()) };
+        // Its other requests end with it.
+        self.watchers.retain(|w| w.connection != token);
+        self.stoppers.retain(|w| w.connection != token);
+        self.poll
+            .registry()
+            .deregister(connection.stream())
+            .map_err(|e| Error::new(Code::Internal, format!("the connection cannot be taken out of the loop: {e}")))?;
+        let RawStream { stream, read_ahead } = connection.into_raw();
+        let stream = StdStream::from(OwnedFd::from(stream));
+        if connects {
+            machine.devices().vsock_connect(port, stream, &tag, read_ahead);
+        } else {
+            machine.devices().vsock_accept(port, stream, &tag, read_ahead);
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, token: Token, request: Request) -> Result<Outcome, Error> {
+        let descriptors = self.connections.get_mut(&token).map(Connection::take_descriptors).unwrap_or_default();
+        if self.machine.is_some() || self.end.is_some() {
+            return Err(Error::new(Code::BadState, "this worker was started already"));
+        }
+        let config = StartConfig::parse(request, descriptors)?;
+        let (guest_end, waker) = (self.guest_end.clone(), self.waker.clone());
+        let ended = move |end| {
+            guest_end.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(end);
+            if waker.wake().is_err() {
+                // Without the loop nobody would ever notice; the record is left by the panic hook.
+                panic!("the worker's loop cannot be woken");
+            }
+        };
+        match Machine::start(config, self.poll.registry(), FIRST_DEVICE, ended) {
+            Ok(machine) => {
+                self.machine = Some(machine);
+                let running = Fields::new().with("event", "running");
+                for watcher in &self.watchers {
+                    if let Some(connection) = self.connections.get_mut(&watcher.connection) {
+                        // A connection that fails is closed when its own event says so.
+                        let _ = connection.send(&Message::item(&watcher.tag, running.clone()));
+                    }
+                }
+                Ok(Outcome::Done(Fields::new()))
+            }
+            Err(e) => {
+                self.end = Some(End::new(Reason::StartFailed, e.to_string()));
+                Err(e.to_wire())
+            }
+        }
+    }
+
+    fn cancel(&mut self, token: Token, tag: &str) {
+        let before = self.watchers.len();
+        self.watchers.retain(|w| w.connection != token || w.tag != tag);
+        if self.watchers.len() < before {
+            let error = Error::new(Code::Cancelled, "the request was cancelled");
+            self.send(token, &Message::err(tag, error));
+        }
+    }
+
+    fn send(&mut self, token: Token, message: &Message) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        if connection.send(message).is_err() || connection.queued() > QUEUE_MAX {
+            self.close(token);
+        }
+    }
+
+    fn close(&mut self, token: Token) {
+        // Dropping the stream takes it out of the poll as well.
+        self.connections.remove(&token);
+        self.watchers.retain(|w| w.connection != token);
+        self.stoppers.retain(|w| w.connection != token);
+    }
+
+    /// Takes the microVM apart, leaves the last words, then tells everybody who asked.
+    fn finish(mut self, mut end: End, last_words: &LastWords) -> End {
+        if let Some(machine) = self.machine.take()
+            && let Err(e) = machine.end()
+        {
+            // What the guest believes to be on its disk is not.
+            if end.reason.is_orderly() {
+                end = End::new(Reason::DeviceError, format!("after {end}: {e}"));
+            }
+        }
+        last_words.write(&end);
+        let item = end.fields();
+        let exited = Fields([vec![("event".to_string(), b"exited".to_vec())], item.0].concat());
+        for watcher in std::mem::take(&mut self.watchers) {
+            self.send(watcher.connection, &Message::item(&watcher.tag, exited.clone()));
+            self.send(watcher.connection, &Message::ok(&watcher.tag, Fields::new()));
+        }
+        for stopper in std::mem::take(&mut self.stoppers) {
+            self.send(stopper.connection, &Message::ok(&stopper.tag, Fields::new()));
+        }
+        end
+    }
+}
+
+fn not_running() -> Error {
+    Error::new(Code::BadState, "the microVM does not run yet")
+}
