@@ -1,4 +1,4 @@
-//! The node's one configuration file. Every key has a default; the shipped example (rootfs/etc/warren.toml)
+//! The node's one configuration file. Every key has a default; the shipped example (rootfs/host/etc/warren/warren.toml)
 //! shows them all. A mistake is an error that names file, line and key: nothing is ignored or guessed.
 
 use std::fmt;
@@ -314,7 +314,7 @@ fn walk(table: &DeTable<'_>, prefix: &str, visit: &mut impl FnMut(&str, Span, Sp
 mod tests {
     use super::*;
 
-    const EXAMPLE: &str = include_str!("../../rootfs/etc/warren.toml");
+    const EXAMPLE: &str = include_str!("../../rootfs/host/etc/warren/warren.toml");
 
     fn parse(text: &str) -> Result<Config, ConfigError> {
         Config::parse(text, Path::new("w.toml"))

@@ -76,7 +76,9 @@ impl From<rusqlite::Error> for StateError {
         match &error {
             rusqlite::Error::SqliteFailure(failure, _) => match failure.code {
                 ErrorCode::DiskFull => Self::DiskFull(why),
-                ErrorCode::SystemIoFailure | ErrorCode::CannotOpen | ErrorCode::ReadOnly => Self::Io(why),
+                ErrorCode::SystemIoFailure | ErrorCode::CannotOpen | ErrorCode::ReadOnly => {
+                    Self::Io(format!("{why} (SQLite code {})", failure.extended_code))
+                }
                 ErrorCode::ConstraintViolation => Self::Conflict(why),
                 ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase => Self::Corrupt(why),
                 ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => Self::Busy(why),
@@ -345,3 +347,7 @@ fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;
