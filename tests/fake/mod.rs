@@ -123,7 +123,9 @@ impl Connection {
     fn serve(&mut self) {
         let mut decoder = Decoder::new();
         let mut chunk = vec![0u8; 65536];
-        while let Ok(n) = self.stream.read(&mut chunk) {
+        loop {
+            // A client that went away before it read everything is a reset, not an end.
+            let n = self.stream.read(&mut chunk).unwrap_or(0);
             if n == 0 {
                 self.store.lock().unwrap().seen.push("gone".to_string());
                 return;
