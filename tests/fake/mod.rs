@@ -156,9 +156,8 @@ impl Connection {
                 }
             }
             Message::Cancel { .. } => {
-                if self.running.remove(&tag).is_some() {
-                    self.say(Message::err(&tag, Error::new(Code::Cancelled, "cancelled")));
-                }
+                let Some(_) = self.running.remove(&tag) else { return };
+                self.say(Message::err(&tag, Error::new(Code::Cancelled, "cancelled")));
             }
             Message::Data { payload, .. } => {
                 let Some(Running::Cat { content, into, taken }) = self.running.get_mut(&tag) else { return };
