@@ -165,7 +165,7 @@ impl Supervisor {
             init.register(registry, Token(3)).map_err(failed("link to init"))?;
             sources.insert(Token(3), Source::Init);
         }
-        let catalogue = Catalogue::load(&config.paths.share.join("templates"), &config.paths.data.join("templates"));
+        let catalogue = Catalogue::load(&config.paths.share, &config.paths.data);
         let mut supervisor = Self {
             poll,
             sources,
