@@ -163,10 +163,10 @@ impl Copier {
             Err(error) => Err(error),
         };
         let found = ask(path)?;
-        if found.as_ref().is_some_and(|f| f.get("kind") == Some("link")) {
-            if let Ok(Some(directory)) = ask(&join(path, b".")) {
-                return Ok(Some(directory));
-            }
+        if found.as_ref().is_some_and(|f| f.get("kind") == Some("link"))
+            && let Ok(Some(directory)) = ask(&join(path, b"."))
+        {
+            return Ok(Some(directory));
         }
         Ok(found)
     }

@@ -168,11 +168,11 @@ impl<'a> Session<'a> {
                 if done.is_some() || Instant::now() >= until {
                     return Ok(code);
                 }
-            } else if outputs.iter().all(|o| o.waiting.is_empty()) {
-                if let Some(result) = done {
-                    drop(self.raw.take());
-                    return exit_of(result);
-                }
+            } else if outputs.iter().all(|o| o.waiting.is_empty())
+                && let Some(result) = done
+            {
+                drop(self.raw.take());
+                return exit_of(result);
             }
 
             let sent = self.client.write(&self.call, "stdin", &held);

@@ -19,9 +19,13 @@ pub fn print_json(value: &Value) -> io::Result<()> {
     print(format!("{value:#}\n"))
 }
 
-/// Writes `error: CODE: sentence` to standard error.
+/// Writes `error: CODE: sentence` to standard error, and below it the end of the console log where the error has it.
 pub fn print_error(error: &Error) {
     complain(&format!("error: {}: {}", error.code, error.message));
+    let console = error.fields.bytes("console").map(String::from_utf8_lossy).unwrap_or_default();
+    for line in console.lines() {
+        complain(&format!("  console: {}", line.trim_end()));
+    }
 }
 
 /// Writes a line to standard error; nothing is left to do when that fails.
@@ -163,20 +167,19 @@ const NUMBERS: [&str; 21] = [
     "rows",
     "length",
 ];
-const NUMBER_SUFFIXES: [&str; 12] =
-    ["_ms", "_ns", "_us", "_s", "_mib", "_kib", "_bytes", "_offset", "_count", "_pages", "_total", "_seconds"];
-const FLAGS: [&str; 6] = ["timeout", "tty", "stdin", "force", "default", "kvm"];
-const LISTS: [&str; 2] = ["env", "argv"];
+const NUMBER_SUFFIXES: &[&str] = &["_ms", "_ns", "_mib", "_kib", "_bytes", "_offset", "_running", "_vcpus"];
+const FLAGS: &[&str] = &["timeout", "tty", "stdin", "verified"];
+const LISTS: &[&str] = &["env", "argv"];
 
-/// A reply's fields as a JSON object: numbers and truth values by key, `label.KEY` under `labels`, and a list for a
+/// A reply's fields as a JSON object: numbers and truth values by key, `label=KEY=VALUE` under `labels`, and a list for a
 /// key that is given more than once.
 pub fn json_object(fields: &Fields) -> Value {
     let mut object = Map::new();
     let mut labels = Map::new();
     for (key, raw) in &fields.0 {
         let text = String::from_utf8_lossy(raw).into_owned();
-        if let Some(label) = key.strip_prefix("label.") {
-            labels.insert(label.to_string(), Value::String(text));
+        if let ("label", Some((label, value))) = (key.as_str(), text.split_once('=')) {
+            labels.insert(label.to_string(), Value::from(value));
             continue;
         }
         let value = json_value(key, text);
@@ -246,7 +249,7 @@ mod tests {
             .with("created_ms", 1_700_000_000_000_u64)
             .with("timeout", true)
             .with("mode", "0644")
-            .with("label.team", "7")
+            .with("label", "team=7")
             .with("env", "A=1");
         assert_eq!(
             json_object(&fields).to_string(),

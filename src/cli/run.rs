@@ -116,10 +116,10 @@ fn mode_of(how: &HowArgs) -> Result<Mode, Failure> {
 }
 
 fn with_how(mut request: Request, how: &HowArgs, env: &[String], mode: Mode) -> Request {
-    if mode.tty {
-        if let Some(term) = std::env::var_os("TERM").filter(|term| !term.is_empty()) {
-            request = request.set_bytes("env", &[b"TERM=", term.as_bytes()].concat());
-        }
+    if mode.tty
+        && let Some(term) = std::env::var_os("TERM").filter(|term| !term.is_empty())
+    {
+        request = request.set_bytes("env", &[b"TERM=", term.as_bytes()].concat());
     }
     for entry in resolve_env(env) {
         request = request.set_bytes("env", &entry);
@@ -151,8 +151,8 @@ fn make(client: &mut Client, shape: &Shape, template: Option<&str>) -> Result<Fi
     for entry in resolve_env(&shape.env) {
         request = request.set_bytes("env", &entry);
     }
-    for (key, value) in &shape.label {
-        request = request.set(&format!("label.{key}"), value);
+    for label in &shape.label {
+        request = request.set("label", label);
     }
     if status.is_enabled() {
         request = request.set("progress", true);

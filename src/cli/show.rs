@@ -46,9 +46,9 @@ pub fn ps(client: &mut Client, args: &PsArgs, json: bool) -> Result<u8, Failure>
 }
 
 fn sandbox_row(row: &Fields) -> Vec<String> {
-    let state = match row.get("reason").filter(|reason| !reason.is_empty()) {
-        Some(reason) => format!("{} ({reason})", text(row, "state")),
-        None => text(row, "state"),
+    let state = match (row.get("state"), row.get("reason")) {
+        (Some("error"), Some(reason)) => format!("error ({reason})"),
+        _ => text(row, "state"),
     };
     let created = row.number("created_ms").map(ago).unwrap_or_default();
     let memory = size(row, "memory_mib", MIB);

@@ -54,10 +54,11 @@ impl Drop for RawTerminal {
 
 fn restore() {
     // `try_lock`: a panic while the lock is held must not wait for itself.
-    if let Ok(cooked) = COOKED.try_lock() {
-        if let Some(cooked) = cooked.as_ref() {
-            let _ = termios::tcsetattr(io::stdin(), SetArg::TCSADRAIN, cooked);
-        }
+    if let Ok(cooked) = COOKED.try_lock()
+        && let Some(cooked) = cooked.as_ref()
+    {
+        // At once, and not when output has drained: a stopped terminal would keep us.
+        let _ = termios::tcsetattr(io::stdin(), SetArg::TCSANOW, cooked);
     }
 }
 

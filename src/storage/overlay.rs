@@ -208,9 +208,8 @@ impl Geometry {
         geometry.check()?;
         exact("bitmap offset", u64_at(32), BITMAP_OFFSET)?;
         exact("data offset", u64_at(40), geometry.data_offset())?;
-        match header[HEADER..].iter().find(|&&octet| octet != 0) {
-            Some(&octet) => exact("reserved octet", u64::from(octet), 0)?,
-            None => {}
+        if let Some(&octet) = header[HEADER..].iter().find(|&&octet| octet != 0) {
+            exact("reserved octet", u64::from(octet), 0)?;
         }
         Ok(geometry)
     }

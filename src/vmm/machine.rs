@@ -1,13 +1,17 @@
 //! One microVM from its parts: memory, devices, KVM, boot. What `vm.start` makes and the end takes apart.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::bare::Bare;
-use super::boot::{self, BootError, BootSource};
+use super::boot::acpi::MmioDevice;
+use super::boot::{self, BootError, BootSource, layout};
+use mio::Registry;
+
 use super::config::StartConfig;
-use super::kvm::{ExitCounts, KvmError, Processors, Vm};
+use super::devices::{DeviceConfig, DeviceError, DeviceSet, QUEUE_NOTIFY};
+use super::kvm::{Bus, ExitCounts, KvmError, Processors, Vm};
 use super::last_words::End;
 use super::memory::{GuestMemory, MemoryError};
 use crate::wire::{Code, Error, Fields};
@@ -17,6 +21,10 @@ use crate::wire::{Code, Error, Fields};
 pub enum StartError {
     /// No memory.
     Memory(MemoryError),
+    /// Disk or another device.
+    Devices(DeviceError),
+    /// The loop cannot watch the devices.
+    Watch(io::Error),
     /// Kernel, initramfs or command line.
     Boot(BootError),
     /// KVM.
@@ -27,6 +35,8 @@ impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Memory(e) => e.fmt(f),
+            Self::Devices(e) => e.fmt(f),
+            Self::Watch(e) => write!(f, "the devices cannot be watched: {e}"),
             Self::Boot(e) => e.fmt(f),
             Self::Kvm(e) => e.fmt(f),
         }
@@ -38,6 +48,12 @@ impl std::error::Error for StartError {}
 impl From<MemoryError> for StartError {
     fn from(e: MemoryError) -> Self {
         Self::Memory(e)
+    }
+}
+
+impl From<DeviceError> for StartError {
+    fn from(e: DeviceError) -> Self {
+        Self::Devices(e)
     }
 }
 
@@ -58,59 +74,109 @@ impl StartError {
     pub fn to_wire(&self) -> Error {
         let code = match self {
             Self::Memory(_) => Code::NoCapacity,
+            Self::Devices(DeviceError::Overlay(e)) if e.is_corrupt() => Code::Corrupt,
             Self::Boot(e) => e.code(),
-            Self::Kvm(_) => Code::VmFailed,
+            Self::Devices(_) | Self::Watch(_) | Self::Kvm(_) => Code::VmFailed,
         };
         Error::new(code, self.to_string())
     }
 }
 
+impl Bus for DeviceSet {
+    fn mmio_read(&self, addr: u64, octets: &mut [u8]) {
+        DeviceSet::mmio_read(self, addr, octets);
+    }
+
+    fn mmio_write(&self, addr: u64, octets: &[u8]) {
+        DeviceSet::mmio_write(self, addr, octets);
+    }
+
+    fn pio_read(&self, port: u16, octets: &mut [u8]) {
+        DeviceSet::pio_read(self, port, octets);
+    }
+
+    fn pio_write(&self, port: u16, octets: &[u8]) {
+        DeviceSet::pio_write(self, port, octets);
+    }
+}
+
 /// A running microVM.
-#[derive(Debug)]
 pub struct Machine {
     processors: Processors,
     exits: Arc<ExitCounts>,
+    devices: Arc<DeviceSet>,
     /// Closed last: its memory slots and event descriptors are in use by the above.
     _vm: Vm,
 }
 
 impl Machine {
-    /// Makes the microVM and lets it run. `ended` is called on another thread when the guest meets its end.
-    pub fn start<F>(config: StartConfig, ended: F) -> Result<Self, StartError>
+    /// Makes the microVM and lets it run. The devices are watched by `registry` under tokens from `first_token` on.
+    /// `ended` is called on another thread when the guest meets its end.
+    pub fn start<F>(config: StartConfig, registry: &Registry, first_token: usize, ended: F) -> Result<Self, StartError>
     where
         F: Fn(End) + Send + Sync + 'static,
     {
         let memory = GuestMemory::new(config.memory_bytes)?;
-        let bus = Arc::new(Bare(config.serial));
+        let StartConfig { base, overlay, serial, cid, .. } = config;
+        let devices = Arc::new(DeviceSet::new(&memory, DeviceConfig { base, overlay, serial, cid })?);
+        let windows = devices.windows();
+        let places: Vec<MmioDevice> = windows.iter().map(|w| MmioDevice { addr: w.base, gsi: w.gsi }).collect();
+
         let source = BootSource {
             kernel: &config.kernel,
             initramfs: &config.initramfs,
             command_line: &config.command_line,
             vcpus: config.vcpus,
-            devices: &[],
+            devices: &places,
         };
         let entry = boot::load(&memory, &source)?;
+
         let vm = Vm::new(config.kvm, memory)?;
+        vm.wire_interrupt(devices.serial_interrupt(), layout::COM1_GSI)?;
+        for window in &windows {
+            vm.wire_interrupt(window.interrupt, window.gsi)?;
+            for (queue, event) in (0..).zip(window.queue_events) {
+                vm.wire_doorbell(event, window.base + QUEUE_NOTIFY, queue)?;
+            }
+        }
+        drop(windows);
+        devices.register(registry, first_token).map_err(StartError::Watch)?;
         let vcpus = vm.create_vcpus(config.vcpus, entry)?;
         let exits = Arc::new(ExitCounts::default());
-        let processors = Processors::start(vcpus, bus, exits.clone(), ended)?;
-        Ok(Self { processors, exits, _vm: vm })
+        let processors = Processors::start(vcpus, devices.clone(), exits.clone(), ended)?;
+        Ok(Self { processors, exits, devices, _vm: vm })
+    }
+
+    /// The devices, for events and streams.
+    pub fn devices(&self) -> &DeviceSet {
+        &self.devices
     }
 
     /// How the microVM used the worker so far.
     pub fn stats(&self) -> Fields {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let devices = self.devices.stats();
         Fields::new()
             .with("exits", self.exits.total())
             .with("exits_io", load(&self.exits.io))
             .with("exits_mmio", load(&self.exits.mmio))
             .with("exits_interrupted", load(&self.exits.interrupted))
             .with("exits_other", load(&self.exits.other))
+            .with("block_read_bytes", devices.block_read_bytes)
+            .with("block_written_bytes", devices.block_written_bytes)
+            .with("block_requests", devices.block_requests)
+            .with("block_flushes", devices.block_flushes)
+            .with("block_errors", devices.block_errors)
+            .with("vsock_rx_bytes", devices.vsock_rx_bytes)
+            .with("vsock_tx_bytes", devices.vsock_tx_bytes)
+            .with("vsock_rx_packets", devices.vsock_rx_packets)
+            .with("vsock_tx_packets", devices.vsock_tx_packets)
+            .with("vsock_connections", devices.vsock_connections)
     }
 
     /// Stops the processors, then closes the devices with everything flushed.
-    pub fn end(mut self) -> std::io::Result<()> {
+    pub fn end(mut self) -> io::Result<()> {
         self.processors.stop();
-        Ok(())
+        self.devices.shutdown()
     }
 }

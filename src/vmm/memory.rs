@@ -326,6 +326,12 @@ impl<'m> GuestSlice<'m> {
         GuestSlice { iovec: libc::iovec { iov_base: base, iov_len: len }, memory: PhantomData }
     }
 
+    /// Whether `other` lies wholly inside this range.
+    pub fn encloses(&self, other: &GuestSlice<'_>) -> bool {
+        let (start, inner) = (self.iovec.iov_base as usize, other.iovec.iov_base as usize);
+        inner.checked_sub(start).is_some_and(|offset| offset <= self.len() && other.len() <= self.len() - offset)
+    }
+
     /// Copies the first octets out; gives how many (the shorter of the two lengths).
     pub fn copy_to(&self, into: &mut [u8]) -> usize {
         let len = self.len().min(into.len());

@@ -1,8 +1,21 @@
 //! The virtual machine monitor: `warren vmm`, one process for each microVM.
+//!
+//! | part | what |
+//! |---|---|
+//! | `worker`, `link`, `config` | the process: its loop, the supervisor's connections, `vm.start` |
+//! | `machine` | one microVM from its parts |
+//! | `boot` | what a guest kernel finds in memory when it starts |
+//! | `kvm` | the virtual machine and its processors |
+//! | `devices` | virtio devices and the serial port |
+//! | `platform` | power-off, reset and panic registers |
+//! | `memory` | the guest's RAM |
+//! | `last_words` | why it ended |
+//!
+//! Threads: the main one runs the loop and the devices, each processor has its own.
 
-mod bare;
 pub mod boot;
 mod config;
+pub mod devices;
 pub mod kvm;
 mod last_words;
 mod link;

@@ -5,8 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{FromRawFd, RawFd};
-use std::os::unix::net::UnixListener as StdListener;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -16,7 +16,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 
 use super::config::StartConfig;
 use super::last_words::{End, LastWords, Reason};
-use super::link::Connection;
+use super::link::{Connection, RawStream};
 use super::machine::Machine;
 use crate::wire::{Args, Code, Decoded, Error, Fields, Filled, Message, PROTOCOL_VERSION, Request};
 
@@ -29,7 +29,9 @@ const QUEUE_MAX: usize = 256 * 1024;
 
 const LISTENER: Token = Token(0);
 const ENDED: Token = Token(1);
-const FIRST_CONNECTION: usize = 16;
+/// The devices' tokens, and the first of the connections'.
+const FIRST_DEVICE: usize = 16;
+const FIRST_CONNECTION: usize = 1 << 16;
 
 /// Runs the worker to its end.
 pub fn main() -> ExitCode {
@@ -119,6 +121,11 @@ impl Worker {
                     ENDED => {
                         let guest_end = self.guest_end.lock().unwrap_or_else(PoisonError::into_inner).take();
                         self.end = self.end.take().or(guest_end);
+                    }
+                    token if token.0 < FIRST_CONNECTION => {
+                        if let Some(machine) = &self.machine {
+                            machine.devices().handle(token);
+                        }
                     }
                     token => self.serve(token, event),
                 }
@@ -221,6 +228,10 @@ impl Worker {
                 let machine = self.machine.as_ref().ok_or_else(not_running)?;
                 Ok(Outcome::Done(machine.stats()))
             }
+            "vsock.connect" | "vsock.accept" => {
+                self.become_stream(token, request)?;
+                Ok(Outcome::Later)
+            }
             "vm.stop" => {
                 Args::of(request).finish()?;
                 self.stoppers.push(Pending { connection: token, tag });
@@ -229,6 +240,34 @@ impl Worker {
             }
             verb => Err(Error::new(Code::UnknownVerb, format!("{verb} is no verb of a worker")).with("verb", verb)),
         }
+    }
+
+    /// Hands a connection over to the vsock device: what follows on it is a guest's stream.
+    fn become_stream(&mut self, token: Token, request: Request) -> Result<(), Error> {
+        let (tag, connects) = (request.tag.clone(), request.verb == "vsock.connect");
+        let mut args = Args::of(request);
+        let port = args
+            .number("port", 0..=u64::from(u32::MAX) - 1)?
+            .ok_or_else(|| Error::new(Code::MissingArgument, "port is missing").with("argument", "port"))?
+            as u32;
+        args.finish()?;
+        let machine = self.machine.as_ref().ok_or_else(not_running)?;
+        let Some(mut connection) = self.connections.remove(&token) else { return Ok(()) };
+        // Its other requests end with it.
+        self.watchers.retain(|w| w.connection != token);
+        self.stoppers.retain(|w| w.connection != token);
+        self.poll
+            .registry()
+            .deregister(connection.stream())
+            .map_err(|e| Error::new(Code::Internal, format!("the connection cannot be taken out of the loop: {e}")))?;
+        let RawStream { stream, read_ahead } = connection.into_raw();
+        let stream = StdStream::from(OwnedFd::from(stream));
+        if connects {
+            machine.devices().vsock_connect(port, stream, &tag, read_ahead);
+        } else {
+            machine.devices().vsock_accept(port, stream, &tag, read_ahead);
+        }
+        Ok(())
     }
 
     fn start(&mut self, token: Token, request: Request) -> Result<Outcome, Error> {
@@ -245,7 +284,7 @@ impl Worker {
                 panic!("the worker's loop cannot be woken");
             }
         };
-        match Machine::start(config, ended) {
+        match Machine::start(config, self.poll.registry(), FIRST_DEVICE, ended) {
             Ok(machine) => {
                 self.machine = Some(machine);
                 let running = Fields::new().with("event", "running");

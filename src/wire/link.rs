@@ -77,6 +77,11 @@ impl<S: Read + Write> Link<S> {
         message.encode(&mut self.out);
     }
 
+    /// Queues a `data` frame without a copy of its payload in a message.
+    pub fn send_data(&mut self, tag: &str, channel: &str, payload: &[u8]) {
+        super::encode::data(&mut self.out, tag, channel, payload);
+    }
+
     /// Octets queued and not yet written: what a caller bounds before it sends more.
     pub fn queued(&self) -> usize {
         self.out.len() - self.written

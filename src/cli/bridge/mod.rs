@@ -60,7 +60,7 @@ pub fn main(args: &BridgeArgs) -> Result<u8, Error> {
         .registry()
         .register(&mut SourceFd(&signals.as_fd().as_raw_fd()), SIGNALS, Interest::READABLE)
         .map_err(|e| local(LOCAL_IO, format!("epoll: {e}")))?;
-    bridge.serve()?;
+    bridge.serve(&signals)?;
     Ok(0)
 }
 
@@ -151,7 +151,7 @@ impl Bridge {
         })
     }
 
-    fn serve(&mut self) -> Result<(), Error> {
+    fn serve(&mut self, signals: &Signals) -> Result<(), Error> {
         let mut events = Events::with_capacity(256);
         loop {
             if self.port.is_none() && !self.connect()? {
@@ -164,7 +164,11 @@ impl Bridge {
             }
             for event in &events {
                 match event.token() {
-                    SIGNALS => return Ok(()),
+                    SIGNALS => {
+                        // Taken, so that they do not strike when they are let through again.
+                        while signals.next().is_some() {}
+                        return Ok(());
+                    }
                     LISTENER => self.accept(),
                     PORT => {
                         if let Some(port) = &mut self.port {

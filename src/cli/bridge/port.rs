@@ -51,7 +51,13 @@ impl PortReader {
     #[allow(clippy::should_implement_trait)] // not an iterator: `None` is not the end
     pub fn next(&mut self) -> Option<Decoded> {
         match &mut self.mode {
-            Mode::Decoding(decoder) => decoder.next(),
+            Mode::Decoding(decoder) => match decoder.next() {
+                // Part of a long line may have been cut, and the greeting then stands behind it in the same line.
+                Some(bad @ Decoded::Bad { .. }) if decoder.is_idle() => {
+                    Some(greeting_at_end(&self.tail).unwrap_or(bad))
+                }
+                other => other,
+            },
             Mode::Seeking { line } => {
                 let rest = std::mem::take(&mut self.rest);
                 for (at, &octet) in rest.iter().enumerate() {
@@ -86,15 +92,20 @@ impl PortReader {
         if !self.is_in_message() {
             return None;
         }
-        let line = self.tail.strip_suffix(b"\n")?;
-        let start = line.windows(GREETING_START.len()).rposition(|window| window == GREETING_START)?;
-        let found = greeting(&line[start..])?;
+        let found = greeting_at_end(&self.tail)?;
         self.mode = Mode::Decoding(Decoder::new());
         Some(found)
     }
 }
 
 const GREETING_START: &[u8] = b"- item event=port ";
+
+/// The greeting that these octets end with, whatever stands before it.
+fn greeting_at_end(octets: &[u8]) -> Option<Decoded> {
+    let line = octets.strip_suffix(b"\n")?;
+    let start = line.windows(GREETING_START.len()).rposition(|window| window == GREETING_START)?;
+    greeting(&line[start..])
+}
 
 fn greeting(line: &[u8]) -> Option<Decoded> {
     let mut decoder = Decoder::new();
@@ -143,6 +154,16 @@ mod tests {
         assert_eq!(reader.greeting_in_message(), None);
         assert!(all(&mut reader, b"- item event=port session=new\n").is_empty());
         assert!(reader.greeting_in_message().is_some());
+        assert_eq!(all(&mut reader, b"1.2 ok\n").len(), 1);
+    }
+
+    #[test]
+    fn a_greeting_behind_a_cut_line_is_found() {
+        let mut reader = PortReader::new();
+        all(&mut reader, GREETING);
+        assert!(all(&mut reader, b"1.1 item name=\"half of a lo").is_empty());
+        let found = all(&mut reader, b"- item event=port session=new\n");
+        assert!(matches!(&found[..], [Decoded::Message(message)] if session_of(message).is_some()));
         assert_eq!(all(&mut reader, b"1.2 ok\n").len(), 1);
     }
 }

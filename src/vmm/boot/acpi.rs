@@ -156,7 +156,7 @@ fn dsdt(devices: &[MmioDevice]) -> Vec<u8> {
             &[
                 aml::name(*b"_HID", &aml::eisa_id(b"PNP0501")),
                 aml::name(*b"_UID", &aml::integer(0)),
-                aml::name(*b"_CRS", &aml::resources(&[aml::ports(COM1, COM1_PORTS as u8), aml::interrupt(COM1_GSI)])),
+                aml::name(*b"_CRS", &aml::resources(&[aml::ports(COM1, COM1_PORTS), aml::interrupt(COM1_GSI)])),
             ],
         ),
         aml::device(

@@ -11,6 +11,11 @@
 //! 0x1_0000_0000  RAM beyond 3 GiB
 //! ```
 
+pub use crate::vmm::devices::{
+    FIRST_GSI as MMIO_FIRST_GSI, MMIO_BASE as MMIO_START, SERIAL_GSI as COM1_GSI, SERIAL_PORT as COM1,
+    WINDOW as MMIO_WINDOW,
+};
+
 /// PVH `hvm_start_info`.
 pub const START_INFO: u64 = 0x6000;
 /// PVH module list: one entry, the initramfs.
@@ -31,12 +36,6 @@ pub const ACPI_END: u64 = 0x10_0000;
 /// Lowest address a kernel may be loaded at.
 pub const KERNEL_START: u64 = 0x10_0000;
 
-/// Window 0 of the virtio-mmio devices.
-pub const MMIO_START: u64 = 0xd000_0000;
-/// Size of a virtio-mmio window.
-pub const MMIO_WINDOW: u64 = 0x1000;
-/// Global system interrupt of virtio-mmio device 0; the IOAPIC has 24 inputs.
-pub const MMIO_FIRST_GSI: u32 = 5;
 /// Inputs of KVM's IOAPIC.
 pub const IOAPIC_INPUTS: u32 = 24;
 /// KVM's IOAPIC.
@@ -48,12 +47,8 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// Three pages for KVM's task state segment.
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
-/// First serial port.
-pub const COM1: u16 = 0x3f8;
 /// Ports of a serial port.
-pub const COM1_PORTS: u16 = 8;
-/// Its global system interrupt.
-pub const COM1_GSI: u32 = 4;
+pub const COM1_PORTS: u8 = 8;
 /// Command port of the keyboard controller; 0xfe written to it is a reset on every PC.
 pub const KEYBOARD_COMMAND: u16 = 0x64;
 /// pvpanic (QEMU docs/specs/pvpanic): the guest reports its panic here.

@@ -1,0 +1,26 @@
+//! The devices of a guest, and the set of them that a worker runs.
+//!
+//! | part | what |
+//! |---|---|
+//! | `queue`, `segments` | split virtqueues and the guest buffers in them |
+//! | `mmio`, `device` | the transport, and what it asks of a device |
+//! | `block`, `rng`, `vsock` | virtio devices |
+//! | `serial` | COM1, for the log |
+//! | `set` | all of them, wired |
+
+pub mod block;
+pub mod device;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod driver;
+pub mod mmio;
+pub mod queue;
+pub mod rng;
+pub mod segments;
+pub mod serial;
+pub mod set;
+pub mod vsock;
+
+pub use mmio::{QUEUE_NOTIFY, WINDOW};
+pub use set::{
+    DeviceConfig, DeviceError, DeviceSet, DeviceStats, FIRST_GSI, MMIO_BASE, SERIAL_GSI, SERIAL_PORT, WindowInfo,
+};

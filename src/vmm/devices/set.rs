@@ -1,0 +1,384 @@
+//! The devices of one guest, wired together: what the vCPU threads, the device thread and the worker's links
+//! call.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::block::{Block, BlockCounters};
+use super::device::Progress;
+use super::mmio::{MmioTransport, WINDOW, Window};
+use super::rng::Rng;
+use super::serial::Serial;
+use super::vsock::{HOST_CID, Vsock, VsockCounters};
+use crate::storage::overlay::{Overlay, OverlayError};
+use crate::vmm::memory::GuestMemory;
+
+/// Guest-physical start of the first virtio-mmio window; the others follow.
+pub const MMIO_BASE: u64 = 0xd000_0000;
+/// Interrupt of the first window; the others follow.
+pub const FIRST_GSI: u32 = 5;
+/// First I/O port of COM1.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// Interrupt of COM1.
+pub const SERIAL_GSI: u32 = 4;
+
+/// What the devices work on. All descriptors come from the supervisor.
+#[derive(Debug)]
+pub struct DeviceConfig {
+    /// The template's root disk, readable.
+    pub base: File,
+    /// The sandbox's overlay, readable and writable.
+    pub overlay: File,
+    /// The console log, opened `O_RDWR | O_APPEND`.
+    pub serial: File,
+    /// The guest's vsock context identifier, 3 to 2^32 - 2.
+    pub cid: u32,
+}
+
+/// Why the devices could not be made.
+#[derive(Debug)]
+pub enum DeviceError {
+    /// The disk.
+    Overlay(OverlayError),
+    /// A context identifier that is not a guest's.
+    Cid {
+        /// As given.
+        cid: u32,
+    },
+    /// The host could not do it.
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// The host's reason.
+        cause: io::Error,
+    },
+}
+
+impl fmt::Display for DeviceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Overlay(cause) => cause.fmt(f),
+            Self::Cid { cid } => write!(f, "vsock cid {cid}: must be from 3 to {}", u32::MAX - 1),
+            Self::Io { doing, cause } => write!(f, "{doing}: {cause}"),
+        }
+    }
+}
+
+impl std::error::Error for DeviceError {}
+
+fn while_doing(doing: &'static str) -> impl FnOnce(io::Error) -> DeviceError {
+    move |cause| DeviceError::Io { doing, cause }
+}
+
+/// Where a virtio-mmio device is, for KVM and ACPI.
+#[derive(Clone, Copy)]
+pub struct WindowInfo<'a> {
+    /// Guest-physical start; `mmio::WINDOW` octets long.
+    pub base: u64,
+    /// Interrupt.
+    pub gsi: u32,
+    /// For an irqfd on `gsi`.
+    pub interrupt: &'a EventFd,
+    /// For ioeventfds at `base + mmio::QUEUE_NOTIFY`, four octets wide; the index of each is its datamatch.
+    pub queue_events: &'a [EventFd],
+}
+
+/// What the devices did so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DeviceStats {
+    /// Octets that the guest read from its disk.
+    pub block_read_bytes: u64,
+    /// Octets that the guest wrote to its disk.
+    pub block_written_bytes: u64,
+    /// Disk requests of all kinds.
+    pub block_requests: u64,
+    /// Disk flushes.
+    pub block_flushes: u64,
+    /// Disk requests that failed.
+    pub block_errors: u64,
+    /// Octets of vsock data to the guest.
+    pub vsock_rx_bytes: u64,
+    /// Octets of vsock data from the guest.
+    pub vsock_tx_bytes: u64,
+    /// Vsock packets to the guest.
+    pub vsock_rx_packets: u64,
+    /// Vsock packets from the guest.
+    pub vsock_tx_packets: u64,
+    /// Vsock connections now.
+    pub vsock_connections: u64,
+}
+
+/// What a token of the device thread stands for.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    SerialTimer,
+    VsockLinks,
+    VsockTimer,
+    Queue { window: usize, queue: usize },
+}
+
+/// The devices. vCPU threads call the bus methods; the device thread calls everything else.
+pub struct DeviceSet {
+    /// In the order of the guest's addresses, which is the order of its drivers' probes.
+    windows: Vec<Arc<dyn Window>>,
+    block: Arc<MmioTransport<Block>>,
+    vsock: Arc<MmioTransport<Vsock>>,
+    serial: Serial,
+    vsock_timer: TimerFd,
+    /// When `vsock_timer` goes off.
+    armed: Mutex<Option<Instant>>,
+    block_counters: Arc<BlockCounters>,
+    vsock_counters: Arc<VsockCounters>,
+    /// What the device thread watches; tokens count from `first_token` in this order.
+    sources: Vec<(RawFd, Source)>,
+    first_token: Mutex<usize>,
+}
+
+/// Index of the vsock device in `windows`.
+const VSOCK_WINDOW: usize = 1;
+
+impl DeviceSet {
+    /// Makes the devices: block, vsock, rng, and the serial port.
+    pub fn new(memory: &GuestMemory, config: DeviceConfig) -> Result<Self, DeviceError> {
+        if u64::from(config.cid) <= HOST_CID || config.cid == u32::MAX {
+            return Err(DeviceError::Cid { cid: config.cid });
+        }
+        let overlay = Overlay::open(config.overlay, config.base).map_err(DeviceError::Overlay)?;
+        let block = Block::new(overlay, "warren-root");
+        let block_counters = block.counters();
+        let vsock = Vsock::new(u64::from(config.cid)).map_err(while_doing("making the vsock device"))?;
+        let vsock_counters = vsock.counters();
+        let transport = "making a virtio-mmio transport";
+        let block = Arc::new(MmioTransport::new(memory.clone(), block).map_err(while_doing(transport))?);
+        let vsock = Arc::new(MmioTransport::new(memory.clone(), vsock).map_err(while_doing(transport))?);
+        let rng = Arc::new(MmioTransport::new(memory.clone(), Rng).map_err(while_doing(transport))?);
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).map_err(io::Error::from);
+        let vsock_timer = timer.map_err(while_doing("making a timer"))?;
+        let serial = Serial::new(config.serial).map_err(while_doing("making the serial port"))?;
+        // Linux names disks in the order of their windows.
+        let windows: Vec<Arc<dyn Window>> = vec![block.clone(), vsock.clone(), rng];
+
+        let mut sources = vec![
+            (serial.timer_fd(), Source::SerialTimer),
+            (vsock.with_device(|vsock| vsock.epoll_fd()), Source::VsockLinks),
+            (vsock_timer.as_fd().as_raw_fd(), Source::VsockTimer),
+        ];
+        for (window, device) in windows.iter().enumerate() {
+            for (queue, event) in device.queue_events().iter().enumerate() {
+                sources.push((event.as_raw_fd(), Source::Queue { window, queue }));
+            }
+        }
+        Ok(Self {
+            windows,
+            block,
+            vsock,
+            serial,
+            vsock_timer,
+            armed: Mutex::new(None),
+            block_counters,
+            vsock_counters,
+            sources,
+            first_token: Mutex::new(usize::MAX),
+        })
+    }
+
+    // ---- Wiring ----
+
+    /// The virtio-mmio devices in their order.
+    pub fn windows(&self) -> Vec<WindowInfo<'_>> {
+        let places = (MMIO_BASE..).step_by(WINDOW as usize).zip(FIRST_GSI..);
+        let windows = self.windows.iter().zip(places);
+        windows
+            .map(|(window, (base, gsi))| WindowInfo {
+                base,
+                gsi,
+                interrupt: window.interrupt(),
+                queue_events: window.queue_events(),
+            })
+            .collect()
+    }
+
+    /// For an irqfd on `SERIAL_GSI`.
+    pub fn serial_interrupt(&self) -> &EventFd {
+        self.serial.interrupt()
+    }
+
+    /// Registers everything that the device thread is to watch, under tokens from `first` on; gives the first
+    /// token that is free again.
+    pub fn register(&self, registry: &Registry, first: usize) -> io::Result<usize> {
+        for (index, (fd, _)) in self.sources.iter().enumerate() {
+            registry.register(&mut SourceFd(fd), Token(first + index), Interest::READABLE)?;
+        }
+        *self.first_token.lock().unwrap_or_else(PoisonError::into_inner) = first;
+        Ok(first + self.sources.len())
+    }
+
+    /// Handles an event of the device thread's loop; `false` when the token is not one of the devices'.
+    /// Work is bounded: a device with more to do makes its own event ready again.
+    pub fn handle(&self, token: Token) -> bool {
+        let first = *self.first_token.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(index) = token.0.checked_sub(first) else { return false };
+        let Some(&(_, source)) = self.sources.get(index) else { return false };
+        match source {
+            Source::SerialTimer => self.serial.timer_event(),
+            Source::VsockLinks => {
+                self.vsock.with_device(Vsock::link_events);
+                self.pump_vsock();
+            }
+            Source::VsockTimer => {
+                // Sets the descriptor back; it is non-blocking, and a wake-up too early does no harm.
+                let _ = self.vsock_timer.wait();
+                *self.armed.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                self.vsock.with_device(|vsock| vsock.expire(Instant::now()));
+                self.pump_vsock();
+            }
+            Source::Queue { window, queue } => {
+                self.windows[window].queue_event(queue);
+                if window == VSOCK_WINDOW {
+                    self.arm_vsock_timer();
+                }
+            }
+        }
+        true
+    }
+
+    // ---- The bus, from vCPU threads ----
+
+    fn window_at(&self, addr: u64) -> Option<(&dyn Window, u64)> {
+        let offset = addr.checked_sub(MMIO_BASE)?;
+        let window = self.windows.get((offset / WINDOW) as usize)?;
+        Some((window.as_ref(), offset % WINDOW))
+    }
+
+    /// A read of guest-physical memory that is no RAM. `false` when no device is there; `into` is then all ones.
+    pub fn mmio_read(&self, addr: u64, into: &mut [u8]) -> bool {
+        match self.window_at(addr) {
+            Some((window, offset)) => {
+                window.read(offset, into);
+                true
+            }
+            None => {
+                into.fill(0xff);
+                false
+            }
+        }
+    }
+
+    /// A write to guest-physical memory that is no RAM. `false` when no device is there.
+    pub fn mmio_write(&self, addr: u64, from: &[u8]) -> bool {
+        match self.window_at(addr) {
+            Some((window, offset)) => {
+                window.write(offset, from);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn serial_at(port: u16) -> Option<u16> {
+        port.checked_sub(SERIAL_PORT).filter(|&offset| offset < Serial::PORTS)
+    }
+
+    /// A read of an I/O port. `false` when no device is there; `into` is then all ones.
+    pub fn pio_read(&self, port: u16, into: &mut [u8]) -> bool {
+        into.fill(0xff);
+        match Self::serial_at(port) {
+            Some(offset) => {
+                if let Some(first) = into.first_mut() {
+                    *first = self.serial.read(offset);
+                }
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// A write to an I/O port. `false` when no device is there. String writes (`rep outsb`) come as many octets
+    /// for the one port.
+    pub fn pio_write(&self, port: u16, from: &[u8]) -> bool {
+        match Self::serial_at(port) {
+            Some(offset) => {
+                from.iter().for_each(|&octet| self.serial.write(offset, octet));
+                true
+            }
+            None => false,
+        }
+    }
+
+    // ---- Links, from the device thread ----
+
+    /// Connects a link to a port of the guest. Its client gets `ok` under `tag` when the guest accepts, and from
+    /// the next octet on the stream; or `err` (`LINK_LOST` when the guest refuses, `GUEST_TIMEOUT`,
+    /// `NO_CAPACITY`) and the end. `early` is what the client sent after its request.
+    /// The link must not be registered anywhere, and have nothing left to write.
+    pub fn vsock_connect(&self, port: u32, link: UnixStream, tag: &str, early: Vec<u8>) {
+        self.vsock.with_device(|vsock| vsock.connect(port, link, tag.to_string(), early));
+        self.pump_vsock();
+    }
+
+    /// Waits with a link until the guest connects to the host's `port`. Otherwise as `vsock_connect`.
+    pub fn vsock_accept(&self, port: u32, link: UnixStream, tag: &str, early: Vec<u8>) {
+        self.vsock.with_device(|vsock| vsock.accept(port, link, tag.to_string(), early));
+        self.pump_vsock();
+    }
+
+    fn pump_vsock(&self) {
+        if self.vsock.with_queues(|vsock, context| vsock.pump(context)) == Some(Progress::More) {
+            self.vsock.kick(0);
+        }
+        self.arm_vsock_timer();
+    }
+
+    fn arm_vsock_timer(&self) {
+        let next = self.vsock.with_device(|vsock| vsock.next_deadline());
+        let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
+        // A timer that goes off too early costs a look; one that is not needed any more may go off.
+        if let Some(next) = next
+            && armed.is_none_or(|at| next < at)
+        {
+            let wait = next.saturating_duration_since(Instant::now()).max(std::time::Duration::from_millis(1));
+            let once = Expiration::OneShot(TimeSpec::from_duration(wait));
+            if self.vsock_timer.set(once, TimerSetTimeFlags::empty()).is_ok() {
+                *armed = Some(next);
+            }
+        }
+    }
+
+    // ---- The end ----
+
+    /// Puts the disk on the medium and the log into its file, for an orderly end.
+    pub fn shutdown(&self) -> io::Result<()> {
+        self.serial.flush();
+        self.block.with_device(Block::flush)
+    }
+
+    /// Counters of all devices.
+    pub fn stats(&self) -> DeviceStats {
+        let (block, vsock) = (&self.block_counters, &self.vsock_counters);
+        DeviceStats {
+            block_read_bytes: block.read_bytes.load(Ordering::Relaxed),
+            block_written_bytes: block.written_bytes.load(Ordering::Relaxed),
+            block_requests: block.requests.load(Ordering::Relaxed),
+            block_flushes: block.flushes.load(Ordering::Relaxed),
+            block_errors: block.errors.load(Ordering::Relaxed),
+            vsock_rx_bytes: vsock.rx_bytes.load(Ordering::Relaxed),
+            vsock_tx_bytes: vsock.tx_bytes.load(Ordering::Relaxed),
+            vsock_rx_packets: vsock.rx_packets.load(Ordering::Relaxed),
+            vsock_tx_packets: vsock.tx_packets.load(Ordering::Relaxed),
+            vsock_connections: vsock.connections.load(Ordering::Relaxed),
+        }
+    }
+}
