@@ -169,7 +169,7 @@ impl Init {
             Ok(Some(mode)) => Some(self.stopping.map_or(mode, |(asked, _)| asked)),
             Ok(None) => None,
             Err(error) => {
-                log::warn!("link to the supervisor ended: {error}");
+                log::debug!("link to the supervisor ended: {error}"); // its end is told by its exit
                 self.link = None;
                 None
             }
@@ -203,11 +203,11 @@ impl Init {
         if of(&self.supervisor) {
             let last_wish = self.handle_link(); // what it wrote before it ended
             self.link = None;
-            self.supervisor.ended(exit.status);
+            self.supervisor.ended(exit.status, self.stopping.is_some() || last_wish.is_some());
             return last_wish;
         }
         if let Some(service) = self.services.iter_mut().find(|service| of(service)) {
-            service.ended(exit.status);
+            service.ended(exit.status, self.stopping.is_some());
         } else if exit.sandbox().is_some() {
             self.kept.push(exit.clone());
             if let Some(link) = &mut self.link {
