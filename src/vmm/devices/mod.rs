@@ -20,6 +20,9 @@ pub mod serial;
 pub mod set;
 pub mod vsock;
 
+#[cfg(test)]
+mod tests;
+
 pub use mmio::{QUEUE_NOTIFY, WINDOW};
 pub use set::{
     DeviceConfig, DeviceError, DeviceSet, DeviceStats, FIRST_GSI, MMIO_BASE, SERIAL_GSI, SERIAL_PORT, WindowInfo,

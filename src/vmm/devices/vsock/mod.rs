@@ -313,3 +313,6 @@ impl Device for Vsock {
         self.muxer.driver_gone();
     }
 }
+
+#[cfg(test)]
+mod tests;
