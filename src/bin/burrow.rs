@@ -1,5 +1,7 @@
 //! The guest agent: PID 1 of every sandbox. See `warren::guest`.
 
-fn main() {
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
     warren::guest::main()
 }

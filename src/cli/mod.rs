@@ -1,5 +1,123 @@
-//! To be written.
-/// Entry.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+//! The command line: connects to a node's control socket and speaks its protocol.
+//!
+//! `args` says what may be typed, `client` speaks to the node, `run` has the verbs around commands, `show` those
+//! that list and change, `copy` moves files, `bridge` serves a node in QEMU to many clients.
+//!
+//! Exit codes: 0, 1 for a failure (`error: CODE: sentence` on standard error), 2 for misuse, 141 when the reader of
+//! standard output has gone. `exec`, `run` and `sh` pass the command's own code on and have 125 for Warren's
+//! failures, 126 and 127 for a program that cannot be run or found.
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use crate::wire::Error;
+
+mod args;
+mod bridge;
+pub mod client;
+mod copy;
+mod exec;
+mod output;
+mod run;
+mod show;
+mod signals;
+mod terminal;
+
+use args::{Cli, NodeVerb, TemplateVerb, Verb};
+use client::Client;
+
+/// Why a verb ended without an exit code of its own.
+#[derive(Debug)]
+enum Failure {
+    /// The node or this side could not do it.
+    Error(Error),
+    /// A command could not be run: exit codes 125, 126, 127.
+    Exec(Error),
+    /// It was asked for in a wrong way.
+    Misuse(String),
+    /// Standard output could not be written.
+    Output(io::Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+impl Failure {
+    /// Says why on standard error and gives the exit code.
+    fn report(&self) -> u8 {
+        match self {
+            Self::Error(error) => {
+                output::print_error(error);
+                1
+            }
+            Self::Exec(error) => {
+                output::print_error(error);
+                exec::failure_code(error)
+            }
+            Self::Misuse(sentence) => {
+                output::complain(&format!("error: {sentence}"));
+                2
+            }
+            Self::Output(e) if e.kind() == io::ErrorKind::BrokenPipe => exec::BROKEN_PIPE,
+            Self::Output(e) => {
+                output::complain(&format!("error: {}: standard output: {e}", client::LOCAL_IO));
+                1
+            }
+        }
+    }
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(refused) => {
+            let _ = refused.print();
+            return ExitCode::from(u8::try_from(refused.exit_code()).unwrap_or(2));
+        }
+    };
+    ExitCode::from(dispatch(&cli).unwrap_or_else(|failure| failure.report()))
+}
+
+fn dispatch(cli: &Cli) -> Result<u8, Failure> {
+    let connect = || Client::connect(&cli.socket());
+    match &cli.verb {
+        Verb::Run(args) => run::run(cli, args),
+        Verb::Exec(args) => run::exec(cli, args),
+        Verb::Sh { id } => run::sh(cli, id),
+        Verb::Create(args) => run::create(&mut connect()?, args, cli.json),
+        Verb::Ps(args) => show::ps(&mut connect()?, args, cli.json),
+        Verb::Inspect { ids } => show::inspect(&mut connect()?, "sandbox.inspect", ids),
+        Verb::Stop { ids, time } => show::stop(&mut connect()?, ids, *time, cli.json),
+        Verb::Rm { ids, force } => show::rm(&mut connect()?, ids, *force, cli.json),
+        Verb::Logs { id, follow } => show::logs(&mut connect()?, id, *follow),
+        Verb::Cp { source, target } => copy::cp(&connect, source, target),
+        Verb::Node { verb } => match verb.unwrap_or(NodeVerb::Info) {
+            NodeVerb::Info => show::node(&mut connect()?, cli.json),
+            NodeVerb::Stop => show::stop_node(&mut connect()?, "poweroff"),
+            NodeVerb::Reboot => show::stop_node(&mut connect()?, "reboot"),
+        },
+        Verb::Template { verb: TemplateVerb::Ls } => show::templates(&mut connect()?, cli.json),
+        Verb::Template { verb: TemplateVerb::Inspect { names } } => {
+            show::inspect(&mut connect()?, "template.inspect", names)
+        }
+        Verb::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "warren", &mut script);
+            output::print(script)?;
+            Ok(0)
+        }
+        Verb::Bridge(args) => bridge::main(args).map_err(Failure::from),
+    }
 }

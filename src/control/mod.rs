@@ -1,1 +1,5 @@
-//! To be written.
+//! The control socket's server side: connections, the verb table, typed commands.
+
+pub mod client;
+pub mod command;
+pub mod port;

@@ -1,5 +1,57 @@
-//! To be written.
-/// Entry.
-pub fn main(_args: Vec<std::ffi::OsString>) -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+//! The supervisor: the process that owns the node's sandboxes and answers on the control socket.
+
+mod adopt;
+mod agents;
+mod background;
+mod catalogue;
+pub mod config;
+mod finish;
+mod info;
+mod instance;
+mod listener;
+pub mod logging;
+mod logs;
+mod requests;
+mod settle;
+mod start;
+mod supervisor;
+mod timers;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use config::{Config, DEFAULT_PATH};
+use supervisor::Supervisor;
+
+use crate::init::ExitWatch;
+
+/// `warren supervise [--config PATH]`. Without `--config` a missing file means the defaults.
+pub fn main(args: Vec<OsString>) -> ExitCode {
+    logging::init("supervise");
+    // Before any thread starts and any descriptor is opened.
+    let init = ExitWatch::inherit();
+    match serve(&args, init) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            log::error!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(args: &[OsString], init: Option<ExitWatch>) -> Result<(), String> {
+    let config = match args {
+        [] if !Path::new(DEFAULT_PATH).exists() => Config::default(),
+        [] => load(Path::new(DEFAULT_PATH))?,
+        [flag, path] if flag == "--config" => load(&PathBuf::from(path))?,
+        _ => return Err("usage: warren supervise [--config PATH]".to_string()),
+    };
+    logging::set_level(config.log.level.into());
+    let mut supervisor = Supervisor::new(config, init)?;
+    supervisor.run().map_err(|e| format!("event loop: {e}"))
+}
+
+fn load(path: &Path) -> Result<Config, String> {
+    Config::load(path).map_err(|e| e.to_string())
 }

@@ -1,1 +1,14 @@
-//! To be written.
+//! One sandbox as the node sees it: its lifecycle, what it holds, its worker, its programs' output.
+//!
+//! Nothing here knows of clients or of the loop that drives it (`node`).
+
+pub mod agent;
+pub mod exec;
+pub mod flow;
+pub mod home;
+pub mod id;
+pub mod lifecycle;
+pub mod ring;
+pub mod spawn;
+pub mod spec;
+pub mod worker;

@@ -35,13 +35,7 @@ impl Message {
                 word(out, "item");
                 pairs(out, fields);
             }
-            Self::Data { channel, payload, .. } => {
-                word(out, "data");
-                word(out, channel);
-                word(out, &payload.len().to_string());
-                out.push(b'\n');
-                put(out, payload);
-            }
+            Self::Data { channel, payload, .. } => data_after_tag(out, channel, payload),
             Self::End { channel, .. } => {
                 word(out, "end");
                 word(out, channel);
@@ -61,6 +55,21 @@ impl Message {
         self.encode(&mut out);
         out
     }
+}
+
+/// Appends a `data` frame whose payload the caller keeps.
+pub(super) fn data(out: &mut Vec<u8>, tag: &str, channel: &str, payload: &[u8]) {
+    put(out, tag.as_bytes());
+    data_after_tag(out, channel, payload);
+    out.push(b'\n');
+}
+
+fn data_after_tag(out: &mut Vec<u8>, channel: &str, payload: &[u8]) {
+    word(out, "data");
+    word(out, channel);
+    word(out, &payload.len().to_string());
+    out.push(b'\n');
+    put(out, payload);
 }
 
 fn put(out: &mut Vec<u8>, bytes: &[u8]) {

@@ -36,6 +36,11 @@ impl<S: Read + Write> Link<S> {
         &mut self.stream
     }
 
+    /// The stream itself, to look at.
+    pub fn stream_ref(&self) -> &S {
+        &self.stream
+    }
+
     /// Takes the link apart for a stream that goes on without messages: the stream, octets that were read and
     /// belong to no message yet, octets that wait to be written.
     pub fn into_parts(mut self) -> (S, Vec<u8>, Vec<u8>) {
@@ -70,6 +75,11 @@ impl<S: Read + Write> Link<S> {
     /// Queues a message; `flush` writes it.
     pub fn send(&mut self, message: &Message) {
         message.encode(&mut self.out);
+    }
+
+    /// Queues a `data` frame without a copy of its payload in a message.
+    pub fn send_data(&mut self, tag: &str, channel: &str, payload: &[u8]) {
+        super::encode::data(&mut self.out, tag, channel, payload);
     }
 
     /// Octets queued and not yet written: what a caller bounds before it sends more.

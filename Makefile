@@ -1,0 +1,124 @@
+# The front door. `make help` says what there is.
+#
+# Everything built lands in build/. Kernels and templates are kept by content in the cache
+# (WARREN_CACHE, else $XDG_CACHE_HOME/warren, else ~/.cache/warren), so a fresh clone builds them once.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+B       := build
+TARGET  := target/x86_64-unknown-linux-gnu/release
+SCRIPT  ?=
+ARGS    ?=
+PEER    ?=
+export SCRIPT ARGS PEER
+
+.PHONY: help run up down test image bench deps build binaries kernels templates node config-check fmt lint clean
+
+help:
+	@cat <<-END
+	make run [SCRIPT=x.py ARGS="a b"]  boot a node in QEMU, run a Python script in a microVM, end with its exit code
+	make up, make down                 the same node in the background (build/run/control.sock), and its end
+	make test                          everything that is checked before a change goes in
+	make image                         build/warren.img: a disk image that boots under UEFI
+	make bench [PEER=/path/firecracker] build/bench.tsv: how fast, how big
+	make build                         all parts: binaries, kernels, templates
+	make kernels, templates, binaries  one kind of part
+	make fmt, lint                     format, and check, the Rust code
+	make deps                          install the Debian packages needed (as root)
+	make clean                         remove build/ and target/; the cache stays
+	END
+
+run: build
+	@image/run
+
+up: build
+	@image/up
+
+down:
+	@image/down
+
+deps:
+	@image/deps
+
+# --- parts -----------------------------------------------------------------------------------------------------
+
+build: node $(B)/templates.img $(B)/data.img
+node: $(B)/bzImage $(B)/host-initramfs.img
+kernels: $(B)/vmlinux $(B)/bzImage
+templates: $(B)/templates/base/manifest.toml $(B)/templates/python/manifest.toml
+
+# cargo knows best what is out of date; a copy is made only when the binary changed, so nothing after it is rebuilt.
+binaries: deps
+	@mkdir -p $(B)
+	start=$$SECONDS
+	if [ -t 2 ]; then cargo build --release --locked; else cargo build --release --locked -q; fi
+	for b in warren burrow; do cmp -s $(TARGET)/$$b $(B)/$$b || install -m 755 $(TARGET)/$$b $(B)/$$b; done
+	echo "binaries: $(B)/warren ($$(stat -c %s $(B)/warren) bytes), $(B)/burrow ($$(stat -c %s $(B)/burrow) bytes), $$((SECONDS - start)) s"
+
+$(B)/warren $(B)/burrow: binaries
+	@:
+
+KERNEL_PARTS := kernel-config/build $(wildcard kernel-config/*.config)
+$(B)/vmlinux: $(KERNEL_PARTS) | deps
+	@kernel-config/build guest $(B)
+	touch $@
+$(B)/bzImage: $(KERNEL_PARTS) | deps
+	@kernel-config/build host-qemu $(B)
+	touch $@
+$(B)/hardware/bzImage: $(KERNEL_PARTS) | deps
+	@kernel-config/build host-hardware $(B)/hardware
+	touch $@
+
+$(B)/templates/%/manifest.toml: rootfs/template rootfs/ext4-image rootfs/debian-packages rootfs/templates/%/* | deps
+	@rootfs/template $* $(B)/templates/$*
+	touch $@
+$(B)/templates.img: rootfs/template-disk $(B)/templates/python/manifest.toml
+	@rootfs/template-disk $@ $(B)/templates/python
+$(B)/data.img: rootfs/data-filesystem | deps
+	@mkdir -p $(B)
+	rootfs/data-filesystem $@
+
+$(B)/initramfs.img: rootfs/guest-initramfs $(B)/burrow
+	@rootfs/guest-initramfs $(B)/burrow $@
+HOST_PARTS = $(B)/warren $(B)/vmlinux $(B)/initramfs.img $(B)/templates/base/manifest.toml \
+    rootfs/host-initramfs $(shell find rootfs/host -type f)
+$(B)/host-initramfs.img: $(HOST_PARTS)
+	@rootfs/host-initramfs $(B) $@ none
+
+# --- image -----------------------------------------------------------------------------------------------------
+
+image: $(B)/warren.img
+$(B)/hardware/initramfs.img: $(HOST_PARTS) $(B)/hardware/bzImage
+	@rootfs/host-initramfs $(B) $@ zstd
+$(B)/warren.img: image/build image/uki $(B)/hardware/bzImage $(B)/hardware/initramfs.img $(B)/data.img
+	@image/build $(B)/hardware/bzImage $(B)/hardware/initramfs.img $(B)/data.img $@
+
+# --- checks ----------------------------------------------------------------------------------------------------
+
+fmt: deps
+	@cargo fmt --all
+
+lint: deps
+	@cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -q -- -D warnings
+	echo "lint: clean"
+
+config-check: deps
+	@kernel-config/test
+
+test: lint config-check build $(B)/warren.img
+	@cargo test --locked -q
+	cargo test -p qemu-tests --locked -q -- --test-threads=1
+	echo "test: all passed"
+
+bench: build
+	@cargo build --release --locked -q -p qemu-tests --bins
+	$(TARGET)/bench
+
+clean:
+	@image/down
+	rm -rf $(B) target

@@ -1,0 +1,184 @@
+//! `make bench`: boots the node in virtual time, measures inside, writes build/bench.tsv and shows it.
+//!
+//! One instruction is one virtual nanosecond, so that rows repeat within a percent on any machine. Exits, caches
+//! and TLB misses cost nothing there: rows compare with each other and with `PEER`, not with real hardware.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use qemu_tests::artefacts::{self, Artefact, node_tool};
+use qemu_tests::bench::{Row, table, verdicts};
+use qemu_tests::files::TempDir;
+use qemu_tests::machine::{self, EMULATED_CPU};
+use qemu_tests::node::{Boot, root_exec};
+use qemu_tests::{Node, timing};
+
+fn main() -> ExitCode {
+    let mut rows = Vec::new();
+    let condition = machine::description();
+    let warren = Artefact::Warren.path();
+    match fs::metadata(&warren) {
+        Ok(meta) => rows.push(Row::new("binary_bytes", meta.len() as f64, "octets", &warren.display().to_string())),
+        Err(e) => return fail(&format!("{}: {e}", warren.display())),
+    }
+    match host_boot() {
+        Ok(row) => rows.push(row),
+        Err(e) => return fail(&e.to_string()),
+    }
+
+    let mut boot = Boot::diskless().virtual_time().file("/test/bin/node-bench", 0o755, bytes(&node_tool("node-bench")));
+    let peer = std::env::var("PEER").ok().filter(|peer| !peer.is_empty());
+    if let Some(peer) = &peer {
+        boot = boot.file("/test/peer", 0o755, bytes(Path::new(peer)));
+    }
+    let node = boot.power_on();
+    // By way of the root port alone: while the node waits for the world outside, its virtual clock runs ahead.
+    node.run(&["sh", "-c", "until [ -S /run/warren/control.sock ]; do sleep 0.01; done"]);
+    let mut complete = measure(&node, &["node-bench", "measure"], &mut rows);
+    if peer.is_some() {
+        complete &= measure(&node, &["node-bench", "peer", "/test/peer"], &mut rows);
+    }
+    node.power_cut();
+
+    for row in &mut rows {
+        row.condition = if row.name == "binary_bytes" {
+            "release build, static, stripped".to_string()
+        } else {
+            format!("{condition}; {}", row.condition)
+        };
+    }
+    let file = artefacts::build_directory().join("bench.tsv");
+    let text: String = rows.iter().map(|row| row.to_tsv() + "\n").collect();
+    if let Err(e) = fs::write(&file, format!("name\tvalue\tunit\tcondition\n{text}")) {
+        return fail(&format!("{}: {e}", file.display()));
+    }
+    print!("{}", table(&rows));
+    println!("\nTargets:");
+    for verdict in verdicts(&rows) {
+        println!("  {verdict}");
+    }
+    println!("\n{}", file.display());
+    if complete { ExitCode::SUCCESS } else { fail("not every row could be measured") }
+}
+
+fn fail(why: &str) -> ExitCode {
+    eprintln!("bench: {why}");
+    ExitCode::FAILURE
+}
+
+fn bytes(path: &Path) -> Vec<u8> {
+    fs::read(path).unwrap_or_else(|e| panic!("{} cannot be read: {e}", path.display()))
+}
+
+/// Runs a command on the node and takes the rows it prints. Whether it ended well.
+fn measure(node: &Node, argv: &[&str], rows: &mut Vec<Row>) -> bool {
+    let reply = match node.root().call(root_exec(argv)) {
+        Ok(reply) => reply,
+        Err(e) => {
+            eprintln!("bench: {argv:?} does not start: {e}");
+            return false;
+        }
+    };
+    rows.extend(reply.text("stdout").lines().filter_map(Row::from_tsv));
+    let exit = reply.fields.get("exit").unwrap_or("?");
+    if exit != "0" {
+        eprintln!("bench: {argv:?} ended with {exit}: {}\n{}", reply.text("stderr"), node.console_tail(20));
+    }
+    exit == "0"
+}
+
+/// From the kernel's first instruction to the control socket's first answer.
+fn host_boot() -> io::Result<Row> {
+    let firmware = firmware_time()?;
+    let node = Boot::diskless()
+        .virtual_time()
+        .file("/test/bin/node-bench", 0o755, bytes(&node_tool("node-bench")))
+        .only_service("/test/bin/node-bench boot")
+        .power_on();
+    let end = Instant::now() + timing::hang() * 2;
+    let answered = loop {
+        let text = node.console_text();
+        let line = text.split_once("bench: control socket answered at ").and_then(|(_, rest)| rest.split_once('\n'));
+        if let Some((number, _)) = line {
+            break number.trim().parse::<u64>().map_err(io::Error::other)?;
+        }
+        if Instant::now() > end || !node.is_running() {
+            return Err(io::Error::other(format!("the node did not come up:\n{}", node.console_tail(40))));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    node.power_cut();
+    let time = answered.saturating_sub(firmware) as f64 / 1e6;
+    let condition = "kernel entry (firmware excluded) to control socket answering; no disk, 4 GiB";
+    Ok(Row::new("host_boot_ms", time, "ms", condition))
+}
+
+/// How long the firmware takes until it enters the kernel, in virtual nanoseconds: a kernel of a few octets is
+/// booted that does nothing but say what the time stamp counter shows.
+fn firmware_time() -> io::Result<u64> {
+    let dir = TempDir::new()?;
+    let (kernel, console) = (dir.path().join("kernel"), dir.path().join("console"));
+    fs::write(&kernel, tiny_kernel())?;
+    let mut child = Command::new("qemu-system-x86_64")
+        .args(["-M", "pc", "-nodefaults", "-display", "none", "-accel", "tcg", "-cpu", EMULATED_CPU, "-smp", "1"])
+        .args(["-m", "4096", "-icount", "shift=0,sleep=off", "-rtc", "clock=vm"])
+        .arg("-kernel")
+        .arg(&kernel)
+        .args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
+        .args(["-serial", &format!("file:{}", console.display())])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let end = Instant::now() + timing::hang();
+    let counter = loop {
+        let octets = fs::read(&console).unwrap_or_default();
+        // Two marks of the kernel's own around the counter, among whatever else the firmware prints.
+        if let Some(at) = octets.windows(10).position(|w| w[0] == 0xa5 && w[9] == 0x5a) {
+            let mut counter = [0u8; 8];
+            counter.copy_from_slice(&octets[at + 1..at + 9]);
+            break Ok(u64::from_le_bytes(counter));
+        }
+        if Instant::now() > end {
+            break Err(io::Error::other("the firmware did not enter the kernel"));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    child.kill()?;
+    child.wait()?;
+    counter
+}
+
+/// A bzImage (Documentation/arch/x86/boot.rst) whose real-mode part writes 0xa5, the time stamp counter and 0x5a
+/// to the first serial port.
+fn tiny_kernel() -> Vec<u8> {
+    let mut image = vec![0u8; 1024 + 512];
+    image[0x1f1] = 1; // setup_sects: one beyond the boot sector
+    image[0x1f4..0x1f8].copy_from_slice(&32u32.to_le_bytes()); // syssize, in 16 octets
+    image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+    image[0x200..0x202].copy_from_slice(&[0xeb, 0x7e]); // jmp over the header, to 0x280
+    image[0x202..0x206].copy_from_slice(b"HdrS");
+    image[0x206..0x208].copy_from_slice(&0x020c_u16.to_le_bytes()); // protocol version
+    image[0x211] = 1; // loaded high
+    let code: &[u8] = &[
+        0xfa, // cli
+        0x0f, 0x31, // rdtsc
+        0x66, 0x89, 0xc3, // mov ebx, eax
+        0x66, 0x89, 0xd1, // mov ecx, edx
+        0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xb0, 0xa5, 0xee, // mov al, 0xa5; out dx, al
+        0xbe, 0x02, 0x00, // mov si, 2
+        0xbf, 0x04, 0x00, // word: mov di, 4
+        0x88, 0xd8, 0xee, // octet: mov al, bl; out dx, al
+        0x66, 0xc1, 0xeb, 0x08, // shr ebx, 8
+        0x4f, 0x75, 0xf6, // dec di; jnz octet
+        0x66, 0x89, 0xcb, // mov ebx, ecx
+        0x4e, 0x75, 0xed, // dec si; jnz word
+        0xb0, 0x5a, 0xee, // mov al, 0x5a; out dx, al
+        0xf4, 0xeb, 0xfd, // hlt, for ever
+    ];
+    image[0x280..0x280 + code.len()].copy_from_slice(code);
+    image
+}

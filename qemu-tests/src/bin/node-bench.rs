@@ -1,0 +1,371 @@
+//! Measures the node from inside, where the virtual clock runs: `node-bench boot | measure [PEER]`.
+//!
+//! Rows go to standard output, tab-separated. All files are in RAM: a disk's speed has no meaning in virtual time.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use qemu_tests::bench::{Row, median};
+use qemu_tests::connection::Connection;
+use warren::wire::{FRAME, Fields, INITIAL_CREDIT, Message, Request};
+
+const CONTROL: &str = "/run/warren/control.sock";
+const BOOTS: usize = 5;
+const EXECS: usize = 21;
+const REQUESTS: u32 = 2000;
+const STREAM_MIB: usize = 64;
+const BLOCK_MIB: usize = 64;
+const MEMORY_MIB: u64 = 128;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match arguments.as_slice() {
+        ["boot"] => boot(),
+        ["measure"] => measure(),
+        ["peer", program] => Peer::measure(program),
+        _ => Err(io::Error::other("usage: node-bench boot | measure | peer PROGRAM")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("node-bench: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(name: &str, value: f64, unit: &str, condition: &str) {
+    println!("{}", Row::new(name, value, unit, condition).to_tsv());
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// Says on the console at which count of the time stamp counter the control socket answered. With QEMU's
+/// -icount that counter is nanoseconds since the machine was switched on.
+fn boot() -> io::Result<()> {
+    let mut connection = loop {
+        match Connection::open(Path::new(CONTROL)) {
+            Ok(connection) => break connection,
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+        }
+    };
+    ask(&mut connection, Request::new("1", "hello"))?;
+    // SAFETY: every x86-64 CPU has this instruction, and Linux lets programs use it.
+    let counter = unsafe { std::arch::x86_64::_rdtsc() };
+    writeln!(File::options().write(true).open("/dev/console")?, "\nbench: control socket answered at {counter}")?;
+    // Whoever started this would start it again.
+    loop {
+        std::thread::park();
+    }
+}
+
+/// Sends a request and waits for its end; gives its rows and the final fields.
+fn ask(connection: &mut Connection, request: Request) -> io::Result<(Vec<Fields>, Fields)> {
+    let (tag, verb) = (request.tag.clone(), request.verb.clone());
+    connection.send(&Message::Request(request))?;
+    let mut items = Vec::new();
+    loop {
+        match connection.receive()? {
+            message if message.tag() != tag => {}
+            Message::Item { fields, .. } => items.push(fields),
+            Message::Data { channel, payload, .. } => {
+                connection.send(&Message::credit(&tag, &channel, payload.len() as u64))?;
+            }
+            Message::Ok { fields, .. } => return Ok((items, fields)),
+            Message::Err { error, .. } => return Err(io::Error::other(format!("{verb} failed: {error}"))),
+            _ => {}
+        }
+    }
+}
+
+/// How an exec is asked for: over the control socket with a sandbox's id, of an agent without.
+fn exec(sandbox: Option<&str>, argv: &[&str]) -> Request {
+    let words = sandbox.into_iter().chain(argv.iter().copied());
+    words.fold(Request::new("e", "exec.start"), |request, word| request.arg(word)).set("user", 0)
+}
+
+fn exec_time(connection: &mut Connection, request: Request) -> io::Result<Duration> {
+    let start = Instant::now();
+    let (_, fields) = ask(connection, request)?;
+    let time = start.elapsed();
+    match fields.get("exit") {
+        Some("0") => Ok(time),
+        other => Err(io::Error::other(format!("the program in the guest ended with {other:?}"))),
+    }
+}
+
+/// Streams octets into a program that throws them away; MiB per second.
+fn stream(connection: &mut Connection, sandbox: Option<&str>) -> io::Result<f64> {
+    let frame = vec![0x5a_u8; FRAME];
+    let mut left = STREAM_MIB << 20;
+    let mut credit = INITIAL_CREDIT as usize;
+    let start = Instant::now();
+    let discard = exec(sandbox, &["sh", "-c", "cat > /dev/null"]);
+    connection.send(&Message::Request(discard.set("stdin", true)))?;
+    loop {
+        while left > 0 && credit >= FRAME {
+            connection.send(&Message::data("e", "stdin", frame.as_slice()))?;
+            credit -= FRAME;
+            left -= FRAME;
+            if left == 0 {
+                connection.send(&Message::end("e", "stdin"))?;
+            }
+        }
+        match connection.receive()? {
+            Message::Credit { octets, .. } => credit += octets as usize,
+            Message::Ok { .. } => return Ok(STREAM_MIB as f64 / start.elapsed().as_secs_f64()),
+            Message::Err { error, .. } => return Err(io::Error::other(format!("the stream failed: {error}"))),
+            _ => {}
+        }
+    }
+}
+
+/// Writes and reads a file in the guest, past its page cache; MiB per second each.
+fn block(connection: &mut Connection, sandbox: Option<&str>) -> io::Result<(f64, f64)> {
+    let write = format!("dd if=/dev/zero of=/bench bs=1M count={BLOCK_MIB} conv=fsync 2>/dev/null");
+    let write = exec_time(connection, exec(sandbox, &["sh", "-c", &write]))?;
+    exec_time(connection, exec(sandbox, &["sh", "-c", "echo 3 > /proc/sys/vm/drop_caches"]))?;
+    let read = exec_time(connection, exec(sandbox, &["sh", "-c", "dd if=/bench of=/dev/null bs=1M 2>/dev/null"]))?;
+    Ok((BLOCK_MIB as f64 / write.as_secs_f64(), BLOCK_MIB as f64 / read.as_secs_f64()))
+}
+
+/// Private memory of a process outside of its guest's memory (which is its largest mapping), in KiB.
+fn overhead(pid: u32) -> io::Result<f64> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let mut mappings: Vec<(u64, u64)> = Vec::new();
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let (Some(key), value) = (words.next(), words.next().and_then(|word| word.parse::<u64>().ok())) else {
+            continue;
+        };
+        match (key, value, mappings.last_mut()) {
+            ("Size:", Some(size), _) => mappings.push((size, 0)),
+            ("Private_Clean:" | "Private_Dirty:", Some(kib), Some(last)) => last.1 += kib,
+            _ => {}
+        }
+    }
+    let guest = mappings.iter().max().copied().unwrap_or_default();
+    if guest.0 < MEMORY_MIB * 1024 {
+        return Err(io::Error::other(format!("process {pid} maps no guest memory")));
+    }
+    Ok((mappings.iter().map(|mapping| mapping.1).sum::<u64>() - guest.1) as f64)
+}
+
+fn first_line(path: &str) -> io::Result<String> {
+    Ok(fs::read_to_string(path)?.lines().next().unwrap_or_default().to_string())
+}
+
+fn measure() -> io::Result<()> {
+    let mut control = Connection::open(Path::new(CONTROL))?;
+    let create = || {
+        let request = Request::new("c", "sandbox.create").set("template", "base").set("vcpus", 1);
+        request.set("memory_mib", MEMORY_MIB).set("disk_mib", 512)
+    };
+    let mut times = Vec::new();
+    let mut id = String::new();
+    for run in 0..BOOTS {
+        let start = Instant::now();
+        let (_, fields) = ask(&mut control, create())?;
+        times.push(milliseconds(start.elapsed()));
+        id = fields.get("id").unwrap_or_default().to_string();
+        if run + 1 < BOOTS {
+            ask(&mut control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
+        }
+    }
+    let all = times.iter().map(|ms| format!("{ms:.1}")).collect::<Vec<_>>().join(" ");
+    let condition = format!("create received to agent ready; base, 1 vCPU, {MEMORY_MIB} MiB; median of {all}");
+    print("cold_boot_ms", median(&mut times), "ms", &condition);
+
+    let mut times = Vec::new();
+    for _ in 0..EXECS {
+        times.push(milliseconds(exec_time(&mut control, exec(Some(&id), &["true"]))?));
+    }
+    print("exec_true_ms", median(&mut times), "ms", &format!("control socket to exit status; median of {EXECS}"));
+
+    let worker = first_line(&format!("/sys/fs/cgroup/sandboxes/{id}/cgroup.procs"))?;
+    let worker = worker.parse().map_err(|_| io::Error::other(format!("sandbox {id} has no worker")))?;
+    print(
+        "worker_overhead_kib",
+        overhead(worker)?,
+        "KiB",
+        "private pages outside guest memory; idle after boot and execs",
+    );
+
+    let start = Instant::now();
+    for _ in 0..REQUESTS {
+        ask(&mut control, Request::new("i", "sandbox.inspect").arg(&id))?;
+    }
+    let rate = f64::from(REQUESTS) / start.elapsed().as_secs_f64();
+    print("control_requests_per_s", rate, "1/s", "sandbox.inspect, one client, one at a time");
+
+    let rate = stream(&mut control, Some(&id))?;
+    print("exec_stdin_mib_per_s", rate, "MiB/s", "control socket to a program's stdin");
+    let mut agent = Connection::open(Path::new(&format!("/run/warren/sandboxes/{id}.sock")))?;
+    ask(&mut agent, Request::new("v", "vsock.connect").set("port", 1024))?;
+    agent.receive()?; // the agent's greeting: from here on the connection is the vsock stream
+    print("vsock_mib_per_s", stream(&mut agent, None)?, "MiB/s", "worker's socket to a program's stdin");
+    drop(agent);
+
+    let (write, read) = block(&mut control, Some(&id))?;
+    print("block_write_mib_per_s", write, "MiB/s", "dd bs=1M conv=fsync in the guest, ext4, overlay in tmpfs");
+    print("block_read_mib_per_s", read, "MiB/s", "dd bs=1M in the guest, ext4, cold guest cache, overlay in tmpfs");
+    ask(&mut control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
+    Ok(())
+}
+
+/// Firecracker with the same guest kernel, initramfs and drive.
+struct Peer {
+    process: Child,
+    api: UnixStream,
+}
+
+impl Peer {
+    /// Starts a virtual machine; gives it and the time from its process' start to the first vsock octet.
+    fn start(program: &str, cmdline: &str) -> io::Result<(Self, Connection, Duration)> {
+        let (api, vsock, drive) = ("/run/peer.api", "/run/peer.vsock", "/run/peer.drive");
+        for path in [api, vsock, &format!("{vsock}_1024"), drive] {
+            let _ = fs::remove_file(path);
+        }
+        fs::copy("/usr/share/warren/templates/base/rootfs.img", drive)?;
+        File::options().write(true).open(drive)?.set_len(512 << 20)?;
+        let listener = UnixListener::bind(format!("{vsock}_1024"))?;
+
+        let start = Instant::now();
+        let log = File::create("/run/peer.log")?;
+        let process = Command::new(program)
+            .args(["--api-sock", api, "--level", "Off"])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()?;
+        let api = loop {
+            match UnixStream::connect(api) {
+                Ok(stream) => break stream,
+                Err(_) if start.elapsed() > Duration::from_secs(10) => {
+                    return Err(io::Error::other("the peer has no socket"));
+                }
+                Err(_) => std::thread::sleep(Duration::from_micros(200)),
+            }
+        };
+        let mut peer = Self { process, api };
+        peer.put("/machine-config", &format!(r#"{{"vcpu_count":1,"mem_size_mib":{MEMORY_MIB}}}"#))?;
+        let image = "/usr/share/warren";
+        peer.put(
+            "/boot-source",
+            &format!(r#"{{"kernel_image_path":"{image}/vmlinux","initrd_path":"{image}/initramfs.img","boot_args":"{cmdline}"}}"#),
+        )?;
+        peer.put(
+            "/drives/root",
+            &format!(r#"{{"drive_id":"root","path_on_host":"{drive}","is_root_device":false,"is_read_only":false}}"#),
+        )?;
+        peer.put("/vsock", &format!(r#"{{"guest_cid":3,"uds_path":"{vsock}"}}"#))?;
+        peer.put("/actions", r#"{"action_type":"InstanceStart"}"#)?;
+        let (mut stream, _) = listener.accept()?;
+        let mut first = [0u8; 1];
+        stream.read_exact(&mut first)?;
+        let time = start.elapsed();
+
+        // The rest of the agent's greeting.
+        let mut agent = Connection::over(stream);
+        agent.feed(&first);
+        agent.receive()?;
+        Ok((peer, agent, time))
+    }
+
+    /// One request of the API: HTTP over the socket, kept open.
+    fn put(&mut self, path: &str, body: &str) -> io::Result<()> {
+        let length = body.len();
+        write!(
+            self.api,
+            "PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+        )?;
+        // 204 without a body, or an error with one.
+        let mut answer = Vec::new();
+        let mut chunk = [0u8; 4096];
+        while !answer.windows(4).any(|four| four == b"\r\n\r\n") {
+            match self.api.read(&mut chunk)? {
+                0 => break,
+                n => answer.extend_from_slice(&chunk[..n]),
+            }
+        }
+        if answer.starts_with(b"HTTP/1.1 204") {
+            return Ok(());
+        }
+        Err(io::Error::other(format!("the peer refused {path}: {}", String::from_utf8_lossy(&answer))))
+    }
+
+    fn measure(program: &str) -> io::Result<()> {
+        // What its own drivers do not need and both guests get: the worker's line without what is the worker's.
+        let cmdline = peer_cmdline()?;
+        let mut times = Vec::new();
+        let mut last = None;
+        for _ in 0..BOOTS {
+            drop(last.take());
+            let (peer, agent, time) = Self::start(program, &cmdline)?;
+            times.push(milliseconds(time));
+            last = Some((peer, agent));
+        }
+        let Some((peer, mut agent)) = last else { return Ok(()) };
+        let version = Command::new(program).arg("--version").output()?;
+        let version = String::from_utf8_lossy(&version.stdout).lines().next().unwrap_or_default().to_string();
+        let condition =
+            format!("{version}; its process' start to first vsock octet, same guest, no jail; cmdline {cmdline}");
+        print("peer_cold_boot_ms", median(&mut times), "ms", &condition);
+        ask(&mut agent, exec(None, &["true"]))?;
+        print("peer_worker_overhead_kib", overhead(peer.process.id())?, "KiB", "private pages outside guest memory");
+        let mut times = Vec::new();
+        for _ in 0..EXECS {
+            times.push(milliseconds(exec_time(&mut agent, exec(None, &["true"]))?));
+        }
+        print("peer_exec_true_ms", median(&mut times), "ms", "straight to the agent, no node in between");
+        print("peer_vsock_mib_per_s", stream(&mut agent, None)?, "MiB/s", "its vsock socket to a program's stdin");
+        let (write, read) = block(&mut agent, None)?;
+        print(
+            "peer_block_write_mib_per_s",
+            write,
+            "MiB/s",
+            "dd bs=1M conv=fsync in the guest, ext4, raw file in tmpfs",
+        );
+        print(
+            "peer_block_read_mib_per_s",
+            read,
+            "MiB/s",
+            "dd bs=1M in the guest, ext4, cold guest cache, raw file in tmpfs",
+        );
+        agent.stream().shutdown(Shutdown::Both)?;
+        Ok(())
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The command line that a worker gives its guest, as one of them sees it.
+fn peer_cmdline() -> io::Result<String> {
+    let mut control = Connection::open(Path::new(CONTROL))?;
+    let create = Request::new("c", "sandbox.create").set("memory_mib", MEMORY_MIB);
+    let id = ask(&mut control, create)?.1.get("id").unwrap_or_default().to_string();
+    control.send(&Message::Request(exec(Some(&id), &["cat", "/proc/cmdline"])))?;
+    let mut line = Vec::new();
+    loop {
+        match control.receive()? {
+            Message::Data { channel, payload, .. } if channel == "stdout" => line.extend(payload),
+            message if message.is_final() => break,
+            _ => {}
+        }
+    }
+    ask(&mut control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
+    Ok(String::from_utf8_lossy(&line).trim().to_string())
+}

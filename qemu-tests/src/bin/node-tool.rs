@@ -1,0 +1,139 @@
+//! What the tests ask of the node from inside: `processes`, `state`, `talk SOCKET`, `disk OVERLAY BASE`.
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::ExitCode;
+
+use warren::storage::overlay::Overlay;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments.as_slice() {
+        ["processes"] => {
+            for (pid, argv) in processes() {
+                println!("{pid} {argv}");
+            }
+        }
+        ["state"] => {
+            let mut lines = state();
+            lines.sort();
+            println!("{}", lines.join("\n"));
+        }
+        ["talk", socket] => {
+            if let Err(e) = talk(socket) {
+                eprintln!("node-tool: {socket}: {e}");
+                return ExitCode::FAILURE;
+            }
+        }
+        ["disk", overlay, base] => {
+            if let Err(e) = disk(overlay, base) {
+                eprintln!("node-tool: {overlay} over {base}: {e}");
+                return ExitCode::FAILURE;
+            }
+        }
+        _ => {
+            eprintln!("usage: node-tool processes | state | talk SOCKET | disk OVERLAY BASE");
+            return ExitCode::from(2);
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// Every process with its arguments, but this one and the kernel's own threads (those have none).
+fn processes() -> Vec<(u32, String)> {
+    let names = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = names.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let mut found: Vec<(u32, String)> = pids
+        .filter(|pid| *pid != std::process::id())
+        .filter_map(|pid| {
+            let octets = fs::read(format!("/proc/{pid}/cmdline")).ok().filter(|octets| !octets.is_empty())?;
+            let text = String::from_utf8_lossy(&octets);
+            Some((pid, text.trim_end_matches('\0').replace('\0', " ")))
+        })
+        .collect();
+    found.sort_unstable();
+    found
+}
+
+fn state() -> Vec<String> {
+    let mut lines = Vec::new();
+    for (pid, argv) in processes() {
+        if argv.ends_with(" supervise") {
+            descriptors(pid, &mut lines);
+        }
+        lines.push(format!("process {argv}"));
+    }
+    tree("cgroup", Path::new("/sys/fs/cgroup"), true, &mut lines);
+    tree("file", Path::new("/data/sandboxes"), false, &mut lines);
+    tree("file", Path::new("/data/templates"), false, &mut lines);
+    tree("file", Path::new("/run/warren"), false, &mut lines);
+    tree("interface", Path::new("/sys/class/net"), false, &mut lines);
+    let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();
+    lines.extend(mounts.lines().map(|line| format!("mount {}", line.split(' ').nth(1).unwrap_or_default())));
+    lines
+}
+
+/// Copies standard input to a Unix socket, half-closes it, and prints what comes back until the peer closes too.
+fn talk(socket: &str) -> io::Result<()> {
+    let mut stream = UnixStream::connect(socket)?;
+    let mut answers = stream.try_clone()?;
+    let reader = std::thread::spawn(move || io::copy(&mut answers, &mut io::stdout()));
+    io::copy(&mut io::stdin(), &mut stream)?;
+    stream.shutdown(Shutdown::Write)?;
+    reader.join().map_err(|_| io::Error::other("the reading thread panicked"))??;
+    Ok(())
+}
+
+/// Prints a sandbox's disk: records of offset (8 octets, little endian), length (4 octets) and content, without the
+/// pieces that are all zeroes.
+fn disk(overlay: &str, base: &str) -> Result<(), Box<dyn Error>> {
+    const PIECE: usize = 64 * 1024;
+    let file = File::options().read(true).write(true).open(overlay)?;
+    let disk = Overlay::open(file, File::open(base)?)?;
+    let mut out = BufWriter::with_capacity(1 << 20, io::stdout().lock());
+    let mut piece = vec![0; PIECE];
+    let zeroes = vec![0; PIECE];
+    let mut offset = 0;
+    while offset < disk.disk_bytes() {
+        let length = usize::try_from(disk.disk_bytes() - offset)?.min(PIECE);
+        disk.read(offset, length, &mut piece[..length])?;
+        if piece[..length] != zeroes[..length] {
+            out.write_all(&offset.to_le_bytes())?;
+            out.write_all(&u32::try_from(length)?.to_le_bytes())?;
+            out.write_all(&piece[..length])?;
+        }
+        offset += length as u64;
+    }
+    out.flush()?;
+    Ok(())
+}
+
+/// What the supervisor holds open: paths, and the kinds of what has no path.
+fn descriptors(pid: u32, lines: &mut Vec<String>) {
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
+        let Ok(target) = fs::read_link(entry.path()) else { continue };
+        let target = target.to_string_lossy();
+        let kind = target.split_once(":[").map_or(target.as_ref(), |(kind, rest)| {
+            // `anon_inode:[eventpoll]` says what it is, `socket:[1234]` only which.
+            if rest.starts_with(|c: char| c.is_ascii_digit()) { kind } else { target.as_ref() }
+        });
+        lines.push(format!("descriptor {kind}"));
+    }
+}
+
+fn tree(kind: &str, directory: &Path, only_directories: bool, lines: &mut Vec<String>) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let is_directory = entry.file_type().is_ok_and(|t| t.is_dir());
+        if is_directory || !only_directories {
+            lines.push(format!("{kind} {}", entry.path().display()));
+        }
+        if is_directory {
+            tree(kind, &entry.path(), only_directories, lines);
+        }
+    }
+}

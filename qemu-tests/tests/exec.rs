@@ -1,0 +1,254 @@
+//! Programs in a sandbox: streams, terminals, signals, limits, exit codes.
+
+use std::collections::BTreeSet;
+
+use qemu_tests::{Code, Message, Sandbox, shared, timing};
+use sha2::{Digest, Sha256};
+
+/// Octets without a pattern, the same on every run.
+fn noise(length: usize) -> Vec<u8> {
+    let mut x = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut octets = Vec::with_capacity(length + 8);
+    while octets.len() < length {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        octets.extend_from_slice(&x.to_le_bytes());
+    }
+    octets.truncate(length);
+    octets
+}
+
+/// Waits until a process of the sandbox has ended.
+fn wait_until_gone(sandbox: &Sandbox, pid: &str) {
+    timing::wait_for(&format!("process {pid} in the sandbox to end"), || {
+        // A zombie that waits to be reaped has ended too.
+        let state = sandbox.sh(&format!("grep ^State /proc/{pid}/status 2>/dev/null || true"));
+        (state.is_empty() || state.contains('Z')).then_some(())
+    });
+}
+
+#[test]
+fn standard_output_and_standard_error_are_separate_streams() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let reply = sandbox.exec(&["sh", "-c", "echo to out; echo to err >&2"]);
+    assert_eq!(reply.text("stdout"), "to out\n");
+    assert_eq!(reply.text("stderr"), "to err\n");
+}
+
+#[test]
+fn exit_codes_and_signals_are_passed_on() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    assert_eq!(sandbox.exec(&["true"]).field("exit"), "0");
+    assert_eq!(sandbox.exec(&["false"]).field("exit"), "1");
+    assert_eq!(sandbox.exec(&["sh", "-c", "exit 42"]).field("exit"), "42");
+    let killed = sandbox.exec(&["sh", "-c", "kill -9 $$"]);
+    assert_eq!(killed.field("exit"), "137");
+    assert_eq!(killed.field("signal"), "9");
+}
+
+#[test]
+fn a_program_that_cannot_be_started_is_a_typed_error() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let missing = sandbox.client().err(sandbox.exec_request(&["/no/such/program"]));
+    assert!(missing.is(Code::ExecFailed), "{missing}");
+    assert_eq!(missing.fields.get("exit"), Some("127"));
+    assert_eq!(missing.fields.get("errno"), Some("ENOENT"));
+    let denied = sandbox.client().err(sandbox.exec_request(&["/etc/passwd"]));
+    assert!(denied.is(Code::ExecFailed), "{denied}");
+    assert_eq!(denied.fields.get("exit"), Some("126"));
+}
+
+#[test]
+fn environment_directory_and_user_are_as_asked_for() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[("env", "FROM_CREATE=1")]);
+    let shown = "echo $FROM_CREATE $FROM_EXEC; pwd; id -u";
+    let asked =
+        sandbox.exec_request(&["sh", "-c", shown]).set("env", "FROM_EXEC=a b").set("cwd", "/tmp").set("user", 0);
+    assert_eq!(sandbox.client().ok(asked).text("stdout"), "1 a b\n/tmp\n0\n");
+    assert_eq!(sandbox.exec(&["sh", "-c", shown]).text("stdout"), "1\n/workspace\n1000\n", "the template's defaults");
+}
+
+#[test]
+fn sixty_four_mebibytes_through_standard_input_come_back_unchanged() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let sent = noise(64 << 20);
+    let mut call = sandbox.start(sandbox.exec_request(&["cat"]).set("stdin", true));
+    let writer = call.writer();
+    let (count, hash) = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            assert!(writer.write("stdin", &sent), "the exec ended before it had read everything");
+            writer.end("stdin");
+        });
+        let (mut count, mut hash) = (0, Sha256::new());
+        loop {
+            match call.message() {
+                Message::Data { channel, payload, .. } if channel == "stdout" => {
+                    count += payload.len();
+                    hash.update(&payload);
+                }
+                Message::Ok { fields, .. } => {
+                    assert_eq!(fields.get("exit"), Some("0"));
+                    break;
+                }
+                Message::Err { error, .. } => panic!("cat failed: {error}"),
+                _ => {}
+            }
+        }
+        (count, hash.finalize())
+    });
+    assert_eq!(count, sent.len());
+    assert_eq!(hash, Sha256::digest(&sent));
+}
+
+#[test]
+fn a_reader_that_stops_holds_the_writer_and_nobody_else() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let mut call = sandbox.start(sandbox.exec_request(&["yes"]));
+    call.hold_credit();
+    let mut came = 0;
+    while let Some(message) = call.message_within(timing::limit(1)) {
+        if let Message::Data { payload, .. } = message {
+            came += payload.len() as u64;
+        }
+    }
+    assert_eq!(came, warren::wire::INITIAL_CREDIT, "exactly the initial credit comes");
+    assert_eq!(sandbox.exec(&["echo", "still here"]).text("stdout"), "still here\n");
+    call.grant("stdout", 1000);
+    let Message::Data { payload, .. } = call.message() else { panic!("credit brings data") };
+    assert!(payload.len() <= 1000);
+}
+
+#[test]
+fn a_hundred_programs_run_at_once() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[("memory_mib", "256")]);
+    // Each waits for a line, so that all of them run before the first one ends.
+    let calls: Vec<_> = (0..100)
+        .map(|n| {
+            let script = format!("read line; echo {n} $line");
+            sandbox.start(sandbox.exec_request(&["sh", "-c", &script]).set("stdin", true))
+        })
+        .collect();
+    timing::wait_for("a hundred running programs", || {
+        let rows = sandbox.client().ok(sandbox.request("exec.list")).items;
+        (rows.iter().filter(|row| row.get("state") == Some("running")).count() == 100).then_some(())
+    });
+    for call in &calls {
+        call.writer().write("stdin", b"done\n");
+        call.writer().end("stdin");
+    }
+    let mut answers = BTreeSet::new();
+    for call in calls {
+        let reply = call.finish_ok();
+        assert_eq!(reply.field("exit"), "0");
+        answers.insert(reply.text("stdout"));
+    }
+    let expected: BTreeSet<String> = (0..100).map(|n| format!("{n} done\n")).collect();
+    assert_eq!(answers, expected);
+}
+
+#[test]
+fn a_terminal_shows_its_size_and_every_new_one() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let script = "trap 'stty size' WINCH; stty size; while :; do sleep 0.1; done";
+    let request = sandbox.exec_request(&["sh", "-c", script]);
+    let mut call = sandbox.start(request.set("tty", true).set("cols", 80).set("rows", 24).set("stdin", true));
+    let exec = call.item().get("exec").expect("a row with the exec's number").to_string();
+    call.read_until("stdout", "24 80");
+    sandbox.client().ok(sandbox.request("exec.resize").set("exec", &exec).set("cols", 132).set("rows", 43));
+    call.read_until("stdout", "43 132");
+    // The interrupt key goes through the terminal's line discipline to the foreground group.
+    assert!(call.writer().write("stdin", b"\x03"));
+    let reply = call.finish_ok();
+    assert_eq!(reply.field("exit"), "130");
+}
+
+#[test]
+fn a_signal_goes_to_the_whole_group() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let script = "sh -c 'sleep 1000 & echo grandchild $!; wait' & wait";
+    let mut call = sandbox.start(sandbox.exec_request(&["sh", "-c", script]));
+    let exec = call.item().get("exec").expect("a row with the exec's number").to_string();
+    let text = call.read_until("stdout", "\n");
+    let grandchild = text.trim().strip_prefix("grandchild ").expect("its pid is printed").to_string();
+    sandbox.client().ok(sandbox.request("exec.signal").set("exec", &exec).set("signal", "TERM"));
+    let reply = call.finish_ok();
+    assert_eq!(reply.field("exit"), "143");
+    assert_eq!(reply.field("signal"), "15");
+    wait_until_gone(&sandbox, &grandchild);
+}
+
+#[test]
+fn a_time_limit_ends_the_whole_group_and_says_so() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    // A shell that ignores polite signals, with a child.
+    let script = "trap '' TERM INT; sleep 1000 & echo child $!; wait";
+    let request = sandbox.exec_request(&["sh", "-c", script]).set("timeout_ms", 1500);
+    let reply = sandbox.client().ok(request);
+    assert_eq!(reply.field("timeout"), "true");
+    assert_eq!(reply.field("exit"), "137");
+    assert_eq!(reply.field("signal"), "9");
+    let text = reply.text("stdout");
+    wait_until_gone(&sandbox, text.trim().strip_prefix("child ").expect("its pid is printed"));
+}
+
+#[test]
+fn a_cancelled_program_is_killed() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let mut call = sandbox.start(sandbox.exec_request(&["sh", "-c", "echo pid $$; exec sleep 1000"]));
+    let text = call.read_until("stdout", "\n");
+    call.cancel();
+    let error = call.finish().expect_err("a cancelled exec does not succeed");
+    assert!(error.is(Code::Cancelled), "{error}");
+    wait_until_gone(&sandbox, text.trim().strip_prefix("pid ").expect("its pid is printed"));
+}
+
+#[test]
+fn a_program_in_the_background_is_listed_and_its_output_can_be_read_later() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let script = "echo first; sleep 1; echo second";
+    let started = sandbox.client().ok(sandbox.exec_request(&["sh", "-c", script]).set("detach", true));
+    let exec = started
+        .fields
+        .get("exec")
+        .or_else(|| started.items.first().and_then(|row| row.get("exec")))
+        .expect("the exec's number")
+        .to_string();
+    let rows = sandbox.client().ok(sandbox.request("exec.list")).items;
+    assert!(rows.iter().any(|row| row.get("exec") == Some(&exec)), "{rows:?}");
+    for _ in 0..2 {
+        let replayed = sandbox.client().ok(sandbox.request("exec.attach").set("exec", &exec));
+        assert_eq!(replayed.text("stdout"), "first\nsecond\n");
+        assert_eq!(replayed.field("exit"), "0");
+    }
+}
+
+#[test]
+fn a_grandchild_that_keeps_the_pipes_does_not_hold_the_result() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let reply = sandbox.exec(&["sh", "-c", "sleep 1000 & echo started"]);
+    assert_eq!(reply.field("exit"), "0");
+    assert_eq!(reply.text("stdout"), "started\n");
+}
+
+#[test]
+fn the_result_tells_processor_time_and_peak_memory() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let reply = sandbox.exec(&["sh", "-c", "i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done"]);
+    assert!(reply.fields.number("cpu_ms").is_some_and(|ms| ms > 0), "{:?}", reply.fields);
+    assert!(reply.fields.number("peak_kib").is_some_and(|kib| kib > 0), "{:?}", reply.fields);
+}

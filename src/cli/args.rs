@@ -1,0 +1,411 @@
+//! What the command line may say: options, verbs and the units of their values.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+/// Where the node listens when neither `--socket` nor `WARREN_SOCKET` says otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/warren/control.sock";
+
+/// Runs untrusted code in microVM sandboxes.
+#[derive(Debug, Parser)]
+#[command(name = "warren", version, propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// The node's control socket [env: WARREN_SOCKET] [default: /run/warren/control.sock]
+    #[arg(long, global = true, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Print one JSON document instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+impl Cli {
+    /// The socket to connect to: the option, else the environment, else the default.
+    pub fn socket(&self) -> PathBuf {
+        self.socket
+            .clone()
+            .or_else(|| std::env::var_os("WARREN_SOCKET").filter(|v| !v.is_empty()).map(PathBuf::from))
+            .unwrap_or_else(|| PathBuf::from(DEFAULT_SOCKET))
+    }
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Create a sandbox and run a command in it
+    Run(RunArgs),
+    /// Create a sandbox and print its id
+    Create(CreateArgs),
+    /// Run a command in a sandbox
+    Exec(ExecArgs),
+    /// Open an interactive shell in a sandbox
+    Sh {
+        /// Id, unique prefix of an id, or name of the sandbox
+        #[arg(value_name = "SANDBOX")]
+        id: String,
+    },
+    /// List sandboxes
+    Ps(PsArgs),
+    /// Show everything about sandboxes, as JSON
+    Inspect {
+        /// Ids or names
+        #[arg(required = true, value_name = "SANDBOX")]
+        ids: Vec<String>,
+    },
+    /// Stop sandboxes; their disks stay
+    Stop {
+        /// Ids or names
+        #[arg(required = true, value_name = "SANDBOX")]
+        ids: Vec<String>,
+        /// Time for an orderly end before the machine is switched off
+        #[arg(short, long, value_name = "TIME", value_parser = parse_duration)]
+        time: Option<Duration>,
+    },
+    /// Remove sandboxes and their disks
+    Rm {
+        /// Ids or names
+        #[arg(required = true, value_name = "SANDBOX")]
+        ids: Vec<String>,
+        /// Remove running sandboxes too
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Print a sandbox's console log
+    Logs {
+        /// Id or name
+        #[arg(value_name = "SANDBOX")]
+        id: String,
+        /// Go on printing what comes
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// Copy files between here and a sandbox: one side is SANDBOX:PATH
+    ///
+    /// Directories are copied with everything in them. `-` is standard input or output, for a single file.
+    Cp {
+        /// PATH, SANDBOX:PATH or -
+        #[arg(value_name = "SOURCE")]
+        source: OsString,
+        /// PATH, SANDBOX:PATH or -
+        #[arg(value_name = "TARGET")]
+        target: OsString,
+    },
+    /// Show the node, or stop or reboot it
+    Node {
+        /// What to do with the node
+        #[command(subcommand)]
+        verb: Option<NodeVerb>,
+    },
+    /// List and show templates
+    Template {
+        /// What to do
+        #[command(subcommand)]
+        verb: TemplateVerb,
+    },
+    /// Print a completion script for a shell
+    Completion {
+        /// Which shell
+        shell: Shell,
+    },
+    /// Serve a node in QEMU to many clients on this machine
+    Bridge(BridgeArgs),
+}
+
+/// Verbs of `warren node`.
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub enum NodeVerb {
+    /// Show the node
+    Info,
+    /// Stop all sandboxes and switch the node off
+    Stop,
+    /// Stop all sandboxes and start the node anew
+    Reboot,
+}
+
+/// Verbs of `warren template`.
+#[derive(Debug, Subcommand)]
+pub enum TemplateVerb {
+    /// List templates
+    #[command(alias = "list")]
+    Ls,
+    /// Show everything about templates, as JSON
+    Inspect {
+        /// Their names
+        #[arg(required = true, value_name = "TEMPLATE")]
+        names: Vec<String>,
+    },
+}
+
+/// What a new sandbox shall be like.
+#[derive(Debug, Default, Args)]
+pub struct Shape {
+    /// A name for the sandbox
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Virtual CPUs
+    #[arg(long, alias = "cpus", value_name = "N")]
+    pub vcpus: Option<u64>,
+    /// Memory, such as 512M or 2G; a bare number is MiB
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_mib)]
+    pub memory: Option<u64>,
+    /// Disk, such as 4G; a bare number is MiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_mib)]
+    pub disk: Option<u64>,
+    /// An environment variable for commands; without =VALUE it is taken from here
+    #[arg(short, long, value_name = "NAME[=VALUE]", action = ArgAction::Append)]
+    pub env: Vec<String>,
+    /// A label
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_label)]
+    pub label: Vec<String>,
+}
+
+/// `warren create`.
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// What the sandbox shall be like
+    #[command(flatten)]
+    pub shape: Shape,
+    /// The template [default: the node's, base]
+    #[arg(short, long = "template", value_name = "TEMPLATE", conflicts_with = "template")]
+    pub template_option: Option<String>,
+    /// The template
+    #[arg(value_name = "TEMPLATE")]
+    pub template: Option<String>,
+}
+
+/// `warren run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// What the sandbox shall be like
+    #[command(flatten)]
+    pub shape: Shape,
+    /// How the command shall run
+    #[command(flatten)]
+    pub how: HowArgs,
+    /// Remove the sandbox when the command has ended
+    #[arg(long, conflicts_with = "detach")]
+    pub rm: bool,
+    /// The template
+    #[arg(value_name = "TEMPLATE")]
+    pub template: String,
+    /// The command and its arguments; without one, a shell
+    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<OsString>,
+}
+
+/// `warren exec`.
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// How the command shall run
+    #[command(flatten)]
+    pub how: HowArgs,
+    /// An environment variable; without =VALUE it is taken from here
+    #[arg(short, long, value_name = "NAME[=VALUE]", action = ArgAction::Append)]
+    pub env: Vec<String>,
+    /// Id or name of the sandbox
+    #[arg(value_name = "SANDBOX")]
+    pub id: String,
+    /// The command and its arguments
+    #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<OsString>,
+}
+
+/// How a command runs.
+#[derive(Debug, Default, Clone, Args)]
+pub struct HowArgs {
+    /// Pass standard input on to the command
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Leave the command running in the background
+    #[arg(short, long, conflicts_with_all = ["interactive", "tty"])]
+    pub detach: bool,
+    /// Working directory
+    #[arg(short, long, value_name = "PATH")]
+    pub workdir: Option<String>,
+    /// User, as a name or number, and group
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// End the command and all it started after this time, such as 500ms, 30s, 5m
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+}
+
+/// `warren ps`.
+#[derive(Debug, Args)]
+pub struct PsArgs {
+    /// Also stopped sandboxes
+    #[arg(short, long)]
+    pub all: bool,
+    /// Only ids
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Only sandboxes in this state
+    #[arg(long)]
+    pub state: Option<String>,
+}
+
+/// `warren bridge`.
+#[derive(Debug, Args)]
+pub struct BridgeArgs {
+    /// The socket of QEMU's character device that is the node's control port
+    #[arg(long, value_name = "SOCKET")]
+    pub chardev: PathBuf,
+    /// Where to listen for clients
+    #[arg(long, value_name = "SOCKET")]
+    pub listen: PathBuf,
+    /// How long to wait for QEMU's socket
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    pub wait: Duration,
+}
+
+/// A size in MiB: a bare number is MiB; K, M, G, T, P (with or without `iB` or `B`) are powers of 1024.
+pub fn parse_mib(text: &str) -> Result<u64, String> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| format!("{text:?} is not a size such as 512M or 2G"))?;
+    let unit = unit.to_ascii_lowercase();
+    let unit = unit.strip_suffix("ib").or_else(|| unit.strip_suffix('b')).unwrap_or(&unit);
+    let scaled = match unit {
+        "" | "m" => Some(number),
+        "k" if number.is_multiple_of(1024) => Some(number / 1024),
+        "k" => return Err(format!("{text:?} is not a whole number of MiB")),
+        "g" => number.checked_mul(1 << 10),
+        "t" => number.checked_mul(1 << 20),
+        "p" => number.checked_mul(1 << 30),
+        _ => return Err(format!("{text:?} has an unknown unit: known are K, M, G, T, P")),
+    };
+    scaled.ok_or_else(|| format!("{text:?} is too large"))
+}
+
+/// A time: a bare number is seconds; units are ms, s, m, h. At most a year.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    const YEAR_MS: u64 = 366 * 24 * 3600 * 1000;
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| format!("{text:?} is not a time such as 500ms, 30s or 5m"))?;
+    let scale = match unit {
+        "ms" => 1,
+        "" | "s" => 1000,
+        "m" => 60 * 1000,
+        "h" => 3600 * 1000,
+        _ => return Err(format!("{text:?} has an unknown unit: known are ms, s, m, h")),
+    };
+    match number.checked_mul(scale) {
+        Some(ms) if ms <= YEAR_MS => Ok(Duration::from_millis(ms)),
+        _ => Err(format!("{text:?} is over a year")),
+    }
+}
+
+/// `KEY=VALUE`; what a key may be is the node's to say.
+fn parse_label(text: &str) -> Result<String, String> {
+    match text.split_once('=') {
+        Some((key, _)) if !key.is_empty() => Ok(text.to_string()),
+        _ => Err(format!("{text:?} is not KEY=VALUE")),
+    }
+}
+
+/// Puts the value of this process's environment to a bare `NAME`, as docker does; a name that is not set here is
+/// left out.
+pub fn resolve_env(given: &[String]) -> Vec<Vec<u8>> {
+    use std::os::unix::ffi::OsStringExt;
+    given
+        .iter()
+        .filter_map(|entry| match entry.contains('=') {
+            true => Some(entry.clone().into_bytes()),
+            false => std::env::var_os(entry).map(|v| [entry.as_bytes(), b"=", &v.into_vec()].concat()),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(line: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from([&["warren"], line].concat())
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_after_the_sandbox_belong_to_the_command() {
+        for line in [
+            &["exec", "-i", "sb", "ls", "-la", "--json", "-i"][..],
+            &["exec", "-i", "sb", "--", "ls", "-la", "--json", "-i"],
+        ] {
+            let cli = parse(line).unwrap();
+            assert!(!cli.json);
+            let Verb::Exec(exec) = cli.verb else { panic!("not exec") };
+            assert_eq!((exec.id.as_str(), exec.how.interactive), ("sb", true));
+            assert_eq!(exec.command, ["ls", "-la", "--json", "-i"]);
+        }
+    }
+
+    #[test]
+    fn a_second_double_dash_reaches_the_command() {
+        let Verb::Exec(exec) = parse(&["exec", "sb", "--", "git", "log", "--", "x"]).unwrap().verb else {
+            panic!("not exec")
+        };
+        assert_eq!(exec.command, ["git", "log", "--", "x"]);
+    }
+
+    #[test]
+    fn run_takes_a_template_and_a_command() {
+        for line in [
+            &["run", "--rm", "-m", "1G", "-e", "A=b", "python", "python3", "-c", "x"][..],
+            &["run", "--rm", "-m", "1G", "-e", "A=b", "python", "--", "python3", "-c", "x"],
+        ] {
+            let Verb::Run(run) = parse(line).unwrap().verb else { panic!("not run") };
+            assert_eq!((run.template.as_str(), run.shape.memory, run.rm), ("python", Some(1024), true));
+            assert_eq!(run.command, ["python3", "-c", "x"]);
+        }
+        let Verb::Run(run) = parse(&["run", "base"]).unwrap().verb else { panic!("not run") };
+        assert!(run.command.is_empty());
+    }
+
+    #[test]
+    fn create_takes_its_template_either_way_but_not_both() {
+        assert!(parse(&["create", "-t", "python"]).is_ok());
+        assert!(parse(&["create", "python", "--json"]).unwrap().json);
+        assert!(parse(&["create", "-t", "python", "base"]).is_err());
+        assert!(parse(&["create"]).is_ok());
+    }
+
+    #[test]
+    fn sizes_and_times_have_units() {
+        assert_eq!(parse_mib("512"), Ok(512));
+        assert_eq!(parse_mib("512MiB"), Ok(512));
+        assert_eq!(parse_mib("2g"), Ok(2048));
+        assert_eq!(parse_mib("1P"), Ok(1 << 30));
+        assert_eq!(parse_mib("2048k"), Ok(2));
+        for bad in ["", "G", "1.5G", "-1", "1000k", "5X", "99999999999999999999", "9999999999999999P"] {
+            assert!(parse_mib(bad).is_err(), "{bad}");
+        }
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("30"), Ok(Duration::from_secs(30)));
+        assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
+        for bad in ["", "s", "1d", "99999999h", "1.5s"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn labels_are_pairs() {
+        assert!(parse(&["create", "-l", "team=a b=c"]).is_ok());
+        assert!(parse(&["create", "-l", "=a"]).is_err());
+        assert!(parse(&["create", "-l", "team"]).is_err());
+    }
+}

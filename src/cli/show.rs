@@ -1,0 +1,206 @@
+//! `ps`, `inspect`, `stop`, `rm`, `logs`, `node`, `template`: what a node has, and how to end it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::Failure;
+use super::args::PsArgs;
+use super::client::{CONNECTION_LOST, Call, Client};
+use super::output::{ago, human_bytes, human_seconds, json_object, print, print_error, print_json, printable, table};
+use crate::wire::{Code, Error, Fields, Request};
+
+const MIB: u64 = 1 << 20;
+/// Sandboxes that are stopped or removed at once.
+const AHEAD: usize = 16;
+
+fn text(fields: &Fields, key: &str) -> String {
+    fields.bytes(key).map(|v| String::from_utf8_lossy(v).into_owned()).unwrap_or_default()
+}
+
+fn size(fields: &Fields, key: &str, unit: u64) -> String {
+    fields.number(key).map(|n| human_bytes(n.saturating_mul(unit))).unwrap_or_default()
+}
+
+/// `warren ps`.
+pub fn ps(client: &mut Client, args: &PsArgs, json: bool) -> Result<u8, Failure> {
+    let mut request = Request::new("", "sandbox.list");
+    if let Some(state) = &args.state {
+        request = request.set("state", state);
+    }
+    let mut rows = client.call(request)?.items;
+    if !args.all && args.state.is_none() {
+        rows.retain(|row| row.get("state") != Some("stopped"));
+    }
+    if json {
+        print_json(&rows.iter().map(json_object).collect())?;
+    } else if args.quiet {
+        print(rows.iter().map(|row| text(row, "id") + "\n").collect::<String>())?;
+    } else {
+        let rows: Vec<Vec<String>> = rows.iter().map(sandbox_row).collect();
+        print(table(&["ID", "NAME", "TEMPLATE", "STATE", "CPUS", "MEMORY", "CREATED"], &rows))?;
+    }
+    Ok(0)
+}
+
+fn sandbox_row(row: &Fields) -> Vec<String> {
+    let state = match (row.get("state"), row.get("reason")) {
+        (Some("error"), Some(reason)) => format!("error ({reason})"),
+        _ => text(row, "state"),
+    };
+    let created = row.number("created_ms").map(ago).unwrap_or_default();
+    let memory = size(row, "memory_mib", MIB);
+    vec![text(row, "id"), text(row, "name"), text(row, "template"), state, text(row, "vcpus"), memory, created]
+}
+
+/// `warren inspect` and `warren template inspect`: a JSON list, one object a name, as docker has it.
+pub fn inspect(client: &mut Client, verb: &str, names: &[String]) -> Result<u8, Failure> {
+    let mut found = Vec::new();
+    let code = each(names, |name| {
+        let reply = client.call(Request::new("", verb).arg(name))?;
+        let fields = if reply.fields.0.is_empty() { reply.items.into_iter().next() } else { Some(reply.fields) };
+        found.push(json_object(&fields.unwrap_or_default()));
+        Ok(())
+    });
+    print_json(&Value::Array(found))?;
+    Ok(code)
+}
+
+/// `warren stop`.
+pub fn stop(client: &mut Client, ids: &[String], time: Option<Duration>, json: bool) -> Result<u8, Failure> {
+    change(client, ids, json, |id| {
+        let request = Request::new("", "sandbox.stop").arg(id);
+        match time {
+            Some(time) => request.set("timeout_ms", time.as_millis()),
+            None => request,
+        }
+    })
+}
+
+/// `warren rm`.
+pub fn rm(client: &mut Client, ids: &[String], force: bool, json: bool) -> Result<u8, Failure> {
+    change(client, ids, json, |id| {
+        let request = Request::new("", "sandbox.remove").arg(id);
+        if force { request.set("force", true) } else { request }
+    })
+}
+
+/// Asks for the same of every sandbox, several at once, and names those where it was done.
+fn change(client: &mut Client, ids: &[String], json: bool, request: impl Fn(&str) -> Request) -> Result<u8, Failure> {
+    let mut ahead: VecDeque<Result<Call, Error>> = VecDeque::new();
+    let mut next = ids.iter();
+    let mut done = Vec::new();
+    let mut output = Ok(());
+    let code = each(ids, |id| {
+        while let Some(id) = (ahead.len() < AHEAD).then(|| next.next()).flatten() {
+            ahead.push_back(client.start(request(id)));
+        }
+        let Some(call) = ahead.pop_front() else { return Ok(()) };
+        client.wait(&call?, None)?;
+        if json {
+            done.push(json!({ "id": id }));
+        } else if output.is_ok() {
+            output = print(format!("{id}\n"));
+        }
+        Ok(())
+    });
+    output?;
+    if json {
+        print_json(&Value::Array(done))?;
+    }
+    Ok(code)
+}
+
+/// Does something for every name and goes on after a failure; gives the exit code.
+fn each(names: &[String], mut action: impl FnMut(&str) -> Result<(), Error>) -> u8 {
+    let mut code = 0;
+    for name in names {
+        if let Err(error) = action(name) {
+            print_error(&error);
+            code = 1;
+        }
+    }
+    code
+}
+
+/// `warren logs`: the console log as it is.
+pub fn logs(client: &mut Client, id: &str, follow: bool) -> Result<u8, Failure> {
+    let mut request = Request::new("", "sandbox.logs").arg(id);
+    if follow {
+        request = request.set("follow", true);
+    }
+    let mut output: io::Result<()> = Ok(());
+    let done = client.transfer(request, None, &mut |_, payload| {
+        output = print(payload);
+        output.as_ref().map_err(|e| e.kind()).copied().map_err(io::Error::from)
+    });
+    output?;
+    done?;
+    Ok(0)
+}
+
+/// `warren node`.
+pub fn node(client: &mut Client, json: bool) -> Result<u8, Failure> {
+    let reply = client.call(Request::new("", "node.info"))?;
+    if json {
+        let mut document = json_object(&reply.fields);
+        if !reply.items.is_empty() {
+            document["items"] = reply.items.iter().map(json_object).collect();
+        }
+        print_json(&document)?;
+        return Ok(0);
+    }
+    let rows: Vec<(String, String)> = reply.fields.0.iter().map(|(key, raw)| pair(key, raw)).collect();
+    let width = rows.iter().map(|(key, _)| key.len()).max().unwrap_or(0) + 1;
+    let lines = rows.iter().map(|(key, value)| format!("{:width$}  {}\n", format!("{key}:"), printable(value)));
+    print(lines.collect::<String>())?;
+    Ok(0)
+}
+
+/// A field for people: the key without its unit, the value with it.
+fn pair(key: &str, raw: &[u8]) -> (String, String) {
+    let text = String::from_utf8_lossy(raw).into_owned();
+    let number = text.parse::<u64>().ok();
+    let scaled = |suffix: &str, unit: u64| {
+        Some((key.strip_suffix(suffix)?.replace('_', " "), human_bytes(number?.saturating_mul(unit))))
+    };
+    let time = || {
+        let name = key.strip_suffix("_ms")?;
+        match name {
+            "uptime" => Some((name.to_string(), human_seconds(number? / 1000))),
+            "started" | "created" | "booted" => Some((name.to_string(), ago(number?))),
+            _ => Some((name.replace('_', " "), format!("{} ms", number?))),
+        }
+    };
+    scaled("_mib", MIB)
+        .or_else(|| scaled("_kib", 1024))
+        .or_else(|| scaled("_bytes", 1))
+        .or_else(time)
+        .unwrap_or_else(|| (key.replace('_', " "), text))
+}
+
+/// `warren node stop` and `warren node reboot`.
+pub fn stop_node(client: &mut Client, mode: &str) -> Result<u8, Failure> {
+    match client.call(Request::new("", "node.stop").set("mode", mode)) {
+        // The node may be faster with its end than with its answer; the bridge then knows only that the port has
+        // closed or that another supervisor answers.
+        Err(error) if error.code == CONNECTION_LOST || error.is(Code::LinkLost) || error.is(Code::NodeRestarted) => {
+            Ok(0)
+        }
+        done => done.map(|_| 0).map_err(Failure::from),
+    }
+}
+
+/// `warren template ls`.
+pub fn templates(client: &mut Client, json: bool) -> Result<u8, Failure> {
+    let rows = client.call(Request::new("", "template.list"))?.items;
+    if json {
+        print_json(&rows.iter().map(json_object).collect())?;
+        return Ok(0);
+    }
+    let row = |row: &Fields| vec![text(row, "name"), size(row, "size_bytes", 1), text(row, "description")];
+    print(table(&["NAME", "SIZE", "DESCRIPTION"], &rows.iter().map(row).collect::<Vec<_>>()))?;
+    Ok(0)
+}

@@ -1,0 +1,343 @@
+//! The verbs of the control socket: one table, and what a request becomes once it is checked.
+
+use std::time::Duration;
+
+use crate::init::StopMode;
+use crate::sandbox::lifecycle::State;
+use crate::sandbox::spec::{Defaults, Spec};
+use crate::wire::{Arg, Args, Code, Error, Request};
+
+/// A checked request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// Who answers, and what it speaks.
+    Hello,
+    /// The verbs.
+    Help,
+    /// The node's state and capacity.
+    NodeInfo,
+    /// Ends the node in order.
+    NodeStop(StopMode),
+    /// The templates.
+    TemplateList,
+    /// One template.
+    TemplateInspect(String),
+    /// A new sandbox.
+    SandboxCreate {
+        /// What it is to be.
+        spec: Spec,
+        /// Whether its states are told on the way.
+        progress: bool,
+    },
+    /// The sandboxes, or those in one state.
+    SandboxList(Option<State>),
+    /// One sandbox.
+    SandboxInspect(String),
+    /// Shuts a sandbox down.
+    SandboxStop {
+        /// Id, name or unique prefix.
+        sandbox: String,
+        /// How long the guest may take; the node's default when not said.
+        timeout: Option<Duration>,
+    },
+    /// Takes a sandbox away for good.
+    SandboxRemove {
+        /// Id, name or unique prefix.
+        sandbox: String,
+        /// Also when it runs.
+        force: bool,
+    },
+    /// The serial log.
+    SandboxLogs {
+        /// Id, name or unique prefix.
+        sandbox: String,
+        /// Goes on with what is still to come.
+        follow: bool,
+    },
+    /// Starts a program.
+    ExecStart {
+        /// Id, name or unique prefix.
+        sandbox: String,
+        /// The program and its arguments.
+        argv: Vec<Vec<u8>>,
+        /// The request for the agent, without its exec number.
+        request: Request,
+        /// Answers at once and lets the program run.
+        detach: bool,
+    },
+    /// The programs of a sandbox.
+    ExecList(String),
+    /// Watches a program from the start of what is kept of its output.
+    ExecAttach {
+        /// Id, name or unique prefix.
+        sandbox: String,
+        /// The program's number.
+        exec: u64,
+    },
+    /// Something about one program that the agent does: a signal, a new window size.
+    ExecControl {
+        /// Id, name or unique prefix.
+        sandbox: String,
+        /// The request for the agent.
+        request: Request,
+    },
+    /// A file operation that the agent does.
+    File {
+        /// Id, name or unique prefix.
+        sandbox: String,
+        /// The request for the agent.
+        request: Request,
+    },
+}
+
+/// One verb of the table.
+#[derive(Debug)]
+pub struct Verb {
+    /// As it is written.
+    pub name: &'static str,
+    /// Its arguments, in the notation of docs/protocol.md.
+    pub arguments: &'static str,
+    /// One line on what it does.
+    pub summary: &'static str,
+    parse: fn(&str, Args, Defaults) -> Result<Command, Error>,
+}
+
+macro_rules! verbs {
+    ($($name:literal, $arguments:literal, $summary:literal, $parse:expr;)*) => {
+        /// Every verb of the control socket.
+        pub const VERBS: &[Verb] = &[
+            $(Verb { name: $name, arguments: $arguments, summary: $summary, parse: $parse },)*
+        ];
+    };
+}
+
+verbs! {
+    "hello", "", "version of the protocol and of the node", |_, args, _| done(args, Command::Hello);
+    "help", "", "the verbs", |_, args, _| done(args, Command::Help);
+    "node.info", "", "state and capacity of the node", |_, args, _| done(args, Command::NodeInfo);
+    "node.stop", "[mode=poweroff|reboot]", "stop every sandbox, then the node", node_stop;
+    "template.list", "", "the templates", |_, args, _| done(args, Command::TemplateList);
+    "template.inspect", "NAME", "one template", |_, mut args, _| {
+        let name = args.next_text("template")?;
+        done(args, Command::TemplateInspect(name))
+    };
+    "sandbox.create",
+    "[template=base] [name=NAME] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [env=K=V]* [label=K=V]* [progress=true]",
+    "create a sandbox and wait until it answers", sandbox_create;
+    "sandbox.list", "[state=STATE]", "the sandboxes", sandbox_list;
+    "sandbox.inspect", "SANDBOX", "one sandbox", |_, mut args, _| {
+        let sandbox = sandbox(&mut args)?;
+        done(args, Command::SandboxInspect(sandbox))
+    };
+    "sandbox.stop", "SANDBOX [timeout_ms=0..600000]", "shut a sandbox down, by force after the timeout", sandbox_stop;
+    "sandbox.remove", "SANDBOX [force=true]", "take a sandbox and its disk away", sandbox_remove;
+    "sandbox.logs", "SANDBOX [follow=true]", "the serial log, on channel log", sandbox_logs;
+    "exec.start",
+    "SANDBOX ARG+ [env=K=V]* [cwd=PATH] [user=USER] [stdin=true] [tty=true cols=N rows=N] [timeout_ms=N] [detach=true]",
+    "start a program; channels stdin, stdout, stderr", exec_start;
+    "exec.list", "SANDBOX", "the programs of a sandbox", |_, mut args, _| {
+        let sandbox = sandbox(&mut args)?;
+        done(args, Command::ExecList(sandbox))
+    };
+    "exec.attach", "SANDBOX exec=N", "replay a program's output and follow it", exec_attach;
+    "exec.signal", "SANDBOX exec=N signal=NAME|NUMBER", "signal a program's process group", exec_signal;
+    "exec.resize", "SANDBOX exec=N cols=N rows=N", "new size of a program's terminal", exec_resize;
+    "file.read", "SANDBOX path=PATH [offset=N] [length=N]", "read a file; channel content", file;
+    "file.write", "SANDBOX path=PATH [mode=OCTAL] [user=USER] [append=true]", "write a file at once; channel content", file;
+    "file.list", "SANDBOX path=PATH", "the entries of a directory", file;
+    "file.stat", "SANDBOX path=PATH", "one file's kind, size, mode, owner, time", file;
+    "file.mkdir", "SANDBOX path=PATH [mode=OCTAL] [parents=true] [user=USER]", "make a directory", file;
+    "file.move", "SANDBOX from=PATH to=PATH", "rename a file", file;
+    "file.remove", "SANDBOX path=PATH [recursive=true]", "remove a file or directory", file;
+}
+
+impl Command {
+    /// Checks a request against the table.
+    pub fn of(request: Request, defaults: Defaults) -> Result<Self, Error> {
+        let verb = request.verb.clone();
+        let Some(entry) = VERBS.iter().find(|entry| entry.name == verb) else {
+            return Err(
+                Error::new(Code::UnknownVerb, format!("{verb} is not a verb; help lists them")).with("verb", verb)
+            );
+        };
+        (entry.parse)(&verb, Args::of(request), defaults)
+    }
+}
+
+fn done(args: Args, command: Command) -> Result<Command, Error> {
+    args.finish().map(|()| command)
+}
+
+fn sandbox(args: &mut Args) -> Result<String, Error> {
+    args.next_text("sandbox")
+}
+
+fn missing(key: &str) -> Error {
+    Error::new(Code::MissingArgument, format!("{key} is missing")).with("argument", key)
+}
+
+fn node_stop(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let mode = match args.text("mode")?.as_deref() {
+        None | Some("poweroff") => StopMode::PowerOff,
+        Some("reboot") => StopMode::Reboot,
+        Some(other) => {
+            return Err(Error::new(Code::BadArgument, format!("mode={other} is neither poweroff nor reboot"))
+                .with("argument", "mode"));
+        }
+    };
+    done(args, Command::NodeStop(mode))
+}
+
+fn sandbox_create(_: &str, mut args: Args, defaults: Defaults) -> Result<Command, Error> {
+    let spec = Spec::take(&mut args, defaults)?;
+    let progress = args.flag("progress")?;
+    done(args, Command::SandboxCreate { spec, progress })
+}
+
+fn sandbox_list(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let state = match args.text("state")? {
+        None => None,
+        Some(text) => Some(State::parse(&text).ok_or_else(|| {
+            Error::new(Code::BadArgument, format!("state={text} is not a state")).with("argument", "state")
+        })?),
+    };
+    done(args, Command::SandboxList(state))
+}
+
+fn sandbox_stop(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let sandbox = sandbox(&mut args)?;
+    let timeout = args.number("timeout_ms", 0..=600_000)?.map(Duration::from_millis);
+    done(args, Command::SandboxStop { sandbox, timeout })
+}
+
+fn sandbox_remove(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let sandbox = sandbox(&mut args)?;
+    let force = args.flag("force")?;
+    done(args, Command::SandboxRemove { sandbox, force })
+}
+
+fn sandbox_logs(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let sandbox = sandbox(&mut args)?;
+    let follow = args.flag("follow")?;
+    done(args, Command::SandboxLogs { sandbox, follow })
+}
+
+/// Largest terminal, in columns or rows: the kernel's `struct winsize` holds 16 bits.
+const MAX_TERMINAL: u64 = 65_535;
+
+fn exec_start(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let sandbox = sandbox(&mut args)?;
+    let argv = args.rest();
+    if argv.first().is_none_or(Vec::is_empty) {
+        return Err(missing("program"));
+    }
+    let mut request = argv.iter().fold(Request::new("", verb), Request::arg);
+    for entry in args.all("env") {
+        request = request.set_bytes("env", &entry);
+    }
+    for key in ["cwd", "user"] {
+        if let Some(value) = args.bytes(key)? {
+            request = request.set_bytes(key, &value);
+        }
+    }
+    for key in ["stdin", "tty"] {
+        if args.flag(key)? {
+            request = request.set(key, true);
+        }
+    }
+    for (key, limits) in
+        [("cols", 1..=MAX_TERMINAL), ("rows", 1..=MAX_TERMINAL), ("timeout_ms", 1..=u64::MAX / 2_000_000)]
+    {
+        if let Some(number) = args.number(key, limits)? {
+            request = request.set(key, number);
+        }
+    }
+    let detach = args.flag("detach")?;
+    done(args, Command::ExecStart { sandbox, argv, request, detach })
+}
+
+fn exec_attach(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let sandbox = sandbox(&mut args)?;
+    let exec = args.number("exec", 0..=u64::MAX)?.ok_or_else(|| missing("exec"))?;
+    done(args, Command::ExecAttach { sandbox, exec })
+}
+
+fn exec_signal(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let sandbox = sandbox(&mut args)?;
+    let exec = args.number("exec", 0..=u64::MAX)?.ok_or_else(|| missing("exec"))?;
+    let signal = args.text("signal")?.ok_or_else(|| missing("signal"))?;
+    let request = Request::new("", verb).set("exec", exec).set("signal", signal);
+    done(args, Command::ExecControl { sandbox, request })
+}
+
+fn exec_resize(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let sandbox = sandbox(&mut args)?;
+    let exec = args.number("exec", 0..=u64::MAX)?.ok_or_else(|| missing("exec"))?;
+    let cols = args.number("cols", 1..=MAX_TERMINAL)?.ok_or_else(|| missing("cols"))?;
+    let rows = args.number("rows", 1..=MAX_TERMINAL)?.ok_or_else(|| missing("rows"))?;
+    let request = Request::new("", verb).set("exec", exec).set("cols", cols).set("rows", rows);
+    done(args, Command::ExecControl { sandbox, request })
+}
+
+/// The keys of each file verb; the agent checks their values.
+const FILE_KEYS: &[(&str, &[&str])] = &[
+    ("file.read", &["path", "offset", "length"]),
+    ("file.write", &["path", "mode", "user", "append"]),
+    ("file.list", &["path"]),
+    ("file.stat", &["path"]),
+    ("file.mkdir", &["path", "mode", "parents", "user"]),
+    ("file.move", &["from", "to"]),
+    ("file.remove", &["path", "recursive"]),
+];
+
+fn file(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let sandbox = sandbox(&mut args)?;
+    let mut request = Request::new("", verb);
+    let keys = FILE_KEYS.iter().find(|(name, _)| *name == verb).map_or(&[][..], |(_, keys)| keys);
+    for key in keys {
+        match args.bytes(key)? {
+            Some(value) => request.args.push(Arg::Named((*key).to_string(), value)),
+            None if matches!(*key, "path" | "from" | "to") => return Err(missing(key)),
+            None => {}
+        }
+    }
+    done(args, Command::File { sandbox, request })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEFAULTS: Defaults = Defaults { vcpus: 1, memory_mib: 512 };
+
+    #[test]
+    fn unknown_verbs_keys_and_values_are_typed_errors() {
+        let of = |request| Command::of(request, DEFAULTS).expect_err("refused");
+        assert!(of(Request::new("1", "sandbox.destroy")).is(Code::UnknownVerb));
+        assert!(of(Request::new("1", "sandbox.create").set("cpus", 2)).is(Code::UnknownArgument));
+        assert!(of(Request::new("1", "sandbox.inspect")).is(Code::MissingArgument));
+        assert!(of(Request::new("1", "sandbox.inspect").arg("a").arg("b")).is(Code::UnknownArgument));
+        assert!(of(Request::new("1", "sandbox.list").set("state", "alive")).is(Code::BadArgument));
+        assert!(of(Request::new("1", "exec.start").arg("a")).is(Code::MissingArgument));
+        assert!(of(Request::new("1", "exec.resize").arg("a").set("exec", 1).set("cols", 65536)).is(Code::OutOfRange));
+        assert!(of(Request::new("1", "file.read").arg("a")).is(Code::MissingArgument));
+        assert!(of(Request::new("1", "file.list").arg("a").set("path", "/").set("mode", 1)).is(Code::UnknownArgument));
+    }
+
+    #[test]
+    fn an_exec_becomes_the_agents_request() {
+        let request = Request::new("9", "exec.start").arg("sb").arg("echo").arg("a=b").set("tty", true).set("cols", 80);
+        let Ok(Command::ExecStart { sandbox, argv, request, detach }) = Command::of(request, DEFAULTS) else {
+            panic!("not an exec");
+        };
+        assert_eq!((sandbox.as_str(), argv.len(), detach), ("sb", 2, false));
+        assert_eq!(request, Request::new("", "exec.start").arg("echo").arg("a=b").set("tty", true).set("cols", 80));
+    }
+
+    #[test]
+    fn every_file_verb_has_its_keys() {
+        for verb in VERBS.iter().filter(|verb| verb.name.starts_with("file.")) {
+            assert!(FILE_KEYS.iter().any(|(name, _)| *name == verb.name), "{}", verb.name);
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! Programs: started, fed, drained, signalled, reaped, remembered.
+
+mod cgroup;
+mod input;
+mod output;
+mod spawn;
+mod user;
+
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::time::Instant;
+
+use nix::errno::Errno;
+
+pub(super) use cgroup::{Cgroup, Users};
+pub(super) use input::Input;
+pub(super) use output::{Held, Output};
+pub(super) use spawn::{Failure, Plan, Size, Spawned, Stage, spawn};
+pub(super) use user::{Identity, resolve};
+
+use crate::wire::{Code, Error, Fields, Link, Message};
+
+/// The request that a program's streams go to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Attachment {
+    pub link: u64,
+    pub tag: String,
+}
+
+/// How a program ended.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Outcome {
+    /// What waitpid(2) gave.
+    pub status: libc::c_int,
+    pub cpu_us: u64,
+    pub peak_kib: u64,
+}
+
+/// Where a program stands.
+#[derive(Debug)]
+enum Phase {
+    /// Forked; the status pipe will tell whether it became its program.
+    Starting { status: File },
+    /// It runs, or ran until a moment ago.
+    Running,
+    /// It was reaped. Its streams may have more.
+    Ended(Outcome),
+}
+
+/// One program.
+#[derive(Debug)]
+pub(super) struct Exec {
+    pub id: u64,
+    pub pid: libc::pid_t,
+    argv: Vec<Vec<u8>>,
+    phase: Phase,
+    pub attached: Option<Attachment>,
+    /// Whether the link was told number and pid.
+    announced: bool,
+    pub stdin: Input,
+    pub stdout: Output,
+    pub stderr: Output,
+    terminal: Option<File>,
+    pub cgroup: Option<Cgroup>,
+    pub deadline: Option<Instant>,
+    timed_out: bool,
+}
+
+/// What a visit to a program found.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Visit {
+    /// Nothing to do for now.
+    Idle,
+    /// Something was done; there may be more.
+    Progress,
+    /// All was said to the link.
+    Done,
+    /// It never became its program; forget it.
+    Failed(Failure),
+}
+
+impl Exec {
+    /// A program that was just forked.
+    pub(super) fn new(id: u64, argv: Vec<Vec<u8>>, spawned: Spawned, cgroup: Option<Cgroup>, held: &Held) -> Self {
+        let is_terminal = spawned.terminal.is_some();
+        let stderr_channel = if is_terminal { "" } else { "stderr" };
+        Self {
+            id,
+            pid: spawned.pid,
+            argv,
+            phase: Phase::Starting { status: spawned.status },
+            attached: None,
+            announced: false,
+            stdin: Input::new(spawned.stdin, is_terminal),
+            stdout: Output::new("stdout", Some(spawned.stdout), held.clone()),
+            stderr: Output::new(stderr_channel, spawned.stderr, held.clone()),
+            terminal: spawned.terminal,
+            cgroup,
+            deadline: None,
+            timed_out: false,
+        }
+    }
+
+    /// The program's name, for messages.
+    pub(super) fn name(&self) -> String {
+        String::from_utf8_lossy(self.argv.first().map(Vec::as_slice).unwrap_or_default()).into_owned()
+    }
+
+    /// Whether it was not yet reaped.
+    pub(super) fn is_alive(&self) -> bool {
+        !matches!(self.phase, Phase::Ended(_))
+    }
+
+    /// Sends a signal to its process group.
+    pub(super) fn signal(&self, signal: libc::c_int) -> Result<(), Error> {
+        if !self.is_alive() {
+            // Its number may be another's by now.
+            return Err(Error::new(Code::BadState, format!("exec {} has ended", self.id)));
+        }
+        // SAFETY: kill takes plain numbers. The pid was not reaped, so the group is this program's.
+        match Errno::result(unsafe { libc::kill(-self.pid, signal) }) {
+            Ok(_) => Ok(()),
+            // Forked a moment ago and not yet a group of its own: then it is all there is.
+            // SAFETY: as above.
+            Err(Errno::ESRCH) if unsafe { libc::kill(self.pid, signal) } == 0 => Ok(()),
+            Err(errno) => Err(Error::new(Code::BadState, format!("exec {}: {}", self.id, errno.desc()))),
+        }
+    }
+
+    /// Kills it with all that it has started, daemons too where it has a cgroup.
+    pub(super) fn kill_all(&self) {
+        if !self.cgroup.as_ref().is_some_and(Cgroup::kill) || self.is_alive() {
+            let _ = self.signal(libc::SIGKILL);
+        }
+    }
+
+    /// Its time is up.
+    pub(super) fn time_out(&mut self) {
+        if self.is_alive() {
+            self.timed_out = true;
+            self.kill_all();
+        }
+    }
+
+    /// The receiver of one of its streams has taken that many octets.
+    pub(super) fn credit(&mut self, channel: &str, octets: u64) {
+        for output in [&mut self.stdout, &mut self.stderr] {
+            if output.channel() == channel {
+                output.credit(octets);
+            }
+        }
+    }
+
+    /// Changes the size of its terminal.
+    pub(super) fn resize(&self, size: Size) -> Result<(), Error> {
+        match &self.terminal {
+            Some(terminal) => spawn::resize(terminal, size)
+                .map_err(|errno| Error::new(Code::BadState, format!("exec {}: {}", self.id, errno.desc()))),
+            None => Err(Error::new(Code::BadState, format!("exec {} has no terminal", self.id))),
+        }
+    }
+
+    /// It was reaped. Gives whether others hold its streams, which are then to be cut after a while.
+    pub(super) fn reaped(&mut self, status: libc::c_int, usage: &libc::rusage) -> bool {
+        let cpu_us = |time: libc::timeval| time.tv_sec.unsigned_abs() * 1_000_000 + time.tv_usec.unsigned_abs();
+        let outcome = Outcome {
+            status,
+            cpu_us: self
+                .cgroup
+                .as_ref()
+                .and_then(Cgroup::cpu_us)
+                .unwrap_or_else(|| cpu_us(usage.ru_utime) + cpu_us(usage.ru_stime)),
+            peak_kib: self.cgroup.as_ref().and_then(Cgroup::peak_kib).unwrap_or(usage.ru_maxrss.unsigned_abs()),
+        };
+        // What the status pipe holds was read before: `Starting` ends in `advance`.
+        self.phase = Phase::Ended(outcome);
+        self.terminal = None;
+        self.stdin.close();
+        !(self.stdout.is_closed() && self.stderr.is_closed())
+    }
+
+    /// Its streams end where they are, although others hold them open.
+    pub(super) fn cut(&mut self) {
+        self.stdout.cut();
+        self.stderr.cut();
+    }
+
+    /// Another request takes its streams over, from these offsets on or as near as can be.
+    pub(super) fn attach(&mut self, attachment: Attachment, stdout: u64, stderr: u64) -> Fields {
+        self.attached = Some(attachment);
+        self.announced = true;
+        self.stdin.renew_credit();
+        let stdout = self.stdout.rewind(stdout);
+        let stderr = self.stderr.rewind(stderr);
+        let fields = Fields::new().with("exec", self.id).with("stdout_offset", stdout).with("stderr_offset", stderr);
+        if self.stdin.is_open() { fields.with("stdin_offset", self.stdin.offset()) } else { fields }
+    }
+
+    /// Does what needs no link: looks whether it started, feeds its stdin.
+    pub(super) fn advance(&mut self) -> Visit {
+        if let Phase::Starting { status } = &mut self.phase {
+            let mut octets = [0; Failure::SIZE];
+            match status.read(&mut octets) {
+                Ok(Failure::SIZE) => return Visit::Failed(Failure::from_octets(octets)),
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return Visit::Idle,
+                // Closed by the exec, or by the child's sudden end: which of them, its exit tells.
+                Ok(_) | Err(_) => self.phase = Phase::Running,
+            }
+        }
+        if self.stdin.pump() { Visit::Progress } else { Visit::Idle }
+    }
+
+    /// Does all that can be done, for the link that it is attached to.
+    pub(super) fn pump(&mut self, link: &mut Link<File>, tag: &str, scratch: &mut [u8]) -> Visit {
+        let mut visit = self.advance();
+        if matches!(visit, Visit::Failed(_)) || matches!(self.phase, Phase::Starting { .. }) {
+            return visit;
+        }
+        if !self.announced {
+            self.announced = true;
+            link.send(&Message::item(tag, Fields::new().with("exec", self.id).with("pid", self.pid)));
+        }
+        self.stdin.give_credit(link, tag);
+        // stderr is mostly short, and said about what comes on stdout.
+        if self.stderr.pump(link, tag, scratch) | self.stdout.pump(link, tag, scratch) {
+            visit = Visit::Progress;
+        }
+        if let (Phase::Ended(outcome), true, true) = (&self.phase, self.stdout.is_done(), self.stderr.is_done()) {
+            link.send(&Message::ok(tag, self.result(outcome)));
+            return Visit::Done;
+        }
+        visit
+    }
+
+    fn result(&self, outcome: &Outcome) -> Fields {
+        let signal = libc::WIFSIGNALED(outcome.status).then(|| libc::WTERMSIG(outcome.status));
+        let mut fields = Fields::new().with("exit", exit_code(outcome.status));
+        if let Some(signal) = signal {
+            fields = fields.with("signal", signal);
+        }
+        if self.timed_out {
+            fields = fields.with("timeout", true);
+        }
+        fields.with("cpu_ms", outcome.cpu_us.div_ceil(1000)).with("peak_kib", outcome.peak_kib)
+    }
+
+    /// Its row in a list.
+    pub(super) fn row(&self) -> Fields {
+        let state = match self.phase {
+            Phase::Starting { .. } | Phase::Running => "running",
+            Phase::Ended(_) => "exited",
+        };
+        let mut row = Fields::new()
+            .with("exec", self.id)
+            .with("pid", self.pid)
+            .with("state", state)
+            .with("stdout_offset", self.stdout.offset())
+            .with("stderr_offset", self.stderr.offset());
+        if let Phase::Ended(outcome) = &self.phase {
+            row.0.extend(self.result(outcome).0);
+        }
+        for arg in &self.argv {
+            row = row.with_bytes("argv", arg);
+        }
+        row
+    }
+}
+
+/// The shell's way to put an end into one number.
+fn exit_code(status: libc::c_int) -> libc::c_int {
+    if libc::WIFSIGNALED(status) { 128 + libc::WTERMSIG(status) } else { libc::WEXITSTATUS(status) }
+}

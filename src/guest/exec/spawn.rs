@@ -1,0 +1,312 @@
+//! From a plan to a running program.
+//!
+//! Everything is prepared before the fork: the child only makes system calls on what is there, for the
+//! agent may have threads, and a lock that one of them held would stay locked in the child. It is a fork and no
+//! vfork, so that a program on a file system that hangs stops its own child and not the agent.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::pipe2;
+
+use super::user::Identity;
+
+/// Descriptors that a program may have: the soft limit is what select(2) can take.
+const FILES_SOFT: u64 = 1024;
+const FILES_HARD: u64 = 524_288;
+/// The group that terminals belong to (`gid=5` of the devpts mount).
+const TTY_GROUP: u32 = 5;
+
+/// Size of a terminal in characters.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Size {
+    pub cols: u16,
+    pub rows: u16,
+}
+
+/// What is to be run. No string holds a NUL.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub argv: Vec<CString>,
+    pub env: Vec<CString>,
+    /// Where the program may be, in order.
+    pub candidates: Vec<CString>,
+    pub cwd: CString,
+    /// `None`: as the agent itself.
+    pub identity: Option<Identity>,
+    pub terminal: Option<Size>,
+    /// Whether stdin is a pipe; else it is /dev/null. A terminal is always readable by the program.
+    pub stdin: bool,
+    /// Whether the agent is PID 1, and programs must not gain power over it.
+    pub confined: bool,
+}
+
+/// A child on its way to its program.
+#[derive(Debug)]
+pub(crate) struct Spawned {
+    pub pid: libc::pid_t,
+    /// Closes when the program runs; before that it may carry a `Failure`.
+    pub status: File,
+    pub stdin: Option<File>,
+    pub stdout: File,
+    pub stderr: Option<File>,
+    /// To resize the terminal.
+    pub terminal: Option<File>,
+}
+
+/// What the child could not do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Stage {
+    Session = 1,
+    Terminal,
+    Streams,
+    Limits,
+    User,
+    Directory,
+    Program,
+}
+
+/// Why a program could not be run: the step and its errno.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Failure {
+    pub stage: Stage,
+    pub errno: Errno,
+}
+
+impl Failure {
+    /// Octets of a failure in the status pipe.
+    pub(super) const SIZE: usize = 5;
+
+    fn to_octets(self) -> [u8; Self::SIZE] {
+        let [a, b, c, d] = (self.errno as i32).to_le_bytes();
+        [self.stage as u8, a, b, c, d]
+    }
+
+    /// The failure that a child wrote.
+    pub(super) fn from_octets(octets: [u8; Self::SIZE]) -> Self {
+        let [stage, a, b, c, d] = octets;
+        let stage = match stage {
+            1 => Stage::Session,
+            2 => Stage::Terminal,
+            3 => Stage::Streams,
+            4 => Stage::Limits,
+            5 => Stage::User,
+            6 => Stage::Directory,
+            _ => Stage::Program,
+        };
+        Self { stage, errno: Errno::from_raw(i32::from_le_bytes([a, b, c, d])) }
+    }
+}
+
+/// The child's ends of its streams, in the order of their descriptors.
+struct ChildStreams {
+    stdin: OwnedFd,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+}
+
+/// Starts a child that becomes the program.
+///
+/// # Errors
+/// What the kernel says when pipes, a terminal or a process are not to be had.
+pub(crate) fn spawn(plan: &Plan, null: &File, cgroup: Option<BorrowedFd<'_>>) -> nix::Result<Spawned> {
+    let (status, status_of_child) = pipe2(OFlag::O_CLOEXEC)?;
+    let mut spawned = Spawned {
+        pid: 0,
+        status: own(status)?,
+        stdin: None,
+        stdout: null.try_clone().map_err(errno_of)?,
+        stderr: None,
+        terminal: None,
+    };
+    let streams = match plan.terminal {
+        Some(size) => {
+            let (master, slave) = open_terminal(size, plan.identity.as_ref())?;
+            let master = own(master)?;
+            spawned.stdin = plan.stdin.then(|| master.try_clone()).transpose().map_err(errno_of)?;
+            spawned.terminal = Some(master.try_clone().map_err(errno_of)?);
+            spawned.stdout = master;
+            ChildStreams { stdin: copy(&slave)?, stdout: copy(&slave)?, stderr: slave }
+        }
+        None => {
+            let stdin = if plan.stdin {
+                let (theirs, ours) = pipe2(OFlag::O_CLOEXEC)?;
+                spawned.stdin = Some(own(ours)?);
+                theirs
+            } else {
+                copy(null)?
+            };
+            let (stdout, stdout_of_child) = pipe2(OFlag::O_CLOEXEC)?;
+            let (stderr, stderr_of_child) = pipe2(OFlag::O_CLOEXEC)?;
+            spawned.stdout = own(stdout)?;
+            spawned.stderr = Some(own(stderr)?);
+            ChildStreams { stdin, stdout: stdout_of_child, stderr: stderr_of_child }
+        }
+    };
+    let argv = pointers(&plan.argv);
+    let env = pointers(&plan.env);
+    let prepared = Prepared { plan, argv: &argv, env: &env, streams: &streams, status: status_of_child.as_raw_fd() };
+    spawned.pid = fork_into(cgroup, &prepared)?;
+    Ok(spawned)
+}
+
+/// The agent's end of a stream: non-blocking, while the other end stays as programs expect it.
+fn own(fd: OwnedFd) -> nix::Result<File> {
+    fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok(File::from(fd))
+}
+
+fn copy(fd: &impl AsFd) -> nix::Result<OwnedFd> {
+    fd.as_fd().try_clone_to_owned().map_err(errno_of)
+}
+
+fn errno_of(error: std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+/// A pseudo terminal: the agent's side and the program's.
+fn open_terminal(size: Size, identity: Option<&Identity>) -> nix::Result<(OwnedFd, OwnedFd)> {
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let master = nix::fcntl::open("/dev/ptmx", flags, nix::sys::stat::Mode::empty())?;
+    let unlock: libc::c_int = 0;
+    // SAFETY: TIOCSPTLCK reads one int.
+    Errno::result(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &unlock) })?;
+    // SAFETY: TIOCGPTPEER takes open flags as its value and gives a new descriptor.
+    let slave = Errno::result(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags.bits()) })?;
+    // SAFETY: the ioctl has just made this descriptor and nothing else owns it.
+    let slave = unsafe { OwnedFd::from_raw_fd(slave) };
+    resize(&master, size)?;
+    if let Some(identity) = identity {
+        // So that the user's programs can open their terminal by name.
+        let _ = std::os::unix::fs::fchown(&slave, Some(identity.uid), Some(TTY_GROUP));
+    }
+    Ok((master, slave))
+}
+
+/// Sets a terminal's size; its foreground process group gets SIGWINCH.
+pub(super) fn resize(terminal: &impl AsFd, size: Size) -> nix::Result<()> {
+    let size = libc::winsize { ws_row: size.rows, ws_col: size.cols, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCSWINSZ reads one winsize.
+    Errno::result(unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCSWINSZ, &size) }).map(drop)
+}
+
+/// What execve(2) takes: the strings' addresses and a null. Valid as long as `strings` is.
+fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
+    strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
+}
+
+/// All that the child needs, in memory that it only reads.
+struct Prepared<'a> {
+    plan: &'a Plan,
+    argv: &'a [*const libc::c_char],
+    env: &'a [*const libc::c_char],
+    streams: &'a ChildStreams,
+    status: RawFd,
+}
+
+/// Forks, into the cgroup where there is one: so the program is never outside of it.
+fn fork_into(cgroup: Option<BorrowedFd<'_>>, prepared: &Prepared<'_>) -> nix::Result<libc::pid_t> {
+    let pid = match cgroup {
+        Some(cgroup) => {
+            // SAFETY: clone_args is plain data for which all zeros is a valid value.
+            let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+            args.flags = CLONE_INTO_CGROUP;
+            args.exit_signal = libc::SIGCHLD as u64;
+            args.cgroup = cgroup.as_raw_fd() as u64;
+            // SAFETY: `args` is a whole clone_args. Without CLONE_VM and with no stack given this is a
+            // fork: the child goes on here in a copy of this memory, and makes only system calls.
+            unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) as libc::pid_t }
+        }
+        // SAFETY: the child makes only system calls, so it does not matter what other threads were doing.
+        None => unsafe { libc::fork() },
+    };
+    if pid == 0 {
+        // SAFETY: this is the child of the fork above.
+        unsafe { become_program(prepared) }
+    }
+    Errno::result(pid)
+}
+
+/// The child's way to its program. It never returns, and allocates nothing.
+///
+/// # Safety
+/// Only in a fresh child process that has one thread.
+unsafe fn become_program(prepared: &Prepared<'_>) -> ! {
+    // SAFETY: `prepared` holds open descriptors and null-terminated arrays of NUL-terminated strings.
+    let failure = match unsafe { try_to_become(prepared) } {
+        Ok(never) => match never {},
+        Err(failure) => failure,
+    };
+    let octets = failure.to_octets();
+    // SAFETY: the status pipe is open and `octets` is readable; _exit runs no handlers of the parent's.
+    unsafe {
+        libc::write(prepared.status, octets.as_ptr().cast(), octets.len());
+        libc::_exit(127)
+    }
+}
+
+/// # Safety
+/// As `become_program`.
+unsafe fn try_to_become(prepared: &Prepared<'_>) -> Result<std::convert::Infallible, Failure> {
+    let check = |stage: Stage, result: libc::c_int| match result {
+        -1 => Err(Failure { stage, errno: Errno::last() }),
+        _ => Ok(()),
+    };
+    let plan = prepared.plan;
+    // SAFETY: system calls on descriptors, strings and arrays that `prepared` keeps alive; the buffers
+    // on the stack are whole values of the types that the calls take.
+    unsafe {
+        // The agent blocks signals that it reads from a descriptor, and Rust ignores SIGPIPE.
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        check(Stage::Session, libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut()))?;
+        check(Stage::Session, libc::setsid())?;
+
+        // The agent's own 0, 1 and 2 are taken, so none of these is one of them.
+        let streams = prepared.streams;
+        for (fd, to) in [(&streams.stdin, 0), (&streams.stdout, 1), (&streams.stderr, 2)] {
+            check(Stage::Streams, libc::dup2(fd.as_raw_fd(), to))?;
+        }
+        if plan.terminal.is_some() {
+            check(Stage::Terminal, libc::ioctl(0, libc::TIOCSCTTY, 0))?;
+        }
+
+        if plan.confined {
+            let files = libc::rlimit { rlim_cur: FILES_SOFT, rlim_max: FILES_HARD };
+            check(Stage::Limits, libc::setrlimit(libc::RLIMIT_NOFILE, &files))?;
+            // Without it even root cannot trace PID 1, which has it; root can still trace root's programs.
+            check(Stage::Limits, libc::prctl(libc::PR_CAPBSET_DROP, CAP_SYS_PTRACE, 0, 0, 0))?;
+        }
+        if let Some(identity) = &plan.identity {
+            check(Stage::User, libc::setgroups(identity.groups.len(), identity.groups.as_ptr()))?;
+            check(Stage::User, libc::setresgid(identity.gid, identity.gid, identity.gid))?;
+            check(Stage::User, libc::setresuid(identity.uid, identity.uid, identity.uid))?;
+        }
+        check(Stage::Directory, libc::chdir(plan.cwd.as_ptr()))?;
+
+        // As execvp(3): a file that may not be run counts only when no other is found.
+        let mut errno = Errno::ENOENT;
+        for candidate in &plan.candidates {
+            libc::execve(candidate.as_ptr(), prepared.argv.as_ptr(), prepared.env.as_ptr());
+            match Errno::last() {
+                Errno::ENOENT | Errno::ENOTDIR => {}
+                Errno::EACCES => errno = Errno::EACCES,
+                other => {
+                    errno = other;
+                    break;
+                }
+            }
+        }
+        Err(Failure { stage: Stage::Program, errno })
+    }
+}
+
+/// include/uapi/linux/sched.h; libc's constant is cut to 32 bits.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+/// include/uapi/linux/capability.h
+const CAP_SYS_PTRACE: libc::c_ulong = 19;

@@ -1,0 +1,301 @@
+//! What workers and agents say, and the programs that run in sandboxes.
+
+use mio::Token;
+
+use super::instance::{Route, Sandbox};
+use super::requests::Job;
+use super::supervisor::{Supervisor, TURN, now_ms};
+use crate::control::client::ANSWERS_HIGH;
+use crate::sandbox::agent::Heard;
+use crate::sandbox::exec::{Exec, Sink, output_index};
+use crate::sandbox::id::SandboxId;
+use crate::storage::state::Change;
+use crate::wire::{Code, Decoded, Error, Fields, Filled, Message, Request};
+
+/// Finished programs that are kept with their output, a sandbox.
+const FINISHED_KEPT: usize = 256;
+
+impl Supervisor {
+    /// The worker's control link: the answer to `vm.start` is all that comes.
+    pub(super) fn read_worker(&mut self, id: &SandboxId, token: Token) {
+        let mut budget = TURN;
+        loop {
+            let Some(worker) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut()) else { return };
+            match worker.link.next() {
+                Some(Decoded::Message(Message::Err { tag, error })) if tag == "start" => worker.refusal = Some(error),
+                Some(_) => {}
+                None => match worker.link.fill() {
+                    Ok(Filled::More) => {}
+                    // A worker that closes its link is about to end: its process tells.
+                    Ok(Filled::Drained | Filled::Closed) | Err(_) => return,
+                },
+            }
+            budget -= 1;
+            if budget == 0 {
+                self.again.insert(token);
+                return;
+            }
+        }
+    }
+
+    pub(super) fn read_agent(&mut self, id: &SandboxId, token: Token) {
+        let mut budget = TURN;
+        loop {
+            let Some(worker) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut()) else { return };
+            if worker.tokens[2] != token {
+                return;
+            }
+            let heard = match worker.agent.hear() {
+                Some(heard) => heard,
+                None => match worker.agent.fill() {
+                    Ok(Filled::More) => continue,
+                    Ok(Filled::Drained) => return,
+                    Ok(Filled::Closed) => Heard::Broken(Error::new(Code::LinkLost, "the agent closed its link")),
+                    Err(e) => Heard::Broken(Error::new(Code::LinkLost, format!("link to the agent: {e}"))),
+                },
+            };
+            match heard {
+                Heard::Ready => self.agent_ready(id),
+                Heard::Message(message) => {
+                    if let Some(client) = self.take_answer(id, message) {
+                        // That client must take its answers before this agent may say more.
+                        self.held.insert((client, token));
+                        return;
+                    }
+                }
+                Heard::Broken(error) => {
+                    self.agent_lost(id, error);
+                    return;
+                }
+            }
+            budget -= 1;
+            if budget == 0 {
+                self.again.insert(token);
+                return;
+            }
+        }
+    }
+
+    /// A client takes answers again: agents that were held for it go on.
+    pub(super) fn release_held(&mut self, key: u64) {
+        let (free, held) = std::mem::take(&mut self.held).into_iter().partition(|(client, _)| *client == key);
+        self.held = held;
+        let free: std::collections::BTreeSet<(u64, Token)> = free;
+        self.again.extend(free.into_iter().map(|(_, token)| token));
+    }
+
+    /// Handles what an agent sent. Gives the client that has too much queued because of it, if any.
+    fn take_answer(&mut self, id: &SandboxId, message: Message) -> Option<u64> {
+        let worker = self.sandboxes.get_mut(id)?.worker.as_mut()?;
+        let route = worker.routes.get(message.tag()).cloned()?;
+        if message.is_final() {
+            worker.routes.remove(message.tag());
+        }
+        match route {
+            Route::Configure => {
+                if let Message::Err { error, .. } = message {
+                    log::error!("sandbox {id} could not be configured: {error}");
+                }
+            }
+            Route::PowerOff | Route::Unheeded => {}
+            Route::Survey => self.surveyed(id, &message),
+            Route::Exec(number) => self.take_exec_answer(id, number, message),
+            Route::Relay { client, tag } => return self.take_relay_answer(id, client, &tag, message),
+        }
+        None
+    }
+
+    fn take_relay_answer(&mut self, id: &SandboxId, key: u64, tag: &str, mut message: Message) -> Option<u64> {
+        let client = self.clients.get_mut(&key)?;
+        let Some(Job::Relay { down, up, .. }) = client.jobs.get_mut(tag) else { return None };
+        match &message {
+            Message::Data { channel, payload, .. } => {
+                if let Err(error) = down.take(channel, payload.len()) {
+                    self.agent_lost(id, error);
+                    return None;
+                }
+            }
+            Message::Credit { octets, .. } => {
+                up.allow(*octets);
+                self.touched_sandboxes.insert(id.clone());
+                return None;
+            }
+            _ => {}
+        }
+        message.retag(tag);
+        if message.is_final() {
+            self.finish(key, &message);
+        } else {
+            self.answer(key, &message);
+        }
+        self.clients.get(&key).is_some_and(|client| client.queued() >= ANSWERS_HIGH).then_some(key)
+    }
+
+    fn take_exec_answer(&mut self, id: &SandboxId, number: u64, message: Message) {
+        let capacity = self.config.sandbox.exec_ring_kib * 1024;
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let Some(exec) = sandbox.execs.get_mut(&number) else { return };
+        match message {
+            Message::Data { channel, payload, .. } => {
+                let Some(index) = output_index(&channel) else { return };
+                if let Err(error) = exec.take(&sandbox.home, capacity, index, &payload) {
+                    self.agent_lost(id, error);
+                    return;
+                }
+            }
+            Message::End { channel, .. } => {
+                if let Some(index) = output_index(&channel) {
+                    exec.end(index);
+                }
+            }
+            Message::Credit { channel, octets, .. } if channel == "stdin" => exec.stdin.allow(octets),
+            Message::Item { fields, .. } => {
+                let fields = Fields::new().with("exec", number).with("pid", fields.number("pid").unwrap_or(0));
+                for viewer in exec.viewers.iter().filter(|viewer| viewer.owner) {
+                    if let Some(client) = self.clients.get_mut(&viewer.client) {
+                        client.send(&Message::item(&viewer.tag, fields.clone()));
+                    }
+                }
+            }
+            Message::Ok { fields, .. } => self.exec_ended(id, number, Ok(fields)),
+            Message::Err { error, .. } => self.exec_ended(id, number, Err(error)),
+            _ => {}
+        }
+        self.touched_sandboxes.insert(id.clone());
+        self.touch_viewers(id, number);
+    }
+
+    fn touch_viewers(&mut self, id: &SandboxId, number: u64) {
+        let exec = self.sandboxes.get(id).and_then(|sandbox| sandbox.execs.get(&number));
+        self.touched_clients.extend(exec.into_iter().flat_map(|exec| exec.viewers.iter().map(|viewer| viewer.client)));
+    }
+
+    /// A program has ended, one way or another.
+    pub(super) fn exec_ended(&mut self, id: &SandboxId, number: u64, outcome: Result<Fields, Error>) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let Some(exec) = sandbox.execs.get_mut(&number) else { return };
+        let routed = exec.route.is_some();
+        exec.finish(outcome);
+        let row = sandbox.execs.get(&number).map(|exec| sandbox.execution_row(exec, now_ms()));
+        if let Some(row) = row {
+            self.database.submit(Change::PutExecution(Box::new(row)));
+        }
+        if routed && let Some(worker) = sandbox.worker.as_mut().filter(|worker| worker.agent.is_ready()) {
+            let tag = worker.agent.request(Request::new("", "exec.forget").set("exec", number));
+            worker.routes.insert(tag, Route::Unheeded);
+        }
+        let finished = sandbox.execs.values().filter(|exec| exec.outcome.is_some() && exec.viewers.is_empty());
+        let surplus: Vec<u64> = finished.map(|exec| exec.number).collect();
+        for number in surplus.iter().take(surplus.len().saturating_sub(FINISHED_KEPT)) {
+            if let Some(mut exec) = sandbox.execs.remove(number) {
+                exec.forget(&sandbox.home);
+                self.database.submit(Change::RemoveExecution { sandbox_id: id.to_string(), exec_id: *number });
+            }
+        }
+        self.touched_sandboxes.insert(id.clone());
+        self.touch_viewers(id, number);
+    }
+
+    pub(super) fn start_exec(
+        &mut self,
+        key: u64,
+        tag: &str,
+        given: &str,
+        argv: Vec<Vec<u8>>,
+        request: Request,
+        detach: bool,
+    ) -> Result<(), Error> {
+        let sandbox = self.find_running(given)?;
+        let id = sandbox.id.clone();
+        let number = sandbox.next_exec;
+        let Some(worker) = &mut sandbox.worker else { return Ok(()) };
+        let route = worker.agent.request(request.set("id", number));
+        worker.routes.insert(route.clone(), Route::Exec(number));
+        sandbox.next_exec += 1;
+        let mut exec = Exec::new(number, argv, now_ms());
+        exec.route = Some(route);
+        if !detach {
+            exec.watch(key, tag, true);
+        }
+        let row = sandbox.execution_row(&exec, now_ms());
+        sandbox.execs.insert(number, exec);
+        self.database.submit(Change::PutExecution(Box::new(row)));
+        self.touched_sandboxes.insert(id.clone());
+        if detach {
+            self.answer(key, &Message::ok(tag, Fields::new().with("exec", number)));
+        } else {
+            self.add_job(key, tag, Job::Exec { sandbox: id, number });
+        }
+        Ok(())
+    }
+
+    pub(super) fn attach_exec(&mut self, key: u64, tag: &str, given: &str, number: u64) -> Result<(), Error> {
+        let id = self.find(given)?;
+        let exec = self.sandboxes.get_mut(&id).and_then(|sandbox| sandbox.execs.get_mut(&number));
+        let Some(exec) = exec else {
+            return Err(Error::new(Code::NotFound, format!("sandbox {id} has no exec {number}")).with("exec", number));
+        };
+        let lost = exec.watch(key, tag, false);
+        self.answer(key, &Message::item(tag, Fields::new().with("exec", number).with("lost", lost)));
+        self.add_job(key, tag, Job::Exec { sandbox: id, number });
+        Ok(())
+    }
+
+    /// Asks an agent that was there before us what runs.
+    pub(super) fn survey(&mut self, id: &SandboxId) {
+        let Some(worker) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut()) else { return };
+        let tag = worker.agent.request(Request::new("", "exec.list"));
+        worker.routes.insert(tag, Route::Survey);
+        self.touched_sandboxes.insert(id.clone());
+    }
+
+    fn surveyed(&mut self, id: &SandboxId, message: &Message) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        match message {
+            Message::Item { fields, .. } => {
+                let Some(number) = fields.number("exec") else { return };
+                let running = fields.get("state") == Some("running");
+                if running && !sandbox.execs.contains_key(&number) {
+                    // It was started in the last moments of the supervisor before, which could not write it down.
+                    let argv = vec![fields.bytes("argv").unwrap_or_default().to_vec()];
+                    let mut exec = Exec::new(number, argv, now_ms());
+                    exec.reopen(&sandbox.home, self.config.sandbox.exec_ring_kib * 1024);
+                    sandbox.next_exec = sandbox.next_exec.max(number.saturating_add(1));
+                    sandbox.execs.insert(number, exec);
+                }
+                take_over(sandbox, number);
+                self.touched_sandboxes.insert(id.clone());
+            }
+            Message::Ok { .. } => {
+                // What the agent does not know any more has ended without anybody seeing how.
+                let lost: Vec<u64> = sandbox
+                    .execs
+                    .values()
+                    .filter(|exec| exec.outcome.is_none() && exec.route.is_none())
+                    .map(|exec| exec.number)
+                    .collect();
+                for number in lost {
+                    let error = Error::new(Code::LinkLost, "the program ended while nobody watched");
+                    self.exec_ended(id, number, Err(error));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Goes on with a program's output where the kept part ends.
+fn take_over(sandbox: &mut Sandbox, number: u64) {
+    let Some(worker) = &mut sandbox.worker else { return };
+    let Some(exec) = sandbox.execs.get_mut(&number).filter(|exec| exec.outcome.is_none()) else {
+        // Its end was seen, or it was none of ours: the agent need not keep it.
+        let tag = worker.agent.request(Request::new("", "exec.forget").set("exec", number));
+        worker.routes.insert(tag, Route::Unheeded);
+        return;
+    };
+    let [stdout, stderr] = exec.offsets();
+    let request = Request::new("", "exec.attach").set("exec", number).set("stdout", stdout).set("stderr", stderr);
+    let route = worker.agent.request(request);
+    worker.routes.insert(route.clone(), Route::Exec(number));
+    exec.rejoin(route);
+}

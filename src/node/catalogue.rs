@@ -1,0 +1,157 @@
+//! The node's templates, and which of their images are known to be whole.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::storage::block_devices;
+use crate::storage::state::{Change, State as Database, TemplateRow};
+use crate::storage::template_disk::{self, Target, TemplateEvent};
+use crate::storage::templates::{Origin, Template, discover_all};
+use crate::wire::{Code, Error, Fields};
+
+/// What tells that an image was not touched since it was hashed: device, inode, size, change time.
+type Seal = (u64, u64, u64, i64, i64);
+
+#[derive(Debug)]
+struct Entry {
+    template: Template,
+    verified: Option<Seal>,
+    verifying: bool,
+}
+
+/// Every template that can be used.
+#[derive(Debug)]
+pub struct Catalogue {
+    entries: BTreeMap<String, Entry>,
+    /// Template disks are being looked at: what is not here yet may still come.
+    pub importing: bool,
+}
+
+impl Catalogue {
+    /// The templates that came with the node and those imported earlier. Broken ones are logged and left out.
+    pub fn load(share: &Path, data: &Path) -> Self {
+        let (templates, errors) = discover_all(share, data);
+        for error in errors {
+            log::error!("{error}");
+        }
+        let mut catalogue = Self { entries: BTreeMap::new(), importing: false };
+        for template in templates {
+            catalogue.add(template, None);
+        }
+        catalogue
+    }
+
+    fn add(&mut self, template: Template, verified: Option<Seal>) {
+        self.entries.insert(template.manifest.name.clone(), Entry { template, verified, verifying: false });
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry, Error> {
+        self.entries
+            .get(name)
+            .ok_or_else(|| Error::new(Code::NotFound, format!("no template {name}")).with("template", name))
+    }
+
+    /// A template by its name.
+    pub fn get(&self, name: &str) -> Result<&Template, Error> {
+        self.entry(name).map(|entry| &entry.template)
+    }
+
+    /// Whether the template's image was hashed and not touched since.
+    pub fn is_verified(&self, name: &str) -> Result<bool, Error> {
+        let entry = self.entry(name)?;
+        Ok(entry.verified.is_some() && entry.verified == seal(&entry.template))
+    }
+
+    /// Notes that hashing begins. `false` when it is under way already.
+    pub fn begin_verifying(&mut self, name: &str) -> bool {
+        self.entries.get_mut(name).is_some_and(|entry| !std::mem::replace(&mut entry.verifying, true))
+    }
+
+    /// Hashing went well.
+    pub fn verified(&mut self, name: &str) {
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.verifying = false;
+            entry.verified = seal(&entry.template);
+        }
+    }
+
+    /// Hashing showed a damaged image.
+    pub fn refuted(&mut self, name: &str) {
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.verifying = false;
+            entry.verified = None;
+        }
+    }
+
+    /// The template disks were looked at; what they brought was hashed on its way.
+    pub fn imported(&mut self, events: Vec<TemplateEvent>, database: &mut Database, now_ms: u64) {
+        self.importing = false;
+        for event in events {
+            match event {
+                TemplateEvent::Imported { template } => {
+                    log::info!("template {} was imported", template.manifest.name);
+                    database.submit(Change::PutTemplate(TemplateRow {
+                        name: template.manifest.name.clone(),
+                        sha256: template.manifest.sha256_hex(),
+                        size_bytes: template.manifest.size_bytes,
+                        description: template.manifest.description.clone(),
+                        imported_ms: now_ms,
+                        path: template.folder.display().to_string(),
+                    }));
+                    let verified = seal(&template);
+                    self.add(template, verified);
+                }
+                TemplateEvent::Failed { device, name, error } => {
+                    log::error!("{}: template {}: {error}", device.display(), name.as_deref().unwrap_or("?"));
+                }
+                TemplateEvent::Progress { .. } | TemplateEvent::Skipped { .. } | TemplateEvent::Finished => {}
+            }
+        }
+    }
+
+    /// Names of the templates that came with the node.
+    pub fn built_in(&self) -> Vec<String> {
+        let entries = self.entries.values().filter(|entry| entry.template.origin == Origin::BuiltIn);
+        entries.map(|entry| entry.template.manifest.name.clone()).collect()
+    }
+
+    /// The templates as rows of a list.
+    pub fn rows(&self) -> impl Iterator<Item = Fields> + '_ {
+        self.entries.values().map(|entry| fields(&entry.template))
+    }
+
+    /// One template as a row.
+    pub fn row(&self, name: &str) -> Result<Fields, Error> {
+        self.entry(name).map(|entry| fields(&entry.template))
+    }
+}
+
+fn fields(template: &Template) -> Fields {
+    let Template { manifest, origin, .. } = template;
+    let fields = Fields::new()
+        .with("name", &manifest.name)
+        .with("description", &manifest.description)
+        .with("size_bytes", manifest.size_bytes)
+        .with("sha256", manifest.sha256_hex())
+        .with("origin", if *origin == Origin::BuiltIn { "built-in" } else { "imported" })
+        .with("user", manifest.defaults.user)
+        .with("cwd", &manifest.defaults.cwd);
+    manifest.defaults.env.iter().fold(fields, |fields, entry| fields.with("env", entry))
+}
+
+fn seal(template: &Template) -> Option<Seal> {
+    let meta = template.image().metadata().ok()?;
+    Some((meta.dev(), meta.ino(), meta.size(), meta.ctime(), meta.ctime_nsec()))
+}
+
+/// Looks at every block device and imports from those that are template disks what is not here yet. Blocks for
+/// as long as reading takes.
+pub fn import(folder: PathBuf, reserved: Vec<String>) -> Vec<TemplateEvent> {
+    let events = RefCell::new(Vec::new());
+    template_disk::import(&block_devices::list(), &Target { folder, reserved }, &|event| {
+        events.borrow_mut().push(event)
+    });
+    events.into_inner()
+}

@@ -1,0 +1,426 @@
+//! The node's one configuration file. Every key has a default; the shipped example (rootfs/host/etc/warren/warren.toml)
+//! shows them all. A mistake is an error that names file, line and key: nothing is ignored or guessed.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use toml::de::{DeTable, DeValue};
+
+/// Where the node keeps the file.
+pub const DEFAULT_PATH: &str = "/etc/warren/warren.toml";
+/// More than this is no configuration file.
+const MAX_FILE: u64 = 1024 * 1024;
+
+/// The whole file.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// `[node]`
+    pub node: Node,
+    /// `[control]`
+    pub control: Control,
+    /// `[paths]`
+    pub paths: Paths,
+    /// `[sandbox]`
+    pub sandbox: Sandbox,
+    /// `[log]`
+    pub log: Log,
+}
+
+/// The node itself.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Node {
+    /// Host name: labels of `[a-z0-9-]` joined by dots, at most 64 octets.
+    pub name: String,
+}
+
+/// The control socket.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Control {
+    /// Absolute path of the Unix socket.
+    pub socket: PathBuf,
+    /// Connections at once, 1–4,096.
+    pub max_clients: u64,
+    /// Requests under way at once on one connection, 1–65,536.
+    pub max_requests_per_client: u64,
+}
+
+/// Where things are.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Paths {
+    /// State database, imported templates, sandboxes' disks and logs.
+    pub data: PathBuf,
+    /// Sockets.
+    pub run: PathBuf,
+    /// Guest kernel, guest initramfs and built-in templates.
+    pub share: PathBuf,
+}
+
+/// Defaults and limits of sandboxes.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Sandbox {
+    /// vCPUs where a request names none, 1–16.
+    pub default_vcpus: u64,
+    /// Memory in MiB where a request names none, 64–32,768.
+    pub default_memory_mib: u64,
+    /// Room in MiB beyond the template's disk where a request names no disk size, 0–1,048,576.
+    pub default_extra_disk_mib: u64,
+    /// Sandboxes at once that are not stopped, 1–65,536.
+    pub max_sandboxes: u64,
+    /// Seconds from create until the agent must have answered, 1–600.
+    pub boot_timeout_s: u64,
+    /// Seconds that a stop waits for the guest before it is ended, 0–600.
+    pub stop_timeout_s: u64,
+    /// Output kept of each exec for re-attaching, in KiB, 16–1,048,576.
+    pub exec_ring_kib: u64,
+    /// Console log kept of each sandbox, in KiB, 64–1,048,576.
+    pub serial_log_kib: u64,
+}
+
+/// The log.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// What is logged: this and what is graver.
+    pub level: Level,
+}
+
+/// How grave a log line is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum Level {
+    Error,
+    Warn,
+    #[default]
+    Info,
+    Debug,
+    Trace,
+}
+
+impl From<Level> for log::LevelFilter {
+    fn from(level: Level) -> Self {
+        match level {
+            Level::Error => Self::Error,
+            Level::Warn => Self::Warn,
+            Level::Info => Self::Info,
+            Level::Debug => Self::Debug,
+            Level::Trace => Self::Trace,
+        }
+    }
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self { name: "warren".to_string() }
+    }
+}
+
+impl Default for Control {
+    fn default() -> Self {
+        Self { socket: "/run/warren/control.sock".into(), max_clients: 256, max_requests_per_client: 1024 }
+    }
+}
+
+impl Default for Paths {
+    fn default() -> Self {
+        Self { data: "/data".into(), run: "/run/warren".into(), share: "/usr/share/warren".into() }
+    }
+}
+
+impl Default for Sandbox {
+    fn default() -> Self {
+        Self {
+            default_vcpus: 1,
+            default_memory_mib: 512,
+            default_extra_disk_mib: 1024,
+            max_sandboxes: 1024,
+            boot_timeout_s: 30,
+            stop_timeout_s: 10,
+            exec_ring_kib: 1024,
+            serial_log_kib: 1024,
+        }
+    }
+}
+
+impl Sandbox {
+    /// `boot_timeout_s` as a duration.
+    pub fn boot_timeout(&self) -> Duration {
+        Duration::from_secs(self.boot_timeout_s)
+    }
+
+    /// `stop_timeout_s` as a duration.
+    pub fn stop_timeout(&self) -> Duration {
+        Duration::from_secs(self.stop_timeout_s)
+    }
+}
+
+/// Why a file was not taken, with its place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The file.
+    pub file: PathBuf,
+    /// Counted from 1; `None` where the file could not be read at all.
+    pub line: Option<usize>,
+    /// Dotted, such as `sandbox.default_vcpus`; `None` where no key is at fault.
+    pub key: Option<String>,
+    /// What is wrong, with the value and the limit.
+    pub message: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        if let Some(key) = &self.key {
+            write!(f, ": {key}")?;
+        }
+        write!(f, ": {}", self.message)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl Config {
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let unreadable = |message: String| ConfigError { file: path.to_path_buf(), line: None, key: None, message };
+        let length = std::fs::metadata(path).map_err(|e| unreadable(e.to_string()))?.len();
+        if length > MAX_FILE {
+            return Err(unreadable(format!("{length} octets are over the limit of {MAX_FILE}")));
+        }
+        let text = std::fs::read_to_string(path).map_err(|e| unreadable(e.to_string()))?;
+        Self::parse(&text, path)
+    }
+
+    /// Checks a text; `path` is only named in errors.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let place = Place { text, path };
+        let config: Self = toml::from_str(text).map_err(|e| place.of_error(&e))?;
+        config.validate().map_err(|(key, message)| place.of_key(key, message))?;
+        Ok(config)
+    }
+
+    /// The rules that types do not say. Gives the first key that breaks one.
+    fn validate(&self) -> Result<(), (&'static str, String)> {
+        host_name("node.name", &self.node.name)?;
+        absolute("control.socket", &self.control.socket)?;
+        within("control.max_clients", self.control.max_clients, 1..=4096)?;
+        within("control.max_requests_per_client", self.control.max_requests_per_client, 1..=65_536)?;
+        absolute("paths.data", &self.paths.data)?;
+        absolute("paths.run", &self.paths.run)?;
+        absolute("paths.share", &self.paths.share)?;
+        within("sandbox.default_vcpus", self.sandbox.default_vcpus, 1..=16)?;
+        within("sandbox.default_memory_mib", self.sandbox.default_memory_mib, 64..=32_768)?;
+        within("sandbox.default_extra_disk_mib", self.sandbox.default_extra_disk_mib, 0..=1_048_576)?;
+        within("sandbox.max_sandboxes", self.sandbox.max_sandboxes, 1..=65_536)?;
+        within("sandbox.boot_timeout_s", self.sandbox.boot_timeout_s, 1..=600)?;
+        within("sandbox.stop_timeout_s", self.sandbox.stop_timeout_s, 0..=600)?;
+        within("sandbox.exec_ring_kib", self.sandbox.exec_ring_kib, 16..=1_048_576)?;
+        within("sandbox.serial_log_kib", self.sandbox.serial_log_kib, 64..=1_048_576)
+    }
+}
+
+fn within(key: &'static str, value: u64, limits: RangeInclusive<u64>) -> Result<(), (&'static str, String)> {
+    if limits.contains(&value) {
+        return Ok(());
+    }
+    Err((key, format!("{value} is out of range: {} to {}", limits.start(), limits.end())))
+}
+
+fn absolute(key: &'static str, path: &Path) -> Result<(), (&'static str, String)> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    Err((key, format!("{:?} is not an absolute path", path.display().to_string())))
+}
+
+fn host_name(key: &'static str, name: &str) -> Result<(), (&'static str, String)> {
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    if name.len() <= 64 && name.split('.').all(label) {
+        return Ok(());
+    }
+    Err((key, format!("{name:?} is not a host name: labels of a-z, 0-9 and - joined by dots, at most 64 octets")))
+}
+
+/// Finds lines and keys in the text of a file.
+struct Place<'a> {
+    text: &'a str,
+    path: &'a Path,
+}
+
+impl Place<'_> {
+    fn error(&self, at: Option<usize>, key: Option<String>, message: String) -> ConfigError {
+        let line = at.map(|at| self.text.as_bytes().iter().take(at).filter(|&&b| b == b'\n').count() + 1);
+        ConfigError { file: self.path.to_path_buf(), line, key, message }
+    }
+
+    /// Of what the TOML parser or serde found: the key is the deepest one whose name or value it points at.
+    fn of_error(&self, error: &toml::de::Error) -> ConfigError {
+        let at = error.span().map(|span| span.start);
+        let mut key = None;
+        if let Some(at) = at {
+            let (table, _) = DeTable::parse_recoverable(self.text);
+            walk(table.get_ref(), "", &mut |path, name, value| {
+                if name.contains(&at) || value.contains(&at) {
+                    key = Some(path.to_string());
+                }
+            });
+        }
+        self.error(at, key, error.message().replace('\n', "; "))
+    }
+
+    fn of_key(&self, wanted: &str, message: String) -> ConfigError {
+        let mut at = None;
+        if let Ok(table) = DeTable::parse(self.text) {
+            walk(table.get_ref(), "", &mut |path, name, _| {
+                if path == wanted {
+                    at = Some(name.start);
+                }
+            });
+        }
+        self.error(at, Some(wanted.to_string()), message)
+    }
+}
+
+type Span = std::ops::Range<usize>;
+
+/// Calls `visit` with the dotted path and the spans of name and value of every key, outer ones first.
+fn walk(table: &DeTable<'_>, prefix: &str, visit: &mut impl FnMut(&str, Span, Span)) {
+    for (name, value) in table {
+        let path = if prefix.is_empty() { name.get_ref().to_string() } else { format!("{prefix}.{}", name.get_ref()) };
+        visit(&path, name.span(), value.span());
+        if let DeValue::Table(inner) = value.get_ref() {
+            walk(inner, &path, visit);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXAMPLE: &str = include_str!("../../rootfs/host/etc/warren/warren.toml");
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("w.toml"))
+    }
+
+    fn fails(text: &str) -> String {
+        parse(text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_empty_file_and_the_shipped_example_are_the_defaults() {
+        assert_eq!(parse("").unwrap(), Config::default());
+        assert_eq!(parse(EXAMPLE).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn the_example_shows_every_key_with_a_comment() {
+        let mut keys = Vec::new();
+        walk(DeTable::parse(EXAMPLE).unwrap().get_ref(), "", &mut |path, _, _| keys.push(path.to_string()));
+        // Serde names the keys that it knows when it meets one that it does not.
+        let mut known = Vec::new();
+        for table in expected(&fails("unknown = 1")) {
+            for key in expected(&fails(&format!("[{table}]\nunknown = 1"))) {
+                known.push(format!("{table}.{key}"));
+            }
+            known.push(table);
+        }
+        keys.sort();
+        known.sort();
+        assert_eq!(keys, known);
+
+        let mut before = "";
+        for line in EXAMPLE.lines() {
+            if line.contains(" = ") && !line.starts_with('#') {
+                assert!(before.starts_with('#'), "no comment before {line}");
+            }
+            before = line;
+        }
+    }
+
+    /// The names in "expected one of `a`, `b`" or "expected `a`".
+    fn expected(message: &str) -> Vec<String> {
+        let names = message.split("expected").nth(1).unwrap_or_else(|| panic!("{message}"));
+        names.split('`').skip(1).step_by(2).map(str::to_string).collect()
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_file_and_line() {
+        let error = parse("[node]\nname = \"a\"\n\n[sandbox]\n# comment\ndefault_cpus = 1\n").unwrap_err();
+        assert_eq!((error.line, error.key.as_deref()), (Some(6), Some("sandbox.default_cpus")));
+        assert!(error.to_string().starts_with("w.toml:6: sandbox.default_cpus: unknown field"), "{error}");
+        let error = parse("\n[sandboxes]\nx = 1\n").unwrap_err();
+        assert_eq!((error.line, error.key.as_deref()), (Some(2), Some("sandboxes")));
+    }
+
+    #[test]
+    fn an_ill_typed_value_is_named_with_its_file_and_line() {
+        for (text, line, key) in [
+            ("[sandbox]\ndefault_vcpus = \"two\"\n", 2, "sandbox.default_vcpus"),
+            ("[sandbox]\nmax_sandboxes = -1\n", 2, "sandbox.max_sandboxes"),
+            ("\n\n[log]\nlevel = \"loud\"\n", 4, "log.level"),
+            ("sandbox.default_memory_mib = 1.5\n", 1, "sandbox.default_memory_mib"),
+            ("[node]\nname = [\n 1,\n]\n", 2, "node.name"),
+            ("control = { max_clients = true }\n", 1, "control.max_clients"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert_eq!((error.line, error.key.as_deref()), (Some(line), Some(key)), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_value_beyond_its_limits_names_key_line_value_and_limits() {
+        assert_eq!(
+            fails("[sandbox]\ndefault_vcpus = 17\n"),
+            "w.toml:2: sandbox.default_vcpus: 17 is out of range: 1 to 16"
+        );
+        assert_eq!(
+            fails("\nsandbox.default_memory_mib = 63"),
+            "w.toml:2: sandbox.default_memory_mib: 63 is out of range: 64 to 32768"
+        );
+        assert_eq!(fails("[paths]\ndata = \"data\""), "w.toml:2: paths.data: \"data\" is not an absolute path");
+        for name in ["", "Node", "-a", "a-", "a..b", "a_b", "a b", &"a".repeat(64), &["a"; 33].join(".")] {
+            let error = parse(&format!("[node]\nname = {name:?}")).unwrap_err();
+            assert_eq!((error.line, error.key.as_deref()), (Some(2), Some("node.name")), "{name}");
+        }
+        assert_eq!(parse("[node]\nname = \"n-1.rack2\"").unwrap().node.name, "n-1.rack2");
+    }
+
+    #[test]
+    fn broken_syntax_names_its_line() {
+        for (text, line) in [("[node\n", 1), ("[node]\nname = \"a\n", 2), ("a = 1\na = 2\n", 2), ("\u{0}", 1)] {
+            let error = parse(text).unwrap_err();
+            assert_eq!(error.line, Some(line), "{text:?}: {error}");
+            assert!(!error.to_string().contains('\n'));
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_named() {
+        let error = Config::load(Path::new("/does/not/exist.toml")).unwrap_err();
+        assert_eq!((error.line, error.key.as_ref()), (None, None));
+        assert!(error.to_string().starts_with("/does/not/exist.toml: No such file"), "{error}");
+        let path = std::env::temp_dir().join(format!("warren-config-{}", std::process::id()));
+        std::fs::write(&path, vec![b'#'; 2 * 1024 * 1024]).unwrap();
+        let error = Config::load(&path).unwrap_err();
+        std::fs::remove_file(&path).unwrap();
+        assert!(error.message.contains("over the limit of 1048576"), "{error}");
+    }
+}

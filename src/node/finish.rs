@@ -1,0 +1,354 @@
+//! From a running sandbox to none: stops, deaths, removal, the node's own end.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use super::instance::{Awaited, Route, Worker};
+use super::start::with_console;
+use super::supervisor::{Done, Source, Stopping, Supervisor, Timer, now_ms};
+use crate::init::{ChildStatus, StopMode};
+use crate::sandbox::agent::{Agent, Approach};
+use crate::sandbox::id::SandboxId;
+use crate::sandbox::lifecycle::State;
+use crate::sandbox::worker::LastWords;
+use crate::storage::state::Change;
+use crate::wire::{Code, Error, Fields, Message, Request};
+
+/// How long init may take to tell how a worker ended.
+const OBITUARY: Duration = Duration::from_millis(500);
+/// How long a worker may take to end a machine at once, before it is killed.
+const WORKER_STOP: Duration = Duration::from_secs(3);
+/// Pause before a lost agent link is made anew, and how often that is tried.
+const RELINK: Duration = Duration::from_millis(200);
+const MAX_RELINKS: u32 = 3;
+
+impl Supervisor {
+    /// Shuts a sandbox down: the guest first, by force after `timeout`. Fine for one that has ended.
+    pub(super) fn stop(&mut self, id: &SandboxId, timeout: Option<Duration>) -> Result<(), Error> {
+        let timeout = timeout.unwrap_or(Duration::from_secs(self.config.sandbox.stop_timeout_s));
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
+        match sandbox.state {
+            State::Stopped | State::Error | State::Stopping => return Ok(()),
+            State::Pending | State::Scheduling => {
+                self.fail_start(id, Error::new(Code::Cancelled, "the sandbox was stopped before it started"));
+                return Ok(());
+            }
+            _ => sandbox.state.become_(State::Stopping)?,
+        }
+        sandbox.reason = "stopped".to_string();
+        if let Some(worker) = sandbox.worker.as_mut().filter(|worker| worker.agent.is_ready() && !timeout.is_zero()) {
+            let tag = worker.agent.request(Request::new("", "system.poweroff"));
+            worker.routes.insert(tag, Route::PowerOff);
+            self.touched_sandboxes.insert(id.clone());
+            self.timers.after(timeout, Timer::Stop(id.clone()));
+        } else {
+            self.stop_expired(id);
+        }
+        self.record(id);
+        Ok(())
+    }
+
+    /// The guest did not shut down in time: its worker ends the machine, or is ended itself.
+    pub(super) fn stop_expired(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let Some(worker) = sandbox.worker.as_mut().filter(|worker| !worker.dead) else { return };
+        if sandbox.state != State::Stopping {
+            return;
+        }
+        if std::mem::replace(&mut worker.told_to_stop, true) {
+            log::warn!("sandbox {id}: worker {} does not stop; it is killed", worker.pid);
+            sandbox.reason = "killed: its worker did not stop".to_string();
+            if let Err(e) = sandbox.home.kill() {
+                log::error!("sandbox {id} cannot be killed: {e}");
+            }
+            return;
+        }
+        worker.link.send(&Message::Request(Request::new("stop", "vm.stop")));
+        self.touched_sandboxes.insert(id.clone());
+        self.timers.after(WORKER_STOP, Timer::Stop(id.clone()));
+    }
+
+    /// A worker's process has ended; why may still be on its way.
+    pub(super) fn worker_ended(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let Some(worker) = &mut sandbox.worker else { return };
+        if std::mem::replace(&mut worker.dead, true) {
+            return;
+        }
+        let token = worker.tokens[1];
+        self.read_worker(id, token);
+        self.timers.after(OBITUARY, Timer::Obituary(id.clone()));
+        self.bury(id);
+    }
+
+    /// Ends the sandbox of a worker that is known to have ended, once it is known how.
+    pub(super) fn bury(&mut self, id: &SandboxId) {
+        let has_init = self.init.as_ref().is_some_and(|init| !init.is_lost());
+        let Some(sandbox) = self.sandboxes.get(id) else { return };
+        let Some(worker) = &sandbox.worker else { return };
+        let told = worker.status.is_some() || LastWords::read(&sandbox.home.last_words()).is_some() || !has_init;
+        if (worker.dead || worker.status.is_some()) && told {
+            self.bury_anyway(id);
+        }
+    }
+
+    /// Ends the sandbox of a worker that has ended.
+    pub(super) fn bury_anyway(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let Some(worker) = sandbox.worker.take_if(|worker| worker.dead || worker.status.is_some()) else { return };
+        let words = LastWords::read(&sandbox.home.last_words());
+        let cause = cause_of_death(words.as_ref(), worker.status);
+        let refusal = worker.refusal.clone();
+        let pid = worker.pid;
+        self.close_worker(id, worker, &cause);
+
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        sandbox.ended_ms = Some(now_ms());
+        let in_order =
+            words.as_ref().is_some_and(|words| matches!(words.reason.as_str(), "guest-poweroff" | "stopped"));
+        match sandbox.state {
+            State::Starting if !sandbox.removing => {
+                let error = refusal.unwrap_or_else(|| {
+                    let error =
+                        Error::new(Code::VmFailed, format!("the machine ended before its agent answered: {cause}"));
+                    with_console(error, sandbox)
+                });
+                self.fail_start(id, error);
+                return;
+            }
+            State::Running if in_order => {
+                sandbox.state = State::Stopped;
+                sandbox.reason = "the guest powered off".to_string();
+            }
+            State::Stopping => sandbox.state = State::Stopped,
+            State::Error | State::Stopped => {}
+            _ => {
+                log::warn!("sandbox {id}: worker {pid} is gone: {cause}");
+                sandbox.state = State::Error;
+                sandbox.reason = cause;
+            }
+        }
+        self.record(id);
+        if self.sandboxes.get(id).is_some_and(|sandbox| sandbox.removing) {
+            self.release(id, Extent::Everything);
+        } else if self.sandboxes.get(id).is_some_and(|sandbox| sandbox.state == State::Error) {
+            self.release(id, Extent::AllButLogs);
+        } else {
+            self.release(id, Extent::Worker);
+        }
+    }
+
+    /// Lets go of a worker: nobody hears from it any more.
+    fn close_worker(&mut self, id: &SandboxId, worker: Worker, cause: &str) {
+        for token in worker.tokens {
+            self.unwatch(token);
+        }
+        self.lose_routes(id, worker.routes, cause);
+        let running: Vec<u64> = match self.sandboxes.get(id) {
+            Some(sandbox) => sandbox.execs.values().filter(|e| e.outcome.is_none()).map(|e| e.number).collect(),
+            None => Vec::new(),
+        };
+        for number in running {
+            let error = Error::new(Code::LinkLost, format!("the sandbox ended: {cause}"));
+            self.exec_ended(id, number, Err(error));
+        }
+    }
+
+    fn lose_routes(&mut self, id: &SandboxId, routes: std::collections::HashMap<String, Route>, cause: &str) {
+        for route in routes.into_values() {
+            if let Route::Relay { client, tag } = route {
+                let error = Error::new(Code::LinkLost, format!("sandbox {id}: {cause}"));
+                self.finish(client, &Message::err(&tag, error));
+            }
+        }
+    }
+
+    /// The link to an agent broke while its worker lives. It is made anew a few times; then the sandbox is given up.
+    pub(super) fn agent_lost(&mut self, id: &SandboxId, error: Error) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let Some(worker) = &mut sandbox.worker else { return };
+        let token = std::mem::replace(&mut worker.tokens[2], mio::Token(usize::MAX));
+        let routes = std::mem::take(&mut worker.routes);
+        worker.agent_losses += 1;
+        for exec in sandbox.execs.values_mut() {
+            exec.route = None;
+        }
+        if sandbox.state == State::Running {
+            if worker.agent_losses > MAX_RELINKS {
+                log::error!("sandbox {id}: {error}; it is given up");
+                sandbox.state = State::Error;
+                sandbox.reason = format!("its agent was lost: {}", error.message);
+                if let Err(e) = sandbox.home.kill() {
+                    log::error!("sandbox {id} cannot be killed: {e}");
+                }
+            } else {
+                self.timers.after(RELINK, Timer::Relink(id.clone()));
+            }
+        }
+        self.unwatch(token);
+        self.lose_routes(id, routes, &error.message);
+    }
+
+    /// Makes a lost link to an agent anew.
+    pub(super) fn relink(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        if sandbox.state != State::Running || sandbox.worker.as_ref().is_none_or(|worker| worker.dead) {
+            return;
+        }
+        let opened = Agent::open(sandbox.home.socket(), Approach::Connect).and_then(|mut agent| {
+            let token = self.watch(agent.stream().as_raw_fd(), Source::Agent(id.clone()))?;
+            Ok((agent, token))
+        });
+        match (opened, self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut())) {
+            (Ok((agent, token)), Some(worker)) => {
+                worker.agent = agent;
+                worker.tokens[2] = token;
+                self.touched_sandboxes.insert(id.clone());
+            }
+            (Err(e), _) => self.agent_lost(id, Error::new(Code::LinkLost, e.to_string())),
+            _ => {}
+        }
+    }
+
+    /// Takes a sandbox away, by force if it has a worker.
+    pub(super) fn remove(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        if std::mem::replace(&mut sandbox.removing, true) && sandbox.worker.is_some() {
+            return;
+        }
+        let pending: Vec<_> = sandbox.waiters.extract_if(.., |w| matches!(w.what, Awaited::Created { .. })).collect();
+        if sandbox.worker.is_some() {
+            if let Err(e) = sandbox.home.kill() {
+                log::error!("sandbox {id} cannot be killed: {e}");
+            }
+        } else if !sandbox.releasing {
+            self.release(id, Extent::Everything);
+        }
+        for waiter in pending {
+            let error = Error::new(Code::Cancelled, "the sandbox was removed before it ran");
+            self.finish(waiter.client, &Message::err(&waiter.tag, error));
+        }
+    }
+
+    fn release(&mut self, id: &SandboxId, extent: Extent) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        sandbox.releasing = true;
+        let (home, owned) = (sandbox.home.clone(), id.clone());
+        let started = self.background.run("release", move || {
+            let result = match extent {
+                Extent::Worker => home.release_worker(),
+                Extent::AllButLogs => home.release(),
+                Extent::Everything => home.remove(),
+            };
+            Done::Released { sandbox: owned, gone: extent == Extent::Everything, result }
+        });
+        if let Err(e) = started {
+            log::error!("sandbox {id}: no thread to take it down: {e}");
+            sandbox.releasing = false;
+        }
+    }
+
+    /// Things of a sandbox were taken down.
+    pub(super) fn released(&mut self, id: &SandboxId, gone: bool, result: io::Result<()>) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        sandbox.releasing = false;
+        if let Err(e) = result {
+            log::error!("sandbox {id} cannot be taken down: {e}");
+            let error = Error::new(Code::Internal, format!("sandbox {id} cannot be taken down: {e}"));
+            sandbox.removing = false;
+            for waiter in std::mem::take(&mut sandbox.waiters) {
+                self.finish(waiter.client, &Message::err(&waiter.tag, error.clone()));
+            }
+            return;
+        }
+        if !gone {
+            if sandbox.removing {
+                self.release(id, Extent::Everything);
+            } else {
+                self.notify_waiters(id);
+            }
+            return;
+        }
+        let Some(sandbox) = self.sandboxes.remove(id) else { return };
+        self.database.submit(Change::RemoveSandbox { id: id.to_string() });
+        for waiter in sandbox.waiters {
+            self.finish(waiter.client, &Message::ok(&waiter.tag, Fields::new().with("id", id)));
+        }
+        for viewer in sandbox.execs.into_values().flat_map(|exec| exec.viewers) {
+            let error = Error::new(Code::NotFound, format!("sandbox {id} was removed"));
+            self.finish(viewer.client, &Message::err(&viewer.tag, error));
+        }
+    }
+
+    /// A client no longer waits. A sandbox whose id nobody was told is of no use to anybody.
+    pub(super) fn cancel_wait(&mut self, key: u64, tag: &str, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let Some(at) = sandbox.waiters.iter().position(|w| w.client == key && w.tag == tag) else { return };
+        let waiter = sandbox.waiters.remove(at);
+        if matches!(waiter.what, Awaited::Created { .. }) {
+            self.remove(id);
+        }
+    }
+
+    /// Begins the end of the node, or of this process when `mode` is none.
+    pub(super) fn begin_stop(&mut self, mode: Option<StopMode>, waiter: Option<(u64, String)>) {
+        let grace = Duration::from_secs(self.config.sandbox.stop_timeout_s) + Duration::from_secs(10);
+        let stopping = self.stopping.get_or_insert_with(|| Stopping {
+            mode,
+            waiters: Vec::new(),
+            deadline: Instant::now() + grace,
+        });
+        stopping.mode = stopping.mode.or(mode);
+        stopping.waiters.extend(waiter);
+        self.timers.after(grace, Timer::Logs);
+        let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
+        for id in ids {
+            if self.stop(&id, None).is_err() {
+                self.remove(&id);
+            }
+        }
+    }
+
+    /// Whether the node's stop is complete; answers those who asked for it.
+    pub(super) fn has_stopped(&mut self) -> bool {
+        let Some(stopping) = &self.stopping else { return false };
+        let busy = self.sandboxes.values().any(|sandbox| sandbox.worker.is_some() || sandbox.releasing);
+        if busy && Instant::now() < stopping.deadline {
+            return false;
+        }
+        let Some(stopping) = self.stopping.take() else { return false };
+        for (client, tag) in stopping.waiters {
+            self.finish(client, &Message::ok(&tag, Fields::new()));
+        }
+        self.settle();
+        if let (Some(mode), Some(init)) = (stopping.mode, &mut self.init) {
+            init.request_stop(mode);
+        }
+        true
+    }
+}
+
+/// How much of a sandbox is taken down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    /// Socket and cgroup; the disk stays.
+    Worker,
+    /// The disk as well; logs and outputs stay.
+    AllButLogs,
+    /// Everything.
+    Everything,
+}
+
+/// Why a worker ended, as far as anybody knows.
+pub(super) fn cause_of_death(words: Option<&LastWords>, status: Option<ChildStatus>) -> String {
+    match (words, status) {
+        (Some(words), _) => words.sentence(),
+        (None, Some(ChildStatus::Signal(signal))) => {
+            let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", nix::sys::signal::Signal::as_str);
+            format!("worker was killed by signal {signal} ({name})")
+        }
+        (None, Some(ChildStatus::Code(code))) => format!("worker exited with code {code}"),
+        (None, None) => "worker ended without a word".to_string(),
+    }
+}

@@ -1,0 +1,245 @@
+//! A sandbox while the supervisor looks after it: its record, its worker, its programs, who waits for it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::OwnedFd;
+
+use mio::Token;
+use mio::net::UnixStream;
+
+use crate::init::ChildStatus;
+use crate::sandbox::agent::Agent;
+use crate::sandbox::exec::Exec;
+use crate::sandbox::home::Home;
+use crate::sandbox::id::SandboxId;
+use crate::sandbox::lifecycle::State;
+use crate::sandbox::spec::Spec;
+use crate::storage::state::{ExecutionRow, SandboxRow};
+use crate::wire::{Error, Fields, Link};
+
+/// What a request on the agent link was for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Route {
+    /// `system.configure` after the start.
+    Configure,
+    /// `system.poweroff`; what comes of it shows when the worker ends.
+    PowerOff,
+    /// `exec.list` after the supervisor was restarted.
+    Survey,
+    /// A program.
+    Exec(u64),
+    /// A client's request that passes through.
+    Relay {
+        /// The client's key.
+        client: u64,
+        /// The tag of its request.
+        tag: String,
+    },
+    /// Nobody waits for the answer.
+    Unheeded,
+}
+
+/// A worker process and the links to it.
+#[derive(Debug)]
+pub struct Worker {
+    /// In the node's pid namespace.
+    pub pid: i32,
+    /// Becomes readable at its end; open for as long as that is watched.
+    pub _pidfd: OwnedFd,
+    /// Control of the machine.
+    pub link: Link<UnixStream>,
+    /// The guest's agent.
+    pub agent: Agent,
+    /// Requests under way on the agent link.
+    pub routes: HashMap<String, Route>,
+    /// Event sources to forget with the worker: process, control link, agent link.
+    pub tokens: [Token; 3],
+    /// Why the machine could not be started, from `vm.start`.
+    pub refusal: Option<Error>,
+    /// How the process ended, from init.
+    pub status: Option<ChildStatus>,
+    /// It was asked to end the machine.
+    pub told_to_stop: bool,
+    /// The process has ended.
+    pub dead: bool,
+    /// Links to the agent that were lost while the worker lived.
+    pub agent_losses: u32,
+}
+
+/// Whose request waits for a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiter {
+    /// The client's key.
+    pub client: u64,
+    /// The tag of its request.
+    pub tag: String,
+    /// What it waits for.
+    pub what: Awaited,
+}
+
+/// What a client waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Awaited {
+    /// The sandbox runs.
+    Created {
+        /// States are told on the way.
+        progress: bool,
+    },
+    /// The sandbox has stopped.
+    Stopped,
+    /// The sandbox is gone.
+    Removed,
+}
+
+/// A sandbox the node knows.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// Its id.
+    pub id: SandboxId,
+    /// What was asked for.
+    pub spec: Spec,
+    /// Hash of the template's image at creation, hex.
+    pub template_sha256: String,
+    /// Where it is in its life.
+    pub state: State,
+    /// Why it ended, or empty.
+    pub reason: String,
+    /// Unix milliseconds.
+    pub created_ms: u64,
+    /// Unix milliseconds.
+    pub started_ms: Option<u64>,
+    /// Unix milliseconds.
+    pub ended_ms: Option<u64>,
+    /// Its places on the node.
+    pub home: Home,
+    /// Its worker, while there is one.
+    pub worker: Option<Worker>,
+    /// Its programs.
+    pub execs: BTreeMap<u64, Exec>,
+    /// The number of the next program.
+    pub next_exec: u64,
+    /// Requests that wait for it.
+    pub waiters: Vec<Waiter>,
+    /// It is to be taken away once its worker has ended.
+    pub removing: bool,
+    /// A background thread takes things of it down.
+    pub releasing: bool,
+}
+
+impl Sandbox {
+    /// A new sandbox that nothing was done for yet.
+    pub fn new(id: SandboxId, spec: Spec, home: Home, created_ms: u64) -> Self {
+        Self {
+            id,
+            spec,
+            template_sha256: String::new(),
+            state: State::Pending,
+            reason: String::new(),
+            created_ms,
+            started_ms: None,
+            ended_ms: None,
+            home,
+            worker: None,
+            execs: BTreeMap::new(),
+            next_exec: 1,
+            waiters: Vec::new(),
+            removing: false,
+            releasing: false,
+        }
+    }
+
+    /// The sandbox of an earlier supervisor. `None` when the row is not one that Warren writes.
+    pub fn from_row(row: &SandboxRow, home: impl FnOnce(&SandboxId) -> Home) -> Option<Self> {
+        let id = SandboxId::parse(&row.id)?;
+        let spec = Spec {
+            template: row.template.clone(),
+            name: row.name.clone(),
+            vcpus: row.vcpus.try_into().ok()?,
+            memory_mib: row.memory_mib.try_into().ok()?,
+            disk_mib: Some(row.disk_mib),
+            env: row.env.clone(),
+            labels: row.labels.iter().map(|(k, v)| (k.clone(), v.clone())).collect(),
+        };
+        let home = home(&id);
+        Some(Self {
+            template_sha256: row.template_sha256.clone(),
+            state: State::parse(&row.state)?,
+            reason: row.reason.clone(),
+            started_ms: row.started_ms,
+            ended_ms: row.ended_ms,
+            ..Self::new(id, spec, home, row.created_ms)
+        })
+    }
+
+    /// The sandbox as the database keeps it.
+    pub fn row(&self) -> SandboxRow {
+        SandboxRow {
+            id: self.id.to_string(),
+            name: self.spec.name.clone(),
+            template: self.spec.template.clone(),
+            template_sha256: self.template_sha256.clone(),
+            state: self.state.to_string(),
+            reason: self.reason.clone(),
+            vcpus: self.spec.vcpus.into(),
+            memory_mib: self.spec.memory_mib.into(),
+            disk_mib: self.spec.disk_mib.unwrap_or(0),
+            env: self.spec.env.clone(),
+            labels: self.spec.labels.iter().cloned().collect(),
+            created_ms: self.created_ms,
+            started_ms: self.started_ms,
+            ended_ms: self.ended_ms,
+            pid: self.worker.as_ref().and_then(|worker| u32::try_from(worker.pid).ok()),
+        }
+    }
+
+    /// The sandbox as clients see it.
+    pub fn fields(&self) -> Fields {
+        let mut fields = Fields::new().with("id", &self.id);
+        if let Some(name) = &self.spec.name {
+            fields = fields.with("name", name);
+        }
+        fields = fields.with("state", self.state);
+        if !self.reason.is_empty() {
+            fields = fields.with("reason", &self.reason);
+        }
+        fields = self.spec.fields(fields).with("created_ms", self.created_ms);
+        for (key, time) in [("started_ms", self.started_ms), ("ended_ms", self.ended_ms)] {
+            if let Some(time) = time {
+                fields = fields.with(key, time);
+            }
+        }
+        if let Some(worker) = &self.worker {
+            fields = fields.with("pid", worker.pid);
+        }
+        let running = self.execs.values().filter(|exec| exec.outcome.is_none()).count();
+        fields.with("execs", running)
+    }
+
+    /// A finished or running program as the database keeps it.
+    pub fn execution_row(&self, exec: &Exec, now_ms: u64) -> ExecutionRow {
+        let outcome = exec.outcome.as_ref();
+        let number = |key: &str| match outcome {
+            Some(Ok(fields)) => fields.number(key),
+            Some(Err(error)) => error.fields.number(key),
+            None => None,
+        };
+        let narrow = |key: &str| number(key).and_then(|n| i32::try_from(n).ok());
+        ExecutionRow {
+            sandbox_id: self.id.to_string(),
+            exec_id: exec.number,
+            argv: exec.argv.iter().map(|arg| String::from_utf8_lossy(arg).into_owned()).collect(),
+            state: match outcome {
+                None => "running",
+                Some(Ok(_)) => "exited",
+                Some(Err(_)) => "failed",
+            }
+            .to_string(),
+            started_ms: exec.started_ms,
+            ended_ms: outcome.map(|_| now_ms),
+            exit: narrow("exit"),
+            signal: narrow("signal"),
+            timeout: matches!(outcome, Some(Ok(fields)) if fields.get("timeout") == Some("true")),
+            cpu_ms: number("cpu_ms"),
+            peak_kib: number("peak_kib"),
+        }
+    }
+}

@@ -1,0 +1,434 @@
+//! What clients ask, and what becomes of it.
+
+use std::time::Duration;
+
+use mio::Token;
+
+use super::instance::{Awaited, Route, Sandbox, Waiter};
+use super::supervisor::{Source, Supervisor, TURN};
+use crate::control::client::{ANSWERS_HIGH, Client};
+use crate::control::command::{Command, VERBS};
+use crate::sandbox::exec::{Sink, output_index};
+use crate::sandbox::flow::Gate;
+use crate::sandbox::id::SandboxId;
+use crate::sandbox::lifecycle::State;
+use crate::sandbox::spec::Defaults;
+use crate::wire::{Code, Decoded, Error, Fields, Filled, Message, PROTOCOL_VERSION, Request};
+
+/// A client's request under way.
+#[derive(Debug)]
+pub enum Job {
+    /// It waits for a sandbox to reach something; the sandbox has the rest.
+    Wait(SandboxId),
+    /// It watches a program.
+    Exec {
+        /// Where.
+        sandbox: SandboxId,
+        /// Which.
+        number: u64,
+    },
+    /// It passes through to the agent.
+    Relay {
+        /// Where.
+        sandbox: SandboxId,
+        /// The tag on the agent link.
+        route: String,
+        /// Content from the agent.
+        down: Gate,
+        /// Content to the agent.
+        up: Gate,
+    },
+    /// It reads a serial log.
+    Logs(super::logs::Reader),
+    /// It waits for the node to stop.
+    NodeStop,
+}
+
+impl Supervisor {
+    pub(super) fn read_client(&mut self, key: u64, token: Token) {
+        if let Some(port) = self.clients.get_mut(&key).and_then(Client::as_port) {
+            match port.look() {
+                Ok(Some(false)) => self.cancel_jobs(key),
+                Ok(_) => {}
+                Err(e) => log::error!("control port: {e}"),
+            }
+            self.touched_clients.insert(key);
+        }
+        let mut budget = TURN;
+        loop {
+            let Some(client) = self.clients.get_mut(&key) else { return };
+            if client.queued() >= ANSWERS_HIGH {
+                // It must take its answers first; `settle` comes back here.
+                return;
+            }
+            let Some(decoded) = client.next() else {
+                match client.fill() {
+                    Ok(Filled::More) => continue,
+                    Ok(Filled::Drained) => return,
+                    Ok(Filled::Closed) => {
+                        client.half_closed = true;
+                        self.touched_clients.insert(key);
+                        return;
+                    }
+                    Err(_) => {
+                        self.drop_client(key);
+                        return;
+                    }
+                }
+            };
+            if budget == 0 {
+                self.again.insert(token);
+            }
+            match decoded {
+                Decoded::Message(message) => self.take_message(key, message),
+                Decoded::Bad { tag, error } => self.answer(key, &Message::err(&tag, error)),
+            }
+            if budget == 0 {
+                return;
+            }
+            budget -= 1;
+        }
+    }
+
+    /// Sends a message to a client, if it is still there.
+    pub(super) fn answer(&mut self, key: u64, message: &Message) {
+        if let Some(client) = self.clients.get_mut(&key) {
+            client.send(message);
+            self.touched_clients.insert(key);
+        }
+    }
+
+    /// Ends a client's request with its final answer.
+    pub(super) fn finish(&mut self, key: u64, message: &Message) {
+        if let Some(client) = self.clients.get_mut(&key) {
+            client.finish(message);
+            self.touched_clients.insert(key);
+        }
+    }
+
+    pub(super) fn drop_client(&mut self, key: u64) {
+        self.cancel_jobs(key);
+        if let Some(token) = self.client_tokens.remove(&key) {
+            self.unwatch(token);
+        }
+        self.clients.remove(&key);
+    }
+
+    fn cancel_jobs(&mut self, key: u64) {
+        let Some(client) = self.clients.get_mut(&key) else { return };
+        let jobs = std::mem::take(&mut client.jobs);
+        for (tag, job) in jobs {
+            self.cancel_job(key, &tag, job);
+        }
+    }
+
+    fn take_message(&mut self, key: u64, message: Message) {
+        match message {
+            Message::Request(request) => self.take_request(key, request),
+            Message::Cancel { tag } => {
+                let job = self.clients.get_mut(&key).and_then(|client| client.jobs.remove(&tag));
+                if let Some(job) = job {
+                    self.cancel_job(key, &tag, job);
+                    let error = Error::new(Code::Cancelled, "the request was cancelled");
+                    self.answer(key, &Message::err(&tag, error));
+                }
+            }
+            Message::Data { tag, channel, payload } => self.take_data(key, &tag, &channel, payload),
+            Message::End { tag, channel } => self.pass_to_agent(key, &tag, |route| Message::end(route, &channel)),
+            Message::Credit { tag, channel, octets } => self.take_credit(key, &tag, &channel, octets),
+            Message::Ok { tag, .. } | Message::Err { tag, .. } | Message::Item { tag, .. } => {
+                let error = Error::new(Code::BadLine, "a client sends requests, not answers");
+                self.answer(key, &Message::err(&tag, error));
+            }
+        }
+    }
+
+    fn take_request(&mut self, key: u64, request: Request) {
+        let tag = request.tag.clone();
+        let defaults = Defaults {
+            vcpus: u8::try_from(self.config.sandbox.default_vcpus).unwrap_or(1),
+            memory_mib: u32::try_from(self.config.sandbox.default_memory_mib).unwrap_or(512),
+        };
+        let admitted = match self.clients.get(&key) {
+            Some(client) => client.admit(&tag),
+            None => return,
+        };
+        let done =
+            admitted.and_then(|()| Command::of(request, defaults)).and_then(|command| self.execute(key, &tag, command));
+        if let Err(error) = done {
+            self.answer(key, &Message::err(&tag, error));
+        }
+    }
+
+    fn execute(&mut self, key: u64, tag: &str, command: Command) -> Result<(), Error> {
+        match command {
+            Command::Hello => self.answer(key, &Message::ok(tag, self.hello())),
+            Command::Help => {
+                for verb in VERBS {
+                    let fields = Fields::new().with("verb", verb.name).with("arguments", verb.arguments);
+                    self.answer(key, &Message::item(tag, fields.with("summary", verb.summary)));
+                }
+                self.answer(key, &Message::ok(tag, Fields::new()));
+            }
+            Command::NodeInfo => self.answer(key, &Message::ok(tag, self.info())),
+            Command::NodeStop(mode) => {
+                self.add_job(key, tag, Job::NodeStop);
+                self.begin_stop(Some(mode), Some((key, tag.to_string())));
+            }
+            Command::TemplateList => {
+                let rows: Vec<Fields> = self.catalogue.rows().collect();
+                for row in rows {
+                    self.answer(key, &Message::item(tag, row));
+                }
+                self.answer(key, &Message::ok(tag, Fields::new()));
+            }
+            Command::TemplateInspect(name) => {
+                let row = self.catalogue.row(&name)?;
+                self.answer(key, &Message::ok(tag, row));
+            }
+            Command::SandboxCreate { spec, progress } => {
+                let id = self
+                    .create(spec, Waiter { client: key, tag: tag.to_string(), what: Awaited::Created { progress } })?;
+                if self.sandboxes.contains_key(&id) {
+                    self.add_job(key, tag, Job::Wait(id));
+                }
+            }
+            Command::SandboxList(state) => {
+                let rows: Vec<Fields> = self
+                    .sandboxes
+                    .values()
+                    .filter(|sandbox| state.is_none_or(|state| sandbox.state == state))
+                    .map(Sandbox::fields)
+                    .collect();
+                for row in rows {
+                    self.answer(key, &Message::item(tag, row));
+                }
+                self.answer(key, &Message::ok(tag, Fields::new()));
+            }
+            Command::SandboxInspect(name) => {
+                let fields = self.sandboxes.get(&self.find(&name)?).map(Sandbox::fields).unwrap_or_default();
+                self.answer(key, &Message::ok(tag, fields));
+            }
+            Command::SandboxStop { sandbox, timeout } => self.ask_stop(key, tag, &sandbox, timeout)?,
+            Command::SandboxRemove { sandbox, force } => self.ask_remove(key, tag, &sandbox, force)?,
+            Command::SandboxLogs { sandbox, follow } => self.open_logs(key, tag, &sandbox, follow)?,
+            Command::ExecStart { sandbox, argv, request, detach } => {
+                self.start_exec(key, tag, &sandbox, argv, request, detach)?;
+            }
+            Command::ExecList(name) => {
+                let id = self.find(&name)?;
+                let rows: Vec<Fields> = self
+                    .sandboxes
+                    .get(&id)
+                    .map(|s| s.execs.values().map(|exec| exec.fields()).collect())
+                    .unwrap_or_default();
+                for row in rows {
+                    self.answer(key, &Message::item(tag, row));
+                }
+                self.answer(key, &Message::ok(tag, Fields::new()));
+            }
+            Command::ExecAttach { sandbox, exec } => self.attach_exec(key, tag, &sandbox, exec)?,
+            Command::ExecControl { sandbox, request } | Command::File { sandbox, request } => {
+                self.relay(key, tag, &sandbox, request)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn add_job(&mut self, key: u64, tag: &str, job: Job) {
+        if let Some(client) = self.clients.get_mut(&key) {
+            client.jobs.insert(tag.to_string(), job);
+            self.touched_clients.insert(key);
+        }
+    }
+
+    fn hello(&self) -> Fields {
+        Fields::new()
+            .with("protocol", PROTOCOL_VERSION)
+            .with("version", env!("CARGO_PKG_VERSION"))
+            .with("node", &self.node_id)
+            .with("name", &self.config.node.name)
+    }
+
+    /// The sandbox that is meant: by id, by name, or by a prefix that only one id has.
+    pub(super) fn find(&self, given: &str) -> Result<SandboxId, Error> {
+        if let Some(id) = SandboxId::parse(given).filter(|id| self.sandboxes.contains_key(id)) {
+            return Ok(id);
+        }
+        if let Some(sandbox) = self.sandboxes.values().find(|sandbox| sandbox.spec.name.as_deref() == Some(given)) {
+            return Ok(sandbox.id.clone());
+        }
+        let mut matching = self.sandboxes.keys().filter(|id| !given.is_empty() && id.as_str().starts_with(given));
+        match (matching.next(), matching.next()) {
+            (Some(id), None) => Ok(id.clone()),
+            (Some(_), Some(_)) => {
+                Err(Error::new(Code::BadArgument, format!("{given} is the start of more than one sandbox id")))
+            }
+            _ => Err(Error::new(Code::NotFound, format!("no sandbox {given}")).with("sandbox", given)),
+        }
+    }
+
+    /// The sandbox that is meant, where its agent answers.
+    pub(super) fn find_running(&mut self, given: &str) -> Result<&mut Sandbox, Error> {
+        let id = self.find(given)?;
+        match self.sandboxes.get_mut(&id) {
+            Some(sandbox)
+                if sandbox.state == State::Running && sandbox.worker.as_ref().is_some_and(|w| w.agent.is_ready()) =>
+            {
+                Ok(sandbox)
+            }
+            Some(sandbox) if sandbox.state == State::Running => {
+                Err(Error::new(Code::LinkLost, format!("the agent of sandbox {id} cannot be reached right now")))
+            }
+            Some(sandbox) => Err(Error::new(Code::BadState, format!("sandbox {id} is {}, not running", sandbox.state))
+                .with("state", sandbox.state)),
+            None => Err(Error::new(Code::NotFound, format!("no sandbox {given}"))),
+        }
+    }
+
+    fn relay(&mut self, key: u64, tag: &str, given: &str, request: Request) -> Result<(), Error> {
+        let sandbox = self.find_running(given)?;
+        let id = sandbox.id.clone();
+        let Some(worker) = &mut sandbox.worker else { return Ok(()) };
+        let route = worker.agent.request(request);
+        worker.routes.insert(route.clone(), Route::Relay { client: key, tag: tag.to_string() });
+        self.touched_sandboxes.insert(id.clone());
+        self.add_job(key, tag, Job::Relay { sandbox: id, route, down: Gate::default(), up: Gate::default() });
+        Ok(())
+    }
+
+    fn take_data(&mut self, key: u64, tag: &str, channel: &str, payload: Vec<u8>) {
+        let Some(job) = self.clients.get_mut(&key).and_then(|client| client.jobs.get_mut(tag)) else {
+            // The request may have ended while this was on its way.
+            return;
+        };
+        let taken = match job {
+            Job::Relay { up, .. } if channel == "content" => up.take(channel, payload.len()),
+            Job::Exec { sandbox, number } if channel == "stdin" => {
+                match self.sandboxes.get_mut(sandbox).and_then(|sandbox| sandbox.execs.get_mut(number)) {
+                    Some(exec) if exec.viewers.iter().any(|v| v.owner && v.client == key && v.tag == tag) => {
+                        exec.stdin.take(channel, payload.len())
+                    }
+                    _ => return,
+                }
+            }
+            _ => Err(Error::new(Code::BadArgument, format!("this request has no channel {channel} from the client"))),
+        };
+        match taken {
+            Ok(()) => self.pass_to_agent(key, tag, |route| Message::data(route, channel, payload)),
+            Err(error) => {
+                let job = self.clients.get_mut(&key).and_then(|client| client.jobs.remove(tag));
+                if let Some(job) = job {
+                    self.cancel_job(key, tag, job);
+                }
+                self.answer(key, &Message::err(tag, error));
+            }
+        }
+    }
+
+    /// Passes something of a client's request to the agent, under the tag it has there.
+    fn pass_to_agent(&mut self, key: u64, tag: &str, message: impl FnOnce(&str) -> Message) {
+        let Some(job) = self.clients.get(&key).and_then(|client| client.jobs.get(tag)) else { return };
+        let (id, route) = match job {
+            Job::Relay { sandbox, route, .. } => (sandbox.clone(), Some(route.clone())),
+            Job::Exec { sandbox, number } => {
+                let exec = self.sandboxes.get(sandbox).and_then(|sandbox| sandbox.execs.get(number));
+                let owned = exec.filter(|exec| exec.viewers.iter().any(|v| v.owner && v.client == key && v.tag == tag));
+                (sandbox.clone(), owned.and_then(|exec| exec.route.clone()))
+            }
+            _ => return,
+        };
+        let worker = self.sandboxes.get_mut(&id).and_then(|sandbox| sandbox.worker.as_mut());
+        if let (Some(worker), Some(route)) = (worker, route) {
+            worker.agent.send(&message(&route));
+            self.touched_sandboxes.insert(id);
+        }
+    }
+
+    fn take_credit(&mut self, key: u64, tag: &str, channel: &str, octets: u64) {
+        let Some(job) = self.clients.get_mut(&key).and_then(|client| client.jobs.get_mut(tag)) else { return };
+        match job {
+            Job::Relay { down, .. } if channel == "content" => down.allow(octets),
+            Job::Logs(reader) if channel == "log" => reader.credit(octets),
+            Job::Exec { sandbox, number } => {
+                let exec = self.sandboxes.get_mut(sandbox).and_then(|sandbox| sandbox.execs.get_mut(number));
+                if let (Some(exec), Some(index)) = (exec, output_index(channel)) {
+                    exec.credit(key, tag, index, octets);
+                }
+            }
+            _ => {}
+        }
+        self.touched_clients.insert(key);
+    }
+
+    /// A request that its client no longer wants; it is no longer among the client's jobs.
+    fn cancel_job(&mut self, key: u64, tag: &str, job: Job) {
+        match job {
+            Job::Wait(id) => self.cancel_wait(key, tag, &id),
+            Job::Exec { sandbox, number } => {
+                let Some(sandbox) = self.sandboxes.get_mut(&sandbox) else { return };
+                let id = sandbox.id.clone();
+                let Some(exec) = sandbox.execs.get_mut(&number) else { return };
+                let Some(at) = exec.viewers.iter().position(|v| v.client == key && v.tag == tag) else { return };
+                let viewer = exec.viewers.remove(at);
+                if let (true, Some(route), Some(worker)) = (viewer.owner, exec.route.clone(), &mut sandbox.worker) {
+                    worker.agent.send(&Message::Cancel { tag: route });
+                }
+                self.touched_sandboxes.insert(id);
+            }
+            Job::Relay { sandbox: id, route, .. } => {
+                if let Some(worker) = self.sandboxes.get_mut(&id).and_then(|sandbox| sandbox.worker.as_mut()) {
+                    worker.routes.insert(route.clone(), Route::Unheeded);
+                    worker.agent.send(&Message::Cancel { tag: route });
+                    self.touched_sandboxes.insert(id);
+                }
+            }
+            Job::Logs(_) | Job::NodeStop => {}
+        }
+    }
+
+    fn ask_stop(&mut self, key: u64, tag: &str, given: &str, timeout: Option<Duration>) -> Result<(), Error> {
+        let id = self.find(given)?;
+        self.stop(&id, timeout)?;
+        self.await_(key, tag, &id, Awaited::Stopped);
+        Ok(())
+    }
+
+    fn ask_remove(&mut self, key: u64, tag: &str, given: &str, force: bool) -> Result<(), Error> {
+        let id = self.find(given)?;
+        let Some(sandbox) = self.sandboxes.get(&id) else { return Ok(()) };
+        if sandbox.state.is_live() && !force {
+            return Err(Error::new(
+                Code::BadState,
+                format!("sandbox {id} is {}; stop it first, or force", sandbox.state),
+            )
+            .with("state", sandbox.state));
+        }
+        self.await_(key, tag, &id, Awaited::Removed);
+        self.remove(&id);
+        Ok(())
+    }
+
+    fn await_(&mut self, key: u64, tag: &str, id: &SandboxId, what: Awaited) {
+        self.add_job(key, tag, Job::Wait(id.clone()));
+        if let Some(sandbox) = self.sandboxes.get_mut(id) {
+            sandbox.waiters.push(Waiter { client: key, tag: tag.to_string(), what });
+        }
+        self.notify_waiters(id);
+    }
+
+    /// Registers what has to be watched of a new worker. Gives the three tokens of `Worker::tokens`.
+    pub(super) fn watch_worker(
+        &mut self,
+        id: &SandboxId,
+        process: std::os::fd::RawFd,
+        link: std::os::fd::RawFd,
+        agent: std::os::fd::RawFd,
+    ) -> std::io::Result<[Token; 3]> {
+        Ok([
+            self.watch(process, Source::WorkerProcess(id.clone()))?,
+            self.watch(link, Source::WorkerLink(id.clone()))?,
+            self.watch(agent, Source::Agent(id.clone()))?,
+        ])
+    }
+}

@@ -1,0 +1,143 @@
+//! After each turn of the loop: whatever became sendable is sent, and credit is passed on where there is room.
+
+use super::requests::Job;
+use super::supervisor::Supervisor;
+use crate::control::client::{ANSWERS_HIGH, ANSWERS_MAX};
+use crate::sandbox::exec::{OUTPUTS, Sink};
+use crate::sandbox::id::SandboxId;
+use crate::wire::Message;
+
+impl Supervisor {
+    /// Sends until nobody is touched any more: sending to one may allow another to send.
+    pub(super) fn settle(&mut self) {
+        loop {
+            if let Some(id) = self.touched_sandboxes.pop_first() {
+                self.settle_sandbox(&id);
+            } else if let Some(key) = self.touched_clients.pop_first() {
+                self.settle_client(key);
+            } else {
+                return;
+            }
+        }
+    }
+
+    fn settle_sandbox(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let Some(worker) = &mut sandbox.worker else { return };
+        // A failing link shows as closed when it is read.
+        let _ = worker.link.flush();
+        for exec in sandbox.execs.values_mut() {
+            let Some(route) = exec.route.clone() else { continue };
+            for (index, channel) in OUTPUTS.iter().enumerate() {
+                if let Some(octets) = exec.grant(index) {
+                    worker.agent.send(&Message::credit(&route, channel, octets));
+                }
+            }
+            if let Some(owner) = exec.viewers.iter().find(|viewer| viewer.owner)
+                && let Some(octets) = exec.stdin.grant(worker.agent.queued())
+                && let Some(client) = self.clients.get_mut(&owner.client)
+            {
+                client.send(&Message::credit(&owner.tag, "stdin", octets));
+                self.touched_clients.insert(owner.client);
+            }
+        }
+        for (key, client) in &mut self.clients {
+            let mut grants = Vec::new();
+            for (tag, job) in &mut client.jobs {
+                if let Job::Relay { sandbox, up, .. } = job
+                    && sandbox == id
+                    && let Some(octets) = up.grant(worker.agent.queued())
+                {
+                    grants.push(Message::credit(tag, "content", octets));
+                }
+            }
+            for grant in grants {
+                client.send(&grant);
+                self.touched_clients.insert(*key);
+            }
+        }
+        let _ = worker.agent.flush();
+    }
+
+    fn settle_client(&mut self, key: u64) {
+        let Some(client) = self.clients.get(&key) else { return };
+        let was_full = client.queued() >= ANSWERS_HIGH;
+        if client.jobs.is_empty() {
+            self.flush_client(key, was_full);
+            return;
+        }
+        let tags: Vec<String> = client.jobs.keys().cloned().collect();
+        for tag in tags {
+            self.settle_job(key, &tag);
+        }
+        self.flush_client(key, was_full);
+    }
+
+    fn settle_job(&mut self, key: u64, tag: &str) {
+        let Some(client) = self.clients.get_mut(&key) else { return };
+        let Some(mut job) = client.jobs.remove(tag) else { return };
+        let ended = match &mut job {
+            Job::Exec { sandbox, number } => {
+                let Some(sandbox) = self.sandboxes.get_mut(sandbox) else { return };
+                let Some(exec) = sandbox.execs.get_mut(number) else { return };
+                match exec.viewers.iter().position(|v| v.client == key && v.tag == tag) {
+                    Some(at) => {
+                        let ended = exec.pump(at, client);
+                        if ended {
+                            exec.viewers.remove(at);
+                        }
+                        if exec.route.is_some() {
+                            self.touched_sandboxes.insert(sandbox.id.clone());
+                        }
+                        ended
+                    }
+                    None => true,
+                }
+            }
+            Job::Relay { sandbox, route, down, .. } => {
+                if let Some(octets) = down.grant(client.queued())
+                    && let Some(worker) = self.sandboxes.get_mut(sandbox).and_then(|sandbox| sandbox.worker.as_mut())
+                {
+                    worker.agent.send(&Message::credit(route, "content", octets));
+                    self.touched_sandboxes.insert(sandbox.clone());
+                }
+                false
+            }
+            Job::Logs(reader) => {
+                let live = self.sandboxes.get(reader.sandbox()).is_some_and(|sandbox| sandbox.worker.is_some());
+                reader.pump(tag, client, live)
+            }
+            Job::Wait(_) | Job::NodeStop => false,
+        };
+        if !ended && let Some(client) = self.clients.get_mut(&key) {
+            client.jobs.insert(tag.to_string(), job);
+        }
+    }
+
+    fn flush_client(&mut self, key: u64, was_full: bool) {
+        let Some(client) = self.clients.get_mut(&key) else { return };
+        let before = client.queued();
+        let flushed = client.flush();
+        let (after, idle, closed) = (client.queued(), client.jobs.is_empty(), client.half_closed);
+        match flushed {
+            Err(_) => self.drop_client(key),
+            Ok(true) if closed && idle => self.drop_client(key),
+            Ok(_) if after > ANSWERS_MAX => {
+                log::warn!("client {key} takes no answers: {after} octets are queued; it is dropped");
+                self.drop_client(key);
+            }
+            Ok(_) => {
+                if after < before && !idle {
+                    // There is room again: more may be sendable.
+                    self.touched_clients.insert(key);
+                }
+                if was_full && after < ANSWERS_HIGH {
+                    if let Some(token) = self.client_tokens.get(&key) {
+                        self.again.insert(*token);
+                    }
+                    self.release_held(key);
+                }
+            }
+        }
+    }
+}

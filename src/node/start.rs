@@ -1,0 +1,335 @@
+//! From a request to a running sandbox.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+use std::time::Duration;
+
+use mio::net::UnixStream;
+
+use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
+use super::supervisor::{Done, Supervisor, Timer, now_ms};
+use crate::sandbox::agent::{Agent, Approach};
+use crate::sandbox::home::Opened;
+use crate::sandbox::id::SandboxId;
+use crate::sandbox::lifecycle::State;
+use crate::sandbox::spawn::Spawned;
+use crate::sandbox::spec::{MAX_DISK_MIB, Spec};
+use crate::sandbox::worker;
+use crate::storage::overlay;
+use crate::storage::template_disk::TemplateEvent;
+use crate::storage::templates::{self, Template, TemplateError};
+use crate::wire::{Code, Error, Fields, Link, Message, Request};
+
+const MIB: u64 = 1024 * 1024;
+/// The guest's vsock address. Each worker has its own vsock device, so one number serves all.
+const GUEST_CID: u32 = 3;
+
+impl Supervisor {
+    /// Accepts a sandbox and begins to make it. What fails at once is this function's error and leaves nothing.
+    pub(super) fn create(&mut self, spec: Spec, waiter: Waiter) -> Result<SandboxId, Error> {
+        if self.stopping.is_some() {
+            return Err(Error::new(Code::Stopping, "the node is stopping"));
+        }
+        let live = self.sandboxes.values().filter(|sandbox| sandbox.state.is_live()).count() as u64;
+        let max = self.config.sandbox.max_sandboxes;
+        if live >= max {
+            return Err(
+                Error::new(Code::NoCapacity, format!("{live} sandboxes live, the limit of this node")).with("max", max)
+            );
+        }
+        if let Some(name) = &spec.name
+            && let Some(holder) = self.sandboxes.values().find(|sandbox| sandbox.spec.name.as_ref() == Some(name))
+        {
+            return Err(Error::new(Code::AlreadyExists, format!("name={name} is taken by sandbox {}", holder.id))
+                .with("sandbox", &holder.id));
+        }
+        if !self.catalogue.importing {
+            self.catalogue.row(&spec.template)?;
+        }
+        let id = SandboxId::random().map_err(|e| Error::new(Code::Internal, format!("no random id: {e}")))?;
+        let mut sandbox = Sandbox::new(id.clone(), spec, self.places.of(&id), now_ms());
+        sandbox.state.become_(State::Scheduling)?;
+        sandbox.waiters.push(waiter);
+        self.sandboxes.insert(id.clone(), sandbox);
+        self.notify_waiters(&id);
+        if let Err(error) = self.schedule(&id) {
+            self.sandboxes.remove(&id);
+            return Err(error);
+        }
+        Ok(id)
+    }
+
+    /// Goes on with a sandbox once its template is known to be whole.
+    fn schedule(&mut self, id: &SandboxId) -> Result<(), Error> {
+        let Some(sandbox) = self.sandboxes.get(id) else { return Ok(()) };
+        let name = sandbox.spec.template.clone();
+        if self.catalogue.importing && self.catalogue.row(&name).is_err() {
+            // It may be on a disk that is being looked at: `imported` comes back here.
+            return Ok(());
+        }
+        let template = self.catalogue.get(&name)?.clone();
+        if self.catalogue.is_verified(&name)? {
+            return self.build(id, &template);
+        }
+        if self.catalogue.begin_verifying(&name) {
+            let job = move || Done::Verified {
+                template: template.manifest.name.clone(),
+                result: templates::verify(&template),
+            };
+            self.background.run("verify", job).map_err(|e| Error::new(Code::NoCapacity, format!("no thread: {e}")))?;
+        }
+        Ok(())
+    }
+
+    /// A template's image was hashed: the sandboxes that wait for it go on, or fail.
+    pub(super) fn verified(&mut self, name: &str, result: Result<(), TemplateError>) {
+        let failure = match result {
+            Ok(()) => {
+                self.catalogue.verified(name);
+                None
+            }
+            Err(e) => {
+                self.catalogue.refuted(name);
+                log::error!("template {name}: {e}");
+                Some(Error::new(Code::Corrupt, format!("template {name}: {e}")).with("template", name))
+            }
+        };
+        for id in self.scheduled(|sandbox| sandbox.spec.template == name) {
+            let done = match &failure {
+                Some(error) => Err(error.clone()),
+                None => self.schedule(&id),
+            };
+            if let Err(error) = done {
+                self.fail_start(&id, error);
+            }
+        }
+    }
+
+    /// The template disks were looked at.
+    pub(super) fn imported(&mut self, events: Vec<TemplateEvent>) {
+        self.catalogue.imported(events, &mut self.database, now_ms());
+        for id in self.scheduled(|_| true) {
+            if let Err(error) = self.schedule(&id) {
+                self.fail_start(&id, error);
+            }
+        }
+    }
+
+    fn scheduled(&self, which: impl Fn(&Sandbox) -> bool) -> Vec<SandboxId> {
+        let waiting = self.sandboxes.values().filter(|sandbox| sandbox.state == State::Scheduling && which(sandbox));
+        waiting.map(|sandbox| sandbox.id.clone()).collect()
+    }
+
+    /// Makes everything the sandbox holds and starts its worker.
+    fn build(&mut self, id: &SandboxId, template: &Template) -> Result<(), Error> {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
+        let base_mib = template.manifest.size_bytes.div_ceil(MIB);
+        let disk_mib = sandbox.spec.disk_mib.unwrap_or(base_mib + self.config.sandbox.default_extra_disk_mib);
+        if disk_mib < base_mib || disk_mib > MAX_DISK_MIB {
+            return Err(Error::new(
+                Code::OutOfRange,
+                format!("disk_mib={disk_mib} is out of range: {base_mib} (the template's disk) to {MAX_DISK_MIB}"),
+            )
+            .with("argument", "disk_mib")
+            .with("min", base_mib)
+            .with("max", MAX_DISK_MIB));
+        }
+        sandbox.spec.disk_mib = Some(disk_mib);
+        sandbox.template_sha256 = template.manifest.sha256_hex();
+        sandbox.state.become_(State::Creating)?;
+        self.notify_waiters(id);
+        let built = self.launch(id, template, disk_mib * MIB);
+        if built.is_err()
+            && let Some(sandbox) = self.sandboxes.get(id)
+        {
+            // Nothing runs in it yet, so this does not wait.
+            if let Err(e) = sandbox.home.remove() {
+                log::error!("sandbox {id}: what was made cannot be taken down: {e}");
+            }
+        }
+        built
+    }
+
+    fn launch(&mut self, id: &SandboxId, template: &Template, disk_bytes: u64) -> Result<(), Error> {
+        let share = self.config.paths.share.clone();
+        let open =
+            |path: &Path| File::open(path).map_err(|e| Error::new(Code::VmFailed, format!("{}: {e}", path.display())));
+        let kernel = open(&share.join("vmlinux"))?;
+        let initramfs = open(&share.join("initramfs.img"))?;
+        let base = templates::open_image(template).map_err(|e| Error::new(Code::Corrupt, e.to_string()))?;
+        let kvm = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .map_err(|e| Error::new(Code::VmFailed, format!("/dev/kvm: {e}")))?;
+
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
+        let no_room = |what: &str| {
+            let what = what.to_string();
+            move |e: std::io::Error| Error::new(Code::NoCapacity, format!("{what}: {e}"))
+        };
+        let Opened { overlay, serial, last_words, listener, cgroup } =
+            sandbox.home.make().map_err(no_room("the sandbox's places cannot be made"))?;
+        overlay::create(&overlay, disk_bytes, template.manifest.size_bytes, template.manifest.sha256)
+            .map_err(|e| Error::new(Code::NoCapacity, format!("overlay: {e}")))?;
+        let Spawned { pid, pidfd } =
+            self.spawner.spawn(&cgroup, listener.as_fd(), &last_words).map_err(no_room("worker cannot be started"))?;
+
+        let joined = (|| -> std::io::Result<(UnixStream, Agent)> {
+            let stream = worker::connect(sandbox.home.socket())?;
+            let request = Request::new("start", "vm.start")
+                .set("vcpus", sandbox.spec.vcpus)
+                .set("memory_mib", sandbox.spec.memory_mib)
+                .set("cid", GUEST_CID)
+                .set("kvm", "fd:0")
+                .set("kernel", "fd:1")
+                .set("initramfs", "fd:2")
+                .set("serial", "fd:3")
+                .set("base", "fd:4")
+                .set("overlay", "fd:5");
+            let descriptors = [&kvm, &kernel, &initramfs, &serial, &base, &overlay].map(AsFd::as_fd);
+            worker::send_with_descriptors(&stream, request, &descriptors)?;
+            stream.set_nonblocking(true)?;
+            Ok((UnixStream::from_std(stream), Agent::open(sandbox.home.socket(), Approach::Accept)?))
+        })();
+        let (stream, mut agent) = joined.map_err(|e| Error::new(Code::VmFailed, format!("worker {pid}: {e}")))?;
+        let link = Link::new(stream);
+        sandbox.state.become_(State::Starting)?;
+        let (process, control, guest) = (pidfd.as_raw_fd(), link_descriptor(&link), agent.stream().as_raw_fd());
+        let mut held = Worker {
+            pid,
+            _pidfd: pidfd,
+            link,
+            agent,
+            routes: std::collections::HashMap::new(),
+            tokens: [mio::Token(0); 3],
+            refusal: None,
+            status: None,
+            told_to_stop: false,
+            dead: false,
+            agent_losses: 0,
+        };
+        held.tokens = self
+            .watch_worker(id, process, control, guest)
+            .map_err(|e| Error::new(Code::NoCapacity, format!("worker {pid} cannot be watched: {e}")))?;
+        if let Some(sandbox) = self.sandboxes.get_mut(id) {
+            sandbox.worker = Some(held);
+        }
+        self.timers.after(Duration::from_secs(self.config.sandbox.boot_timeout_s), Timer::Boot(id.clone()));
+        self.touched_sandboxes.insert(id.clone());
+        self.record(id);
+        self.notify_waiters(id);
+        Ok(())
+    }
+
+    /// The agent of a sandbox greeted: the sandbox runs.
+    pub(super) fn agent_ready(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let Some(worker) = &mut sandbox.worker else { return };
+        let configure =
+            configure_request(sandbox.spec.name.as_deref().unwrap_or(id.as_str()), &sandbox.spec, &self.catalogue);
+        let tag = worker.agent.request(configure);
+        worker.routes.insert(tag, Route::Configure);
+        self.touched_sandboxes.insert(id.clone());
+        if sandbox.state != State::Starting {
+            self.survey(id);
+            return;
+        }
+        if let Err(e) = sandbox.state.become_(State::Running) {
+            log::error!("sandbox {id}: {e}");
+        }
+        sandbox.started_ms = Some(now_ms());
+        self.record(id);
+        self.notify_waiters(id);
+    }
+
+    /// A start that failed: its clients are told, nothing of the sandbox stays.
+    pub(super) fn fail_start(&mut self, id: &SandboxId, error: Error) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        log::warn!("sandbox {id} could not be started: {error}");
+        sandbox.reason = error.to_string();
+        for waiter in std::mem::take(&mut sandbox.waiters) {
+            match waiter.what {
+                Awaited::Created { .. } | Awaited::Stopped => {
+                    self.finish(waiter.client, &Message::err(&waiter.tag, error.clone().with("sandbox", id)));
+                }
+                Awaited::Removed => {
+                    if let Some(sandbox) = self.sandboxes.get_mut(id) {
+                        sandbox.waiters.push(waiter);
+                    }
+                }
+            }
+        }
+        self.remove(id);
+    }
+
+    pub(super) fn boot_expired(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get(id) else { return };
+        if sandbox.state == State::Starting {
+            let seconds = self.config.sandbox.boot_timeout_s;
+            let error = Error::new(Code::GuestTimeout, format!("the guest's agent did not answer within {seconds} s"));
+            let error = with_console(error, sandbox);
+            self.fail_start(id, error);
+        }
+    }
+
+    /// Tells the sandbox's waiters where it is; those who have what they wait for are answered.
+    pub(super) fn notify_waiters(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let state = sandbox.state;
+        let mut answers = Vec::new();
+        sandbox.waiters.retain(|waiter| match waiter.what {
+            Awaited::Created { .. } if state == State::Running => {
+                answers.push((waiter.client, Message::ok(&waiter.tag, Fields::new().with("id", id))));
+                false
+            }
+            Awaited::Created { progress } => {
+                if progress {
+                    answers.push((
+                        waiter.client,
+                        Message::item(&waiter.tag, Fields::new().with("id", id).with("state", state)),
+                    ));
+                }
+                true
+            }
+            Awaited::Stopped if !state.is_live() => {
+                let fields = Fields::new().with("state", state).with("reason", &sandbox.reason);
+                answers.push((waiter.client, Message::ok(&waiter.tag, fields)));
+                false
+            }
+            Awaited::Stopped | Awaited::Removed => true,
+        });
+        for (client, message) in answers {
+            if message.is_final() {
+                self.finish(client, &message);
+            } else {
+                self.answer(client, &message);
+            }
+        }
+    }
+}
+
+/// The end of the guest's console, for an error about a guest that did not come up.
+pub(super) fn with_console(error: Error, sandbox: &Sandbox) -> Error {
+    let log = fs::read(sandbox.home.serial_log()).unwrap_or_default();
+    let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(512)..]).into_owned();
+    if tail.is_empty() { error } else { error.with("console", tail) }
+}
+
+fn link_descriptor(link: &Link<UnixStream>) -> i32 {
+    link.stream_ref().as_raw_fd()
+}
+
+fn configure_request(hostname: &str, spec: &Spec, catalogue: &super::catalogue::Catalogue) -> Request {
+    let mut request = Request::new("", "system.configure")
+        .set("hostname", hostname)
+        .set("clock_ns", u128::from(now_ms()) * 1_000_000)
+        .set("grow", true);
+    let defaults = catalogue.get(&spec.template).ok().map(|template| &template.manifest.defaults);
+    if let Some(defaults) = defaults {
+        request = request.set("user", defaults.user).set("cwd", &defaults.cwd);
+        request = defaults.env.iter().fold(request, |request, entry| request.set("env", entry));
+    }
+    spec.env.iter().fold(request, |request, entry| request.set("env", entry))
+}

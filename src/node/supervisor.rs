@@ -1,0 +1,405 @@
+//! The supervisor: one loop that owns all of the node's state. It never blocks on a client, a worker, a guest or
+//! a disk: what may block is a background thread's, and every queue has a bound.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use mio::event::{Event, Source as _};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use super::background::Background;
+use super::catalogue::Catalogue;
+use super::config::Config;
+use super::instance::Sandbox;
+use super::listener::Listener;
+use super::requests::Job;
+use super::timers::Timers;
+use crate::control::client::Client;
+use crate::control::port::Port;
+use crate::init::{ExitWatch, StopMode};
+use crate::sandbox::home::Places;
+use crate::sandbox::id::SandboxId;
+use crate::sandbox::spawn::Spawner;
+use crate::storage::state::{Change, Snapshot, State as Database, Ticket};
+use crate::storage::template_disk::TemplateEvent;
+use crate::storage::templates::TemplateError;
+
+/// What an event comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Source {
+    Listener,
+    Signals,
+    Waker,
+    Init,
+    Client(u64),
+    WorkerProcess(SandboxId),
+    WorkerLink(SandboxId),
+    Agent(SandboxId),
+}
+
+/// What is due later.
+#[derive(Debug)]
+pub(super) enum Timer {
+    /// The agent must have answered by now.
+    Boot(SandboxId),
+    /// The guest must have shut down by now.
+    Stop(SandboxId),
+    /// Init must have told by now how a worker ended.
+    Obituary(SandboxId),
+    /// A worker whose agent link broke: link it again.
+    Relink(SandboxId),
+    /// Followed logs may have grown.
+    Logs,
+}
+
+/// What a background thread has done.
+#[derive(Debug)]
+pub(super) enum Done {
+    /// Things of a sandbox were taken down; `gone` when all of them.
+    Released { sandbox: SandboxId, gone: bool, result: io::Result<()> },
+    /// A template's image was hashed.
+    Verified { template: String, result: Result<(), TemplateError> },
+    /// The template disks were looked at; one event a template.
+    Imported(Vec<TemplateEvent>),
+    /// What an earlier supervisor left over was taken down.
+    Swept { reclaimed: usize },
+}
+
+/// A supervisor of one node.
+pub struct Supervisor {
+    pub(super) config: Config,
+    pub(super) poll: Poll,
+    pub(super) sources: HashMap<Token, Source>,
+    next_token: usize,
+    /// Sources whose turn was cut short, to go on with at once.
+    pub(super) again: BTreeSet<Token>,
+    pub(super) clients: BTreeMap<u64, Client<Job>>,
+    pub(super) client_tokens: HashMap<u64, Token>,
+    next_client: u64,
+    /// Clients that may have something to be sent.
+    pub(super) touched_clients: BTreeSet<u64>,
+    /// Sandboxes whose links may have something to be sent.
+    pub(super) touched_sandboxes: BTreeSet<SandboxId>,
+    /// Agents that are not read until a client has taken its answers.
+    pub(super) held: BTreeSet<(u64, Token)>,
+    pub(super) sandboxes: BTreeMap<SandboxId, Sandbox>,
+    pub(super) catalogue: Catalogue,
+    pub(super) timers: Timers<Timer>,
+    pub(super) background: Background<Done>,
+    pub(super) database: Database,
+    pub(super) init: Option<ExitWatch>,
+    pub(super) spawner: Spawner,
+    pub(super) places: Places,
+    pub(super) node_id: String,
+    pub(super) started: SystemTime,
+    pub(super) log_timer: bool,
+    /// The node is stopping; the clients that asked for it.
+    pub(super) stopping: Option<Stopping>,
+    listener: Listener,
+    signals: SignalFd,
+}
+
+/// A stop of the node under way.
+#[derive(Debug)]
+pub(super) struct Stopping {
+    /// What init is asked to do in the end; `None`: just end this process.
+    pub mode: Option<StopMode>,
+    /// Requests to answer when all sandboxes have ended.
+    pub waiters: Vec<(u64, String)>,
+    pub deadline: Instant,
+}
+
+/// Messages that one source may bring in one turn, so that a flood leaves room for everybody else.
+pub(super) const TURN: usize = 256;
+
+impl Supervisor {
+    /// Sets everything up; the control socket answers after this and `run`.
+    pub fn new(config: Config, mut init: Option<ExitWatch>) -> Result<Self, String> {
+        let failed = |what: &str| {
+            let what = what.to_string();
+            move |e: io::Error| format!("{what}: {e}")
+        };
+        let poll = Poll::new().map_err(failed("event poll"))?;
+        let waker = Arc::new(Waker::new(poll.registry(), Token(0)).map_err(failed("event waker"))?);
+        let mut mask = SigSet::empty();
+        mask.add(Signal::SIGTERM);
+        mask.add(Signal::SIGINT);
+        mask.thread_block().map_err(|e| format!("signal mask: {e}"))?;
+        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+            .map_err(|e| format!("signal descriptor: {e}"))?;
+
+        let places = Places {
+            disks: config.paths.data.join("sandboxes"),
+            sockets: config.paths.run.join("sandboxes"),
+            cgroups: std::path::PathBuf::from("/sys/fs/cgroup/sandboxes"),
+        };
+        places.prepare().map_err(failed("directories of the sandboxes"))?;
+        let database_path = config.paths.data.join("state.db");
+        let state_waker = Arc::clone(&waker);
+        let (database, snapshot) = Database::open(&database_path, move || {
+            let _ = state_waker.wake();
+        })
+        .map_err(|e| format!("{}: {e}", database_path.display()))?;
+        if let Some(aside) = &snapshot.moved_aside {
+            log::error!("the state database was damaged; it is kept as {} and a new one begun", aside.display());
+        }
+        let listener = Listener::bind(&config.control.socket).map_err(failed("control socket"))?;
+        let spawner = Spawner::new().map_err(failed("own program"))?;
+
+        let mut sources =
+            HashMap::from([(Token(0), Source::Waker), (Token(1), Source::Signals), (Token(2), Source::Listener)]);
+        let registry = poll.registry();
+        registry
+            .register(&mut SourceFd(&signals.as_raw_fd()), Token(1), Interest::READABLE)
+            .map_err(failed("signals"))?;
+        registry
+            .register(&mut SourceFd(&listener.descriptor()), Token(2), Interest::READABLE)
+            .map_err(failed("listener"))?;
+        if let Some(init) = &mut init {
+            init.register(registry, Token(3)).map_err(failed("link to init"))?;
+            sources.insert(Token(3), Source::Init);
+        }
+        let catalogue = Catalogue::load(&config.paths.share, &config.paths.data);
+        let mut supervisor = Self {
+            poll,
+            sources,
+            next_token: 16,
+            again: BTreeSet::new(),
+            clients: BTreeMap::new(),
+            client_tokens: HashMap::new(),
+            next_client: 1,
+            touched_clients: BTreeSet::new(),
+            touched_sandboxes: BTreeSet::new(),
+            held: BTreeSet::new(),
+            sandboxes: BTreeMap::new(),
+            catalogue,
+            timers: Timers::default(),
+            background: Background::new(waker),
+            database,
+            init,
+            spawner,
+            places,
+            node_id: snapshot.node_id.clone(),
+            started: SystemTime::now(),
+            log_timer: false,
+            stopping: None,
+            listener,
+            signals,
+            config,
+        };
+        supervisor.take_up(&snapshot);
+        supervisor.open_port();
+        supervisor.import_templates();
+        Ok(supervisor)
+    }
+
+    fn take_up(&mut self, snapshot: &Snapshot) {
+        let fresh_boot = super::adopt::mark_boot(&self.config.paths.run);
+        self.adopt(&snapshot.sandboxes, &snapshot.executions, fresh_boot);
+    }
+
+    fn open_port(&mut self) {
+        let path = std::path::Path::new("/dev/virtio-ports").join(crate::control::port::NAME);
+        if !path.exists() {
+            return;
+        }
+        match Port::open(&path) {
+            Ok(port) => self.add_client(Client::port(port, 4096)),
+            Err(e) => log::error!("control port {}: {e}", path.display()),
+        }
+    }
+
+    fn import_templates(&mut self) {
+        let directory = self.config.paths.data.join("templates");
+        let reserved = self.catalogue.built_in();
+        let started =
+            self.background.run("templates", move || Done::Imported(super::catalogue::import(directory, reserved)));
+        if let Err(e) = started {
+            log::error!("template disks cannot be looked at: {e}");
+        } else {
+            self.catalogue.importing = true;
+        }
+    }
+
+    /// Runs until the node stops.
+    pub fn run(&mut self) -> io::Result<()> {
+        log::info!("node {} answers on {}", self.node_id, self.config.control.socket.display());
+        let mut events = Events::with_capacity(256);
+        loop {
+            let sleep = if self.again.is_empty() { self.timers.sleep() } else { Some(Duration::ZERO) };
+            match self.poll.poll(&mut events, sleep) {
+                Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
+                _ => {}
+            }
+            let again = std::mem::take(&mut self.again);
+            for token in again {
+                self.serve(token);
+            }
+            for event in &events {
+                self.dispatch(event);
+            }
+            while let Some(timer) = self.timers.due() {
+                self.expire(timer);
+            }
+            self.settle();
+            if self.has_stopped() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn dispatch(&mut self, event: &Event) {
+        match self.sources.get(&event.token()) {
+            Some(Source::Client(key)) if event.is_writable() => {
+                self.touched_clients.insert(*key);
+            }
+            Some(Source::WorkerLink(id) | Source::Agent(id)) if event.is_writable() => {
+                self.touched_sandboxes.insert(id.clone());
+            }
+            _ => {}
+        }
+        self.serve(event.token());
+        // The client's own end is closed both ways: there is nobody to answer.
+        if let Some(Source::Client(key)) = self.sources.get(&event.token()).cloned()
+            && event.is_write_closed()
+            && self.clients.get_mut(&key).is_some_and(|client| client.as_port().is_none())
+        {
+            self.drop_client(key);
+        }
+    }
+
+    fn serve(&mut self, token: Token) {
+        let Some(source) = self.sources.get(&token).cloned() else { return };
+        match source {
+            Source::Listener => self.accept(),
+            Source::Signals => self.take_signals(),
+            Source::Waker => self.take_results(),
+            Source::Init => self.take_exits(),
+            Source::Client(key) => self.read_client(key, token),
+            Source::WorkerProcess(id) => self.worker_ended(&id),
+            Source::WorkerLink(id) => self.read_worker(&id, token),
+            Source::Agent(id) => self.read_agent(&id, token),
+        }
+    }
+
+    fn accept(&mut self) {
+        loop {
+            match self.listener.accept() {
+                Ok(Some(stream)) => {
+                    if self.clients.len() as u64 >= self.config.control.max_clients {
+                        Listener::refuse(stream, self.config.control.max_clients);
+                        continue;
+                    }
+                    let max_jobs = usize::try_from(self.config.control.max_requests_per_client).unwrap_or(usize::MAX);
+                    self.add_client(Client::socket(stream, max_jobs));
+                }
+                Ok(None) => return,
+                Err(e) => {
+                    log::error!("control socket: {e}");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn add_client(&mut self, mut client: Client<Job>) {
+        let key = self.next_client;
+        self.next_client += 1;
+        match self.watch(client.descriptor(), Source::Client(key)) {
+            Ok(token) => {
+                self.client_tokens.insert(key, token);
+                self.clients.insert(key, client);
+            }
+            Err(e) => log::error!("a client cannot be watched: {e}"),
+        }
+    }
+
+    /// Registers a descriptor, edge-triggered, both ways.
+    pub(super) fn watch(&mut self, descriptor: RawFd, source: Source) -> io::Result<Token> {
+        let token = Token(self.next_token);
+        self.next_token += 1;
+        let interest = match source {
+            Source::WorkerProcess(_) => Interest::READABLE,
+            _ => Interest::READABLE | Interest::WRITABLE,
+        };
+        SourceFd(&descriptor).register(self.poll.registry(), token, interest)?;
+        self.sources.insert(token, source);
+        Ok(token)
+    }
+
+    /// Forgets an event source. Closing the descriptor takes it out of the poll.
+    pub(super) fn unwatch(&mut self, token: Token) {
+        self.sources.remove(&token);
+        self.again.remove(&token);
+    }
+
+    fn take_signals(&mut self) {
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            log::info!("signal {}: stopping", signal.ssi_signo);
+            self.begin_stop(None, None);
+        }
+    }
+
+    fn take_results(&mut self) {
+        for (Ticket { .. }, result) in self.database.completed() {
+            if let Err(e) = result {
+                log::error!("state database: {e}");
+            }
+        }
+        while let Some(done) = self.background.finished() {
+            match done {
+                Done::Released { sandbox, gone, result } => self.released(&sandbox, gone, result),
+                Done::Verified { template, result } => self.verified(&template, result),
+                Done::Imported(events) => self.imported(events),
+                Done::Swept { reclaimed } => log::warn!("reclaimed {reclaimed} leftovers of an earlier run"),
+            }
+        }
+    }
+
+    fn take_exits(&mut self) {
+        let exits = self.init.as_mut().map(ExitWatch::read_events).unwrap_or_default();
+        for exit in exits {
+            let id = exit.sandbox().and_then(SandboxId::parse);
+            if let Some(worker) = id.as_ref().and_then(|id| self.sandboxes.get_mut(id)?.worker.as_mut())
+                && u32::try_from(worker.pid) == Ok(exit.pid)
+            {
+                worker.status = Some(exit.status);
+            }
+            if let Some(init) = &mut self.init {
+                init.ack(exit.pid);
+            }
+            if let Some(id) = id {
+                self.bury(&id);
+            }
+        }
+    }
+
+    fn expire(&mut self, timer: Timer) {
+        match timer {
+            Timer::Boot(id) => self.boot_expired(&id),
+            Timer::Stop(id) => self.stop_expired(&id),
+            Timer::Obituary(id) => self.bury_anyway(&id),
+            Timer::Relink(id) => self.relink(&id),
+            Timer::Logs => self.logs_due(),
+        }
+    }
+
+    /// Writes a sandbox's row to the database.
+    pub(super) fn record(&mut self, id: &SandboxId) {
+        if let Some(sandbox) = self.sandboxes.get(id) {
+            self.database.submit(Change::PutSandbox(Box::new(sandbox.row())));
+        }
+    }
+}
+
+/// Milliseconds since the epoch.
+pub(super) fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

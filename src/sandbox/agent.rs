@@ -1,0 +1,127 @@
+//! The supervisor's link to a sandbox's agent, through the worker's socket.
+
+use std::io;
+use std::path::Path;
+
+use mio::net::UnixStream;
+
+use super::worker::{self, AGENT_PORT};
+use crate::wire::{Code, Decoded, Error, Filled, Link, Message, Request};
+
+/// How the link comes about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Approach {
+    /// The agent connects to the host once it is up: a new sandbox.
+    Accept,
+    /// The host connects to the agent: a sandbox that runs already.
+    Connect,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// The worker has not yet made the connection.
+    Joining,
+    /// The connection stands; the agent has not said who it is.
+    Greeting,
+    /// Requests may be sent.
+    Ready,
+}
+
+/// What the link brought.
+#[derive(Debug)]
+pub enum Heard {
+    /// The agent is there: requests may be sent from now on.
+    Ready,
+    /// An answer, or anything else, to one of our requests.
+    Message(Message),
+    /// The agent, or the worker, broke the protocol or refused; the link is of no more use.
+    Broken(Error),
+}
+
+/// A link to an agent. The agent is hostile: what it sends is bounded by the decoder and by credit.
+#[derive(Debug)]
+pub struct Agent {
+    link: Link<UnixStream>,
+    phase: Phase,
+    next_tag: u64,
+}
+
+impl Agent {
+    /// Begins a link over the worker's socket; `hear` tells when it stands.
+    pub fn open(socket: &Path, approach: Approach) -> io::Result<Self> {
+        let stream = worker::connect(socket)?;
+        stream.set_nonblocking(true)?;
+        let mut link = Link::new(UnixStream::from_std(stream));
+        let verb = match approach {
+            Approach::Accept => "vsock.accept",
+            Approach::Connect => "vsock.connect",
+        };
+        link.send(&Message::Request(Request::new("join", verb).set("port", AGENT_PORT)));
+        Ok(Self { link, phase: Phase::Joining, next_tag: 1 })
+    }
+
+    /// The stream, to register with the loop.
+    pub fn stream(&mut self) -> &mut UnixStream {
+        self.link.stream()
+    }
+
+    /// Whether requests may be sent.
+    pub fn is_ready(&self) -> bool {
+        self.phase == Phase::Ready
+    }
+
+    /// Reads once; see `Link::fill`.
+    pub fn fill(&mut self) -> io::Result<Filled> {
+        self.link.fill()
+    }
+
+    /// The next thing that was heard.
+    pub fn hear(&mut self) -> Option<Heard> {
+        let message = match self.link.next()? {
+            Decoded::Message(message) => message,
+            Decoded::Bad { error, .. } => {
+                return Some(Heard::Broken(Error::new(
+                    Code::LinkLost,
+                    format!("the agent sent garbage: {}", error.message),
+                )));
+            }
+        };
+        match (self.phase, &message) {
+            (Phase::Joining, Message::Ok { tag, .. }) if tag == "join" => {
+                self.phase = Phase::Greeting;
+                self.hear()
+            }
+            (Phase::Joining, Message::Err { error, .. }) => Some(Heard::Broken(error.clone())),
+            (Phase::Greeting, Message::Ok { tag, .. }) if tag == "hello" => {
+                self.phase = Phase::Ready;
+                Some(Heard::Ready)
+            }
+            (Phase::Ready, _) => Some(Heard::Message(message)),
+            _ => Some(Heard::Broken(Error::new(Code::LinkLost, "the agent did not greet as it must"))),
+        }
+    }
+
+    /// Sends a request under a fresh tag, which it gives back.
+    pub fn request(&mut self, mut request: Request) -> String {
+        let tag = self.next_tag.to_string();
+        self.next_tag += 1;
+        request.tag.clone_from(&tag);
+        self.link.send(&Message::Request(request));
+        tag
+    }
+
+    /// Queues a message.
+    pub fn send(&mut self, message: &Message) {
+        self.link.send(message);
+    }
+
+    /// Octets queued toward the agent.
+    pub fn queued(&self) -> usize {
+        self.link.queued()
+    }
+
+    /// Writes what the stream takes.
+    pub fn flush(&mut self) -> io::Result<bool> {
+        self.link.flush()
+    }
+}

@@ -1,0 +1,370 @@
+//! A program in a sandbox as the node sees it: its output so far, who watches it, how it ended.
+
+use std::io;
+
+use super::flow::{Gate, QUEUE_HIGH};
+use super::home::Home;
+use super::ring::Ring;
+use crate::wire::{Code, Error, FRAME, Fields, INITIAL_CREDIT, Message};
+
+/// The output channels, in the order of the arrays below.
+pub const OUTPUTS: [&str; 2] = ["stdout", "stderr"];
+
+/// The index of an output channel.
+pub fn output_index(channel: &str) -> Option<usize> {
+    OUTPUTS.iter().position(|&name| name == channel)
+}
+
+/// One output stream of a program.
+#[derive(Debug, Default)]
+struct Output {
+    /// Made with the first octet: most programs write little, many write nothing.
+    ring: Option<Ring>,
+    /// Octets that the agent may have sent, from the start of the stream.
+    granted: u64,
+    /// Offset at which this link to the agent began.
+    ended: bool,
+}
+
+impl Output {
+    fn total(&self) -> u64 {
+        self.ring.as_ref().map_or(0, Ring::total)
+    }
+
+    fn oldest(&self) -> u64 {
+        self.ring.as_ref().map_or(0, Ring::oldest)
+    }
+}
+
+/// A client's request that watches a program: the one that started it, or an attach.
+#[derive(Debug)]
+pub struct Viewer {
+    /// The client's key in the supervisor.
+    pub client: u64,
+    /// The tag of its request.
+    pub tag: String,
+    /// Whether the program is this client's: it feeds stdin, and the program ends with it.
+    pub owner: bool,
+    seen: [u64; 2],
+    credit: [u64; 2],
+    ended: [bool; 2],
+}
+
+/// What a viewer is to be sent; the caller has the client.
+pub trait Sink {
+    /// Queues a message to the viewer's client.
+    fn send(&mut self, message: &Message);
+    /// Octets queued toward it.
+    fn queued(&self) -> usize;
+}
+
+/// A program in a sandbox.
+#[derive(Debug)]
+pub struct Exec {
+    /// Unique within the sandbox.
+    pub number: u64,
+    /// As it was started.
+    pub argv: Vec<Vec<u8>>,
+    /// Unix milliseconds.
+    pub started_ms: u64,
+    /// The tag of its request on the agent link, while it runs and the link stands.
+    pub route: Option<String>,
+    /// How it ended.
+    pub outcome: Option<Result<Fields, Error>>,
+    /// From the owner to the program.
+    pub stdin: Gate,
+    /// Who watches it.
+    pub viewers: Vec<Viewer>,
+    outputs: [Output; 2],
+}
+
+impl Exec {
+    /// A program that is about to be started.
+    pub fn new(number: u64, argv: Vec<Vec<u8>>, started_ms: u64) -> Self {
+        let output = || Output { granted: INITIAL_CREDIT, ..Output::default() };
+        Self {
+            number,
+            argv,
+            started_ms,
+            route: None,
+            outcome: None,
+            stdin: Gate::default(),
+            viewers: Vec::new(),
+            outputs: [output(), output()],
+        }
+    }
+
+    /// Takes up the outputs that an earlier supervisor kept.
+    pub fn reopen(&mut self, home: &Home, capacity: u64) {
+        for (output, channel) in self.outputs.iter_mut().zip(OUTPUTS) {
+            output.ring = Ring::open(&home.output(self.number, channel), capacity).ok();
+            output.granted = output.total() + INITIAL_CREDIT;
+        }
+    }
+
+    /// Octets kept of each output: where a new link to the agent goes on.
+    pub fn offsets(&self) -> [u64; 2] {
+        [self.outputs[0].total(), self.outputs[1].total()]
+    }
+
+    /// Adds a viewer that begins at the oldest output that is kept. Gives the octets lost before it.
+    pub fn watch(&mut self, client: u64, tag: &str, owner: bool) -> u64 {
+        let seen = [self.outputs[0].oldest(), self.outputs[1].oldest()];
+        self.viewers.push(Viewer {
+            client,
+            tag: tag.to_string(),
+            owner,
+            seen,
+            credit: [INITIAL_CREDIT; 2],
+            ended: [false; 2],
+        });
+        seen[0] + seen[1]
+    }
+
+    /// Takes output from the agent. Fails when the agent broke its credit (`CREDIT_EXCEEDED`) or the ring cannot
+    /// be written (`NO_CAPACITY`).
+    pub fn take(&mut self, home: &Home, capacity: u64, index: usize, octets: &[u8]) -> Result<(), Error> {
+        let output = &mut self.outputs[index];
+        let total = output.total();
+        if total + octets.len() as u64 > output.granted {
+            return Err(Error::new(
+                Code::CreditExceeded,
+                format!("{}: the agent sent more than allowed", OUTPUTS[index]),
+            ));
+        }
+        let append = |output: &mut Output| -> io::Result<()> {
+            if output.ring.is_none() {
+                output.ring = Some(Ring::create(&home.output(self.number, OUTPUTS[index]), capacity)?);
+            }
+            match &mut output.ring {
+                Some(ring) => ring.append(octets),
+                None => Ok(()),
+            }
+        };
+        append(output)
+            .map_err(|e| Error::new(Code::NoCapacity, format!("output of exec {} cannot be kept: {e}", self.number)))
+    }
+
+    /// The agent says that an output has ended.
+    pub fn end(&mut self, index: usize) {
+        self.outputs[index].ended = true;
+    }
+
+    /// The program has ended, or its link is gone for good: nothing more will come.
+    pub fn finish(&mut self, outcome: Result<Fields, Error>) {
+        self.route = None;
+        self.outcome = Some(outcome);
+        for output in &mut self.outputs {
+            output.ended = true;
+        }
+    }
+
+    /// A viewer allows more octets.
+    pub fn credit(&mut self, client: u64, tag: &str, index: usize, octets: u64) {
+        if let Some(viewer) = self.viewers.iter_mut().find(|v| v.client == client && v.tag == tag) {
+            viewer.credit[index] = viewer.credit[index].saturating_add(octets);
+        }
+    }
+
+    /// Sends a viewer what it may have now. `true` when it has had everything, the outcome included.
+    pub fn pump(&mut self, at: usize, sink: &mut dyn Sink) -> bool {
+        let (viewers, outputs) = (&mut self.viewers, &self.outputs);
+        let viewer = &mut viewers[at];
+        for (index, output) in outputs.iter().enumerate() {
+            while viewer.seen[index] < output.total() && viewer.credit[index] > 0 && sink.queued() < QUEUE_HIGH {
+                // An attach that began at the start of a full ring may be overtaken once.
+                viewer.seen[index] = viewer.seen[index].max(output.oldest());
+                let length = usize::try_from(viewer.credit[index]).unwrap_or(FRAME).min(FRAME);
+                let mut chunk = vec![0u8; length];
+                let Some(Ok(n)) = output.ring.as_ref().map(|ring| ring.read_at(viewer.seen[index], &mut chunk)) else {
+                    break;
+                };
+                chunk.truncate(n);
+                viewer.seen[index] += n as u64;
+                viewer.credit[index] -= n as u64;
+                sink.send(&Message::data(&viewer.tag, OUTPUTS[index], chunk));
+            }
+            if output.ended && viewer.seen[index] >= output.total() && !viewer.ended[index] {
+                viewer.ended[index] = true;
+                sink.send(&Message::end(&viewer.tag, OUTPUTS[index]));
+            }
+        }
+        let Some(outcome) = self.outcome.as_ref().filter(|_| viewer.ended == [true; 2]) else { return false };
+        sink.send(&match outcome {
+            Ok(fields) => Message::ok(&viewer.tag, fields.clone()),
+            Err(error) => Message::err(&viewer.tag, error.clone()),
+        });
+        true
+    }
+
+    /// Credit to give the agent for an output now: no viewer is ever more than a window behind what may come.
+    pub fn grant(&mut self, index: usize) -> Option<u64> {
+        let output = &mut self.outputs[index];
+        if output.ended {
+            return None;
+        }
+        let seen = self.viewers.iter().map(|v| v.seen[index]).min().unwrap_or_else(|| output.total());
+        let target = seen + INITIAL_CREDIT;
+        let more = target.saturating_sub(output.granted);
+        if more < INITIAL_CREDIT / 4 {
+            return None;
+        }
+        output.granted = target;
+        Some(more)
+    }
+
+    /// A fresh link to the agent begins with a fresh window from where the output stands.
+    pub fn rejoin(&mut self, route: String) {
+        self.route = Some(route);
+        for output in &mut self.outputs {
+            output.granted = output.total() + INITIAL_CREDIT;
+        }
+    }
+
+    /// The program as a row of `exec.list`.
+    pub fn fields(&self) -> Fields {
+        let fields = Fields::new().with("exec", self.number).with_bytes("argv", &shell_line(&self.argv));
+        let fields = fields.with("started_ms", self.started_ms);
+        match &self.outcome {
+            None => fields.with("state", "running"),
+            Some(Ok(outcome)) => {
+                let mut fields = fields.with("state", "exited");
+                fields.0.extend(outcome.0.iter().cloned());
+                fields
+            }
+            Some(Err(error)) => {
+                fields.with("state", "failed").with("code", &error.code).with("message", &error.message)
+            }
+        }
+    }
+
+    /// Deletes the kept outputs.
+    pub fn forget(&mut self, home: &Home) {
+        for (output, channel) in self.outputs.iter_mut().zip(OUTPUTS) {
+            if output.ring.take().is_some() {
+                let _ = std::fs::remove_file(home.output(self.number, channel));
+            }
+        }
+    }
+}
+
+/// Arguments as one readable line.
+fn shell_line(argv: &[Vec<u8>]) -> Vec<u8> {
+    let mut line = Vec::new();
+    for (at, arg) in argv.iter().enumerate() {
+        if at > 0 {
+            line.push(b' ');
+        }
+        let plain = !arg.is_empty() && arg.iter().all(|b| b.is_ascii_alphanumeric() || b"-_./:=,+@%".contains(b));
+        if plain {
+            line.extend_from_slice(arg);
+        } else {
+            line.push(b'\'');
+            for &octet in arg {
+                match octet {
+                    b'\'' => line.extend_from_slice(b"'\\''"),
+                    _ => line.push(octet),
+                }
+            }
+            line.push(b'\'');
+        }
+    }
+    line.truncate(1024);
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox::home::Places;
+    use crate::sandbox::id::SandboxId;
+
+    struct Reader {
+        got: Vec<u8>,
+        done: Option<Message>,
+        queued: usize,
+    }
+
+    impl Sink for Reader {
+        fn send(&mut self, message: &Message) {
+            match message {
+                Message::Data { payload, .. } => self.got.extend_from_slice(payload),
+                Message::Ok { .. } | Message::Err { .. } => self.done = Some(message.clone()),
+                _ => {}
+            }
+        }
+        fn queued(&self) -> usize {
+            self.queued
+        }
+    }
+
+    fn home(name: &str) -> (std::path::PathBuf, Home) {
+        let dir = std::env::temp_dir().join(format!("warren-exec-{name}-{}", std::process::id()));
+        let id = SandboxId::random().expect("urandom");
+        std::fs::create_dir_all(dir.join(id.as_str()).join("exec")).expect("temp dir");
+        let places = Places { disks: dir.clone(), sockets: dir.clone(), cgroups: dir.join("cgroups") };
+        (dir, places.of(&id))
+    }
+
+    #[test]
+    fn a_slow_viewer_holds_the_agent_and_loses_nothing() {
+        let (dir, home) = home("slow");
+        let mut exec = Exec::new(1, vec![b"yes".to_vec()], 0);
+        exec.watch(7, "a", true);
+        let mut reader = Reader { got: Vec::new(), done: None, queued: 0 };
+        let mut sent = 0u64;
+        let mut allowed = INITIAL_CREDIT;
+        for round in 0..100u64 {
+            while sent < allowed {
+                let piece = vec![
+                    u8::try_from(round).expect("small");
+                    10_000.min(usize::try_from(allowed - sent).expect("fits"))
+                ];
+                exec.take(&home, 1024 * 1024, 0, &piece).expect("within credit");
+                sent += piece.len() as u64;
+            }
+            exec.pump(0, &mut reader);
+            if let Some(more) = exec.grant(0) {
+                allowed += more;
+            }
+            if round % 3 == 0 {
+                exec.credit(7, "a", 0, 100_000);
+            }
+        }
+        assert!(
+            exec.take(&home, 1024 * 1024, 0, &vec![0; usize::try_from(allowed - sent).expect("fits") + 1]).is_err()
+        );
+        exec.finish(Ok(Fields::new().with("exit", 0)));
+        exec.credit(7, "a", 0, u64::MAX);
+        assert!(exec.pump(0, &mut reader));
+        assert_eq!(reader.got.len() as u64, sent);
+        assert!(matches!(reader.done, Some(Message::Ok { .. })));
+        std::fs::remove_dir_all(&dir).expect("clean up");
+    }
+
+    #[test]
+    fn without_viewers_the_program_runs_on_and_an_attach_is_told_what_it_lost() {
+        let (dir, home) = home("lost");
+        let capacity = 512 * 1024;
+        let mut exec = Exec::new(1, vec![b"yes".to_vec()], 0);
+        let mut total = 0u64;
+        for _ in 0..100 {
+            exec.take(&home, capacity, 0, &[b'y'; 16 * 1024]).expect("granted as it comes");
+            total += 16 * 1024;
+            exec.grant(0);
+        }
+        assert_eq!(exec.watch(7, "a", false), total - capacity);
+        let mut reader = Reader { got: Vec::new(), done: None, queued: 0 };
+        exec.credit(7, "a", 0, u64::MAX);
+        assert!(!exec.pump(0, &mut reader));
+        assert_eq!(reader.got.len() as u64, capacity);
+        exec.forget(&home);
+        std::fs::remove_dir_all(&dir).expect("clean up");
+    }
+
+    #[test]
+    fn argv_is_shown_as_a_shell_would_read_it() {
+        let argv = [b"sh".to_vec(), b"-c".to_vec(), b"echo 'a b'".to_vec(), b"".to_vec()];
+        assert_eq!(shell_line(&argv), b"sh -c 'echo '\\''a b'\\''' ''");
+    }
+}

@@ -1,0 +1,165 @@
+//! What a sandbox holds on the node: a directory, a socket, a cgroup. Made in one place, taken down in one place.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::id::SandboxId;
+
+/// Where sandboxes keep their things.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// Directories of sandboxes, on the data partition.
+    pub disks: PathBuf,
+    /// Sockets of workers, in memory: they end with the node's boot.
+    pub sockets: PathBuf,
+    /// Parent of the sandboxes' cgroups.
+    pub cgroups: PathBuf,
+}
+
+impl Places {
+    /// Makes the parents that are not there.
+    pub fn prepare(&self) -> io::Result<()> {
+        for dir in [&self.disks, &self.sockets, &self.cgroups] {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        }
+        Ok(())
+    }
+
+    /// The places of one sandbox.
+    pub fn of(&self, id: &SandboxId) -> Home {
+        Home {
+            dir: self.disks.join(id.as_str()),
+            socket: self.sockets.join(format!("{id}.sock")),
+            cgroup: self.cgroups.join(id.as_str()),
+        }
+    }
+}
+
+/// The places of one sandbox.
+#[derive(Debug, Clone)]
+pub struct Home {
+    dir: PathBuf,
+    socket: PathBuf,
+    cgroup: PathBuf,
+}
+
+/// Descriptors of a freshly made home, for its worker.
+#[derive(Debug)]
+pub struct Opened {
+    /// The sandbox's private disk, still empty.
+    pub overlay: File,
+    /// Takes the guest's serial log; opened for appending.
+    pub serial: File,
+    /// Where the worker leaves why it ended.
+    pub last_words: File,
+    /// The worker's listening socket.
+    pub listener: UnixListener,
+    /// The cgroup's directory.
+    pub cgroup: File,
+}
+
+impl Home {
+    /// The sandbox's id.
+    pub fn id(&self) -> Option<&str> {
+        self.dir.file_name()?.to_str()
+    }
+
+    /// The private disk.
+    pub fn overlay(&self) -> PathBuf {
+        self.dir.join("overlay")
+    }
+
+    /// The serial log.
+    pub fn serial_log(&self) -> PathBuf {
+        self.dir.join("serial.log")
+    }
+
+    /// Why the worker ended.
+    pub fn last_words(&self) -> PathBuf {
+        self.dir.join("last-words")
+    }
+
+    /// The worker's socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Output of a program: `channel` is `stdout` or `stderr`.
+    pub fn output(&self, exec: u64, channel: &str) -> PathBuf {
+        self.dir.join("exec").join(format!("{exec}.{channel}"))
+    }
+
+    /// Makes directory, files, socket and cgroup. On failure the caller takes down what was made.
+    pub fn make(&self) -> io::Result<Opened> {
+        let mut private = fs::DirBuilder::new();
+        private.mode(0o700);
+        private.create(&self.dir)?;
+        private.create(self.dir.join("exec"))?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let overlay = options.open(self.overlay())?;
+        let last_words = options.open(self.last_words())?;
+        let serial = OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(self.serial_log())?;
+        let listener = UnixListener::bind(&self.socket)?;
+        listener.set_nonblocking(true)?;
+        fs::create_dir(&self.cgroup)?;
+        let cgroup = File::open(&self.cgroup)?;
+        Ok(Opened { overlay, serial, last_words, listener, cgroup })
+    }
+
+    /// Processes in the sandbox's cgroup, as pids of the node. Empty when there is no such cgroup.
+    pub fn processes(&self) -> Vec<i32> {
+        let listed = fs::read_to_string(self.cgroup.join("cgroup.procs")).unwrap_or_default();
+        listed.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    /// Kills everything in the sandbox's cgroup.
+    pub fn kill(&self) -> io::Result<()> {
+        absent_is_fine(fs::write(self.cgroup.join("cgroup.kill"), "1"))
+    }
+
+    /// Takes down socket, cgroup and overlay; log and outputs stay to be read. Blocks until the cgroup is empty,
+    /// 10 s at most: not for the supervisor's loop.
+    pub fn release(&self) -> io::Result<()> {
+        absent_is_fine(fs::remove_file(&self.socket))?;
+        absent_is_fine(fs::remove_file(self.overlay()))?;
+        self.release_cgroup()
+    }
+
+    /// Takes down socket and cgroup and keeps the disk. Blocks like `release`.
+    pub fn release_worker(&self) -> io::Result<()> {
+        absent_is_fine(fs::remove_file(&self.socket))?;
+        self.release_cgroup()
+    }
+
+    /// Takes down everything. Blocks like `release`.
+    pub fn remove(&self) -> io::Result<()> {
+        absent_is_fine(fs::remove_file(&self.socket))?;
+        self.release_cgroup()?;
+        absent_is_fine(fs::remove_dir_all(&self.dir))
+    }
+
+    fn release_cgroup(&self) -> io::Result<()> {
+        self.kill()?;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match absent_is_fine(fs::remove_dir(&self.cgroup)) {
+                Err(e) if e.kind() == ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                other => return other,
+            }
+        }
+    }
+}
+
+fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}

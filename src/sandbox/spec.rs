@@ -1,0 +1,151 @@
+//! What is asked of a new sandbox, with its limits.
+
+use crate::wire::{Args, Code, Error, Fields};
+
+use super::id::check_name;
+
+/// Fewest and most virtual CPUs.
+pub const VCPUS: std::ops::RangeInclusive<u64> = 1..=16;
+/// Least and most memory, in MiB.
+pub const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=32 * 1024;
+/// Largest disk, in MiB (1 TiB).
+pub const MAX_DISK_MIB: u64 = 1024 * 1024;
+/// Most env entries and labels, each.
+const MAX_ENTRIES: usize = 256;
+
+/// A request for a sandbox, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spec {
+    /// Template to start from.
+    pub template: String,
+    /// A name that a person chose.
+    pub name: Option<String>,
+    /// 1 to 16.
+    pub vcpus: u8,
+    /// 64 to 32768.
+    pub memory_mib: u32,
+    /// Size of the root disk; the template's size and the node's default on top when not said.
+    pub disk_mib: Option<u64>,
+    /// `KEY=value` for every program in the sandbox.
+    pub env: Vec<String>,
+    /// For people and programs to find it by.
+    pub labels: Vec<(String, String)>,
+}
+
+/// What the node gives when a request does not say.
+#[derive(Debug, Clone, Copy)]
+pub struct Defaults {
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+}
+
+impl Spec {
+    /// Takes a spec from a request's arguments; `template` when they name none.
+    pub fn take(args: &mut Args, defaults: Defaults) -> Result<Self, Error> {
+        let template = args.text("template")?.unwrap_or_else(|| "base".to_string());
+        check_name("template", &template)?;
+        let name = args.text("name")?;
+        if let Some(name) = &name {
+            check_name("name", name)?;
+        }
+        let vcpus = args.number("vcpus", VCPUS)?.map_or(defaults.vcpus, |n| u8::try_from(n).unwrap_or(u8::MAX));
+        let memory_mib = args
+            .number("memory_mib", MEMORY_MIB)?
+            .map_or(defaults.memory_mib, |n| u32::try_from(n).unwrap_or(u32::MAX));
+        let disk_mib = args.number("disk_mib", 1..=MAX_DISK_MIB)?;
+        let mut env = Vec::new();
+        for entry in args.all("env") {
+            env.push(check_env(entry)?);
+        }
+        let mut labels = Vec::new();
+        for entry in args.all("label") {
+            let entry = String::from_utf8(entry).map_err(|_| bad("label", "a label is not UTF-8"))?;
+            let Some((key, value)) = entry.split_once('=') else {
+                return Err(bad("label", format!("label={entry} is not of the form key=value")));
+            };
+            check_name("label", key)?;
+            labels.push((key.to_string(), value.to_string()));
+        }
+        for (what, count) in [("env", env.len()), ("label", labels.len())] {
+            if count > MAX_ENTRIES {
+                return Err(bad(what, format!("{count} of {what} are over the limit of {MAX_ENTRIES}"))
+                    .with("max", MAX_ENTRIES));
+            }
+        }
+        Ok(Self { template, name, vcpus, memory_mib, disk_mib, env, labels })
+    }
+
+    /// The spec as fields of a reply.
+    pub fn fields(&self, fields: Fields) -> Fields {
+        let fields = fields
+            .with("template", &self.template)
+            .with("vcpus", self.vcpus)
+            .with("memory_mib", self.memory_mib)
+            .with("disk_mib", self.disk_mib.unwrap_or(0));
+        let fields = self.env.iter().fold(fields, |fields, entry| fields.with("env", entry));
+        self.labels.iter().fold(fields, |fields, (key, value)| fields.with("label", format!("{key}={value}")))
+    }
+}
+
+fn bad(argument: &str, message: impl Into<String>) -> Error {
+    Error::new(Code::BadArgument, message).with("argument", argument)
+}
+
+fn check_env(entry: Vec<u8>) -> Result<String, Error> {
+    let entry = String::from_utf8(entry).map_err(|_| bad("env", "an env entry is not UTF-8"))?;
+    match entry.split_once('=') {
+        Some((key, _)) if !key.is_empty() && !entry.contains('\0') => Ok(entry),
+        _ => Err(bad("env", format!("env={} is not of the form KEY=value", entry.escape_debug()))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::Request;
+
+    const DEFAULTS: Defaults = Defaults { vcpus: 1, memory_mib: 512 };
+
+    fn take(request: Request) -> Result<Spec, Error> {
+        Spec::take(&mut Args::of(request), DEFAULTS)
+    }
+
+    #[test]
+    fn what_is_not_said_has_defaults() {
+        let spec = take(Request::new("1", "sandbox.create")).expect("all defaults");
+        assert_eq!((spec.template.as_str(), spec.vcpus, spec.memory_mib, spec.disk_mib), ("base", 1, 512, None));
+    }
+
+    #[test]
+    fn out_of_range_names_the_value_and_the_limits() {
+        for (key, value, min, max) in [
+            ("vcpus", "0", "1", "16"),
+            ("vcpus", "17", "1", "16"),
+            ("memory_mib", "1", "64", "32768"),
+            ("memory_mib", "1073741824", "64", "32768"),
+        ] {
+            let error = take(Request::new("1", "sandbox.create").set(key, value)).expect_err("out of range");
+            assert!(error.is(Code::OutOfRange), "{error}");
+            assert_eq!((error.fields.get("min"), error.fields.get("max")), (Some(min), Some(max)));
+            assert!(error.message.contains(value), "{error}");
+        }
+    }
+
+    #[test]
+    fn ill_formed_entries_are_refused() {
+        for (key, value) in [
+            ("env", "A"),
+            ("env", "=x"),
+            ("env", "A=\0"),
+            ("label", "x"),
+            ("label", "X=1"),
+            ("template", "../x"),
+            ("name", ""),
+        ] {
+            let error = take(Request::new("1", "sandbox.create").set(key, value)).expect_err(value);
+            assert!(error.is(Code::BadArgument), "{error}");
+        }
+    }
+}

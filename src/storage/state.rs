@@ -1,0 +1,355 @@
+//! The state database on the data partition: what the node must remember across restarts and power cuts.
+//!
+//! SQLite in WAL mode, written by one thread. The supervisor submits changes and never waits: completions are
+//! polled after `notify` was called from the thread. All changes that are queued when the thread wakes up go
+//! into one transaction. After a power cut the database holds a prefix of the committed batches
+//! (synchronous=NORMAL); a durable change is on the medium when it completes (FULL). What happens to sandboxes and
+//! templates is durable always: after a power cut the node must still know what ran. Executions are not, unless asked.
+
+use std::fmt;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rusqlite::{Connection, ErrorCode};
+
+use super::schema;
+pub use super::schema::{Change, ExecutionRow, SCHEMA_VERSION, SandboxRow, TemplateRow};
+
+/// Changes in one transaction at most: bounds how long a durable change waits for others.
+const MAX_BATCH: usize = 1024;
+/// How long to wait for a predecessor that still holds the file (it was told to end) before giving up.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Damaged databases that are kept for a look.
+const MAX_ASIDE: u32 = 1000;
+
+/// Why the database could not be opened or a change was not made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StateError {
+    /// No room on the data partition.
+    DiskFull(String),
+    /// The medium or the file system failed.
+    Io(String),
+    /// The change contradicts what is there: a live name that is taken, an execution of no sandbox.
+    Conflict(String),
+    /// The file is damaged.
+    Corrupt(String),
+    /// Another process holds the file.
+    Busy(String),
+    /// A newer program wrote the file; it is left as it is.
+    Newer {
+        /// Schema version in the file.
+        found: u64,
+        /// The newest that this program knows.
+        known: u64,
+    },
+    /// Anything else that SQLite says.
+    Database(String),
+    /// The database was closed.
+    Closed,
+}
+
+impl fmt::Display for StateError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::DiskFull(why) => write!(f, "no room for the state database: {why}"),
+            Self::Io(why) => write!(f, "input or output of the state database failed: {why}"),
+            Self::Conflict(why) => write!(f, "the state database has a conflicting row: {why}"),
+            Self::Corrupt(why) => write!(f, "the state database is damaged: {why}"),
+            Self::Busy(why) => write!(f, "another process holds the state database: {why}"),
+            Self::Newer { found, known } => {
+                write!(f, "the state database has schema version {found}, this program knows versions up to {known}")
+            }
+            Self::Database(why) => write!(f, "the state database refused: {why}"),
+            Self::Closed => f.write_str("the state database is closed"),
+        }
+    }
+}
+
+impl std::error::Error for StateError {}
+
+impl From<rusqlite::Error> for StateError {
+    fn from(error: rusqlite::Error) -> Self {
+        let why = error.to_string();
+        match &error {
+            rusqlite::Error::SqliteFailure(failure, _) => match failure.code {
+                ErrorCode::DiskFull => Self::DiskFull(why),
+                ErrorCode::SystemIoFailure | ErrorCode::CannotOpen | ErrorCode::ReadOnly => {
+                    Self::Io(format!("{why} (SQLite code {})", failure.extended_code))
+                }
+                ErrorCode::ConstraintViolation => Self::Conflict(why),
+                ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase => Self::Corrupt(why),
+                ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => Self::Busy(why),
+                _ => Self::Database(why),
+            },
+            // A row that does not read as what was written there.
+            rusqlite::Error::FromSqlConversionFailure(..)
+            | rusqlite::Error::IntegralValueOutOfRange(..)
+            | rusqlite::Error::InvalidColumnType(..)
+            | rusqlite::Error::Utf8Error(..) => Self::Corrupt(why),
+            _ => Self::Database(why),
+        }
+    }
+}
+
+/// Names one submitted change until its completion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket(u64);
+
+/// What the database held when it was opened.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Snapshot {
+    /// 32 hex digits, made once with the database.
+    pub node_id: String,
+    /// When the database was made, Unix time in milliseconds.
+    pub created_ms: u64,
+    /// Where a damaged predecessor was moved, when that happened at this start: the node then knows nothing of before.
+    pub moved_aside: Option<PathBuf>,
+    /// Oldest first.
+    pub sandboxes: Vec<SandboxRow>,
+    /// By name.
+    pub templates: Vec<TemplateRow>,
+    /// By sandbox and number.
+    pub executions: Vec<ExecutionRow>,
+}
+
+struct Job {
+    ticket: Ticket,
+    change: Change,
+    durable: bool,
+}
+
+type Completions = Arc<Mutex<Vec<(Ticket, Result<(), StateError>)>>>;
+
+/// The supervisor's handle. Dropping it writes what is queued and closes the database.
+#[derive(Debug)]
+pub struct State {
+    jobs: Option<Sender<Job>>,
+    completions: Completions,
+    thread: Option<JoinHandle<()>>,
+    next_ticket: u64,
+    pending: usize,
+}
+
+impl State {
+    /// Opens or makes the database at `path` and reads it whole. Blocks; for the start, before the loop.
+    /// `notify` is called from the database's thread when `completed` has something new.
+    ///
+    /// A damaged database is moved aside to `PATH.corrupt-N` and a new one begun.
+    pub fn open(path: &Path, notify: impl Fn() + Send + 'static) -> Result<(Self, Snapshot), StateError> {
+        let (connection, snapshot) = match open_file(path) {
+            Err(StateError::Corrupt(why)) => {
+                let aside = move_aside(path)?;
+                log::error!("state database {} is damaged ({why}): moved to {}", path.display(), aside.display());
+                log::error!("a new state database is begun: nothing is known of sandboxes made before");
+                let (connection, mut snapshot) = open_file(path)?;
+                snapshot.moved_aside = Some(aside);
+                (connection, snapshot)
+            }
+            other => other?,
+        };
+        let (jobs, queue) = mpsc::channel();
+        let completions = Completions::default();
+        let shared = Arc::clone(&completions);
+        let thread = std::thread::Builder::new()
+            .name("state".to_string())
+            .spawn(move || run(connection, &queue, &shared, &notify))
+            .map_err(|error| StateError::Io(format!("no thread: {error}")))?;
+        Ok((Self { jobs: Some(jobs), completions, thread: Some(thread), next_ticket: 1, pending: 0 }, snapshot))
+    }
+
+    /// Queues a change. Changes are made in the order they were submitted.
+    pub fn submit(&mut self, change: Change) -> Ticket {
+        let durable = !matches!(change, Change::PutExecution(_) | Change::RemoveExecution { .. });
+        self.queue(change, durable)
+    }
+
+    /// Queues a change that must be on the medium when it completes.
+    pub fn submit_durable(&mut self, change: Change) -> Ticket {
+        self.queue(change, true)
+    }
+
+    /// Takes the results that are there, in order of submission. Never waits.
+    pub fn completed(&mut self) -> Vec<(Ticket, Result<(), StateError>)> {
+        let done = std::mem::take(&mut *self.completions.lock().unwrap_or_else(PoisonError::into_inner));
+        self.pending -= done.len().min(self.pending);
+        done
+    }
+
+    /// Changes submitted whose results were not taken yet: what a caller bounds.
+    pub fn pending(&self) -> usize {
+        self.pending
+    }
+
+    /// Writes what is queued, closes the database and gives the results that were not taken yet. Blocks.
+    pub fn close(mut self) -> Vec<(Ticket, Result<(), StateError>)> {
+        self.join();
+        self.completed()
+    }
+
+    fn queue(&mut self, change: Change, durable: bool) -> Ticket {
+        let ticket = Ticket(self.next_ticket);
+        self.next_ticket += 1;
+        self.pending += 1;
+        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(Job { ticket, change, durable }).is_ok());
+        if !sent {
+            let mut completions = self.completions.lock().unwrap_or_else(PoisonError::into_inner);
+            completions.push((ticket, Err(StateError::Closed)));
+        }
+        ticket
+    }
+
+    fn join(&mut self) {
+        self.jobs = None; // the thread ends when the queue is empty
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+/// The thread: one batch a wake-up, then one notification.
+fn run(mut connection: Connection, queue: &Receiver<Job>, completions: &Completions, notify: &impl Fn()) {
+    while let Ok(first) = queue.recv() {
+        let mut batch = vec![first];
+        while batch.len() < MAX_BATCH {
+            match queue.try_recv() {
+                Ok(job) => batch.push(job),
+                Err(_) => break,
+            }
+        }
+        let results = write_batch(&mut connection, &batch);
+        completions.lock().unwrap_or_else(PoisonError::into_inner).extend(results);
+        notify();
+    }
+    // So that the next start finds one file and no log to replay. A failure costs nothing: the log is kept.
+    if let Err(error) = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())) {
+        log::warn!("state database: last checkpoint failed: {error}");
+    }
+}
+
+/// Makes all changes in one transaction. Where that fails as a whole (no room, I/O), each is tried by itself, so
+/// that every change has its own true result and a small one is not lost for a big one's sake.
+fn write_batch(connection: &mut Connection, batch: &[Job]) -> Vec<(Ticket, Result<(), StateError>)> {
+    match write_transaction(connection, batch) {
+        Ok(results) => batch.iter().map(|job| job.ticket).zip(results).collect(),
+        Err(error) if batch.len() == 1 => vec![(batch[0].ticket, Err(error))],
+        Err(error) => {
+            log::warn!("state database: {} changes together failed, trying each: {error}", batch.len());
+            batch.iter().flat_map(|job| write_batch(connection, std::slice::from_ref(job))).collect()
+        }
+    }
+}
+
+/// One transaction. The outer error means that nothing of it was written.
+fn write_transaction(connection: &mut Connection, batch: &[Job]) -> Result<Vec<Result<(), StateError>>, StateError> {
+    // Cannot be changed inside a transaction.
+    let durable = batch.iter().any(|job| job.durable);
+    connection.pragma_update(None, "synchronous", if durable { "FULL" } else { "NORMAL" })?;
+    let mut transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+    let mut results = Vec::with_capacity(batch.len());
+    for job in batch {
+        let savepoint = transaction.savepoint()?;
+        match schema::apply(&savepoint, &job.change) {
+            Ok(()) => {
+                savepoint.commit()?;
+                results.push(Ok(()));
+            }
+            // Of this change alone: the savepoint is rolled back when it is dropped.
+            Err(error @ StateError::Conflict(_)) => results.push(Err(error)),
+            Err(error) => return Err(error),
+        }
+    }
+    transaction.commit()?;
+    Ok(results)
+}
+
+fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateError> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(|e| StateError::Io(format!("{}: {e}", folder.display())))?;
+    }
+    let mut connection = Connection::open(path)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    // One process at a time; and the log's index is then plain memory, which no failing disk can turn into a SIGBUS.
+    connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "journal_size_limit", 4 * 1024 * 1024)?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    // The file may have been edited: what it says must not run code or reach beyond itself.
+    connection.pragma_update(None, "trusted_schema", false)?;
+    connection.pragma_update(None, "cell_size_check", true)?;
+    let verdict: String = connection.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))?;
+    if verdict != "ok" {
+        return Err(StateError::Corrupt(verdict));
+    }
+    schema::migrate(&mut connection)?;
+    if schema::meta(&connection, "node_id")?.is_none() {
+        let transaction = connection.transaction()?;
+        schema::set_meta(&transaction, "node_id", &random_id()?)?;
+        schema::set_meta(&transaction, "created_ms", &now_ms().to_string())?;
+        transaction.commit()?;
+    }
+    let snapshot = Snapshot {
+        node_id: schema::meta(&connection, "node_id")?.unwrap_or_default(),
+        created_ms: schema::meta_number(&connection, "created_ms")?,
+        moved_aside: None,
+        sandboxes: schema::sandboxes(&connection)?,
+        templates: schema::templates(&connection)?,
+        executions: schema::executions(&connection)?,
+    };
+    Ok((connection, snapshot))
+}
+
+/// Renames the database and its log to the first free `PATH.corrupt-N`.
+fn move_aside(path: &Path) -> Result<PathBuf, StateError> {
+    let with = |suffix: &str| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(suffix);
+        PathBuf::from(name)
+    };
+    let failed = |error: std::io::Error| StateError::Io(format!("cannot move {} aside: {error}", path.display()));
+    let aside = (1..=MAX_ASIDE)
+        .map(|n| format!(".corrupt-{n}"))
+        .find(|suffix| !with(suffix).exists())
+        .ok_or_else(|| StateError::Io(format!("{} has {MAX_ASIDE} damaged predecessors", path.display())))?;
+    // The log first: a new database must never meet an old log, whenever the power fails.
+    for log in ["-wal", "-shm"] {
+        match std::fs::rename(with(log), with(&format!("{aside}{log}"))) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+    }
+    std::fs::rename(path, with(&aside)).map_err(failed)?;
+    if let Some(folder) = path.parent() {
+        File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
+    }
+    Ok(with(&aside))
+}
+
+/// 128 random bits as hex. Waits until the kernel's generator is seeded: two nodes must not share an id.
+fn random_id() -> Result<String, StateError> {
+    let mut octets = [0u8; 16];
+    // SAFETY: the pointer and length are of a live, writable array.
+    let got = unsafe { libc::getrandom(octets.as_mut_ptr().cast(), octets.len(), 0) };
+    if usize::try_from(got) != Ok(octets.len()) {
+        return Err(StateError::Io(format!("getrandom: {}", std::io::Error::last_os_error())));
+    }
+    Ok(octets.iter().map(|octet| format!("{octet:02x}")).collect())
+}
+
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

@@ -1,0 +1,40 @@
+//! What the pages say against what the code does.
+
+use warren::control::command::VERBS;
+use warren::wire::Code;
+
+const PROTOCOL: &str = include_str!("../docs/protocol.md");
+
+#[test]
+fn every_error_code_stands_in_the_protocol_page_and_no_other() {
+    let written: Vec<&str> = PROTOCOL
+        .lines()
+        .skip_while(|line| *line != "## Errors")
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .collect();
+    let known: Vec<&str> = Code::ALL.iter().map(|code| code.as_str()).collect();
+    assert_eq!(written, known);
+}
+
+#[test]
+fn every_verb_stands_in_the_protocol_page_and_no_other() {
+    let section = PROTOCOL.split("## Verbs of the control socket").nth(1).and_then(|rest| rest.split("\n## ").next());
+    let written: Vec<&str> = section
+        .expect("the section on verbs")
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .collect();
+    let known: Vec<&str> = VERBS.iter().map(|verb| verb.name).collect();
+    assert_eq!(written, known);
+}
+
+#[test]
+fn every_direct_dependency_stands_in_its_page_and_no_other() {
+    let manifest: toml::Table = include_str!("../Cargo.toml").parse().expect("Cargo.toml");
+    let known: Vec<&str> = manifest["dependencies"].as_table().expect("a table").keys().map(String::as_str).collect();
+    let written: Vec<&str> = include_str!("../docs/dependencies.md")
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .collect();
+    assert_eq!(written, known);
+}
