@@ -116,7 +116,8 @@ test: lint config-check build $(B)/warren.img
 	echo "test: all passed"
 
 bench: build
-	@cargo run --release --locked -q -p qemu-tests --bin bench
+	@cargo build --release --locked -q -p qemu-tests --bins
+	$(TARGET)/bench
 
 clean:
 	@image/down

@@ -6,6 +6,8 @@
 
 pub mod cli;
 pub mod control;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod guest;
 pub mod init;
 pub mod node;

@@ -27,3 +27,14 @@ fn every_verb_stands_in_the_protocol_page_and_no_other() {
     let known: Vec<&str> = VERBS.iter().map(|verb| verb.name).collect();
     assert_eq!(written, known);
 }
+
+#[test]
+fn every_direct_dependency_stands_in_its_page_and_no_other() {
+    let manifest: toml::Table = include_str!("../Cargo.toml").parse().expect("Cargo.toml");
+    let known: Vec<&str> = manifest["dependencies"].as_table().expect("a table").keys().map(String::as_str).collect();
+    let written: Vec<&str> = include_str!("../docs/dependencies.md")
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .collect();
+    assert_eq!(written, known);
+}

@@ -8,7 +8,7 @@ const SPLATS: &[&str] = &[
     "Oops",
     "BUG:",
     "kernel BUG at",
-    "WARNING: ",
+    "WARNING: CPU:",
     "Call Trace:",
     "general protection",
     "Unable to handle kernel",

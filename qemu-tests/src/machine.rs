@@ -200,6 +200,6 @@ pub fn description() -> String {
 
 /// The kernel that boots the node directly, and the end of its command line that every boot shares.
 pub fn host_kernel() -> (PathBuf, &'static str) {
-    // panic=-1 with -no-reboot: QEMU ends when the node's kernel panics, instead of hanging.
-    (Artefact::HostKernel.path(), "console=ttyS0 loglevel=4 panic=-1")
+    // Warnings are level 4 and have to be seen; panic=-1 with -no-reboot: QEMU ends when the node's kernel panics, instead of hanging.
+    (Artefact::HostKernel.path(), "console=ttyS0 loglevel=5 panic=-1")
 }

@@ -70,7 +70,7 @@ impl Boot {
             memory_mib: 4096,
             allowed: Vec::new(),
             root_port: true,
-            service: "/test/serve".to_string(),
+            service: "/test/burrow --serve /dev/virtio-ports/org.warren.test.0".to_string(),
         }
     }
 
@@ -111,9 +111,9 @@ impl Boot {
         self
     }
 
-    /// With this program on the node instead of the agent behind `Node::run`.
-    pub fn only_service(mut self, path: &str) -> Self {
-        self.service = path.to_string();
+    /// With this program (a path and arguments) on the node instead of the agent behind `Node::run`.
+    pub fn only_service(mut self, argv: &str) -> Self {
+        self.service = argv.to_string();
         self.root_port = false;
         self
     }
@@ -147,8 +147,7 @@ impl Boot {
                 cmdline.push(' ');
                 cmdline.push_str(parameter);
             }
-            cmdline.push_str(" warren.service=");
-            cmdline.push_str(&self.service);
+            cmdline.push_str(&format!(" \"warren.service={}\"", self.service));
             Firmware::Kernel { kernel, initramfs, cmdline }
         };
         let disks: Vec<Disk> = self.image.into_iter().chain(self.data).collect();
@@ -180,8 +179,6 @@ impl Boot {
         }
         archive.file("/test/burrow", 0o755, &read(&Artefact::Burrow.path()));
         archive.file("/test/bin/node-tool", 0o755, &read(&artefacts::node_tool("node-tool")));
-        let serve = b"#!/test/bin/sh\nexec /test/burrow --serve /dev/virtio-ports/org.warren.test.0\n";
-        archive.file("/test/serve", 0o755, serve);
         for (path, mode, content) in &self.files {
             archive.file(path, *mode, content);
         }

@@ -50,7 +50,9 @@ impl Drop for Turn {
         let splats = node.new_splats();
         let failed = std::thread::panicking();
         if failed || !splats.is_empty() {
-            let _ = node.keep_console();
+            if !failed {
+                let _ = node.keep_console(); // a node dropped by a failed test keeps it by itself
+            }
             // The next test gets a fresh one: whatever is wrong with this node shall fail one test only.
             *self.node = None;
         }

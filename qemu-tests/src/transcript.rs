@@ -5,7 +5,7 @@
 //!
 //! * `< t ok id=* name=web` — the fields named have to be there with these values, in this order and no others;
 //!   `*` stands for any value, and inside a value for any part of it.
-//! * `< ...` — any number of lines, up to one that matches the line after it.
+//! * `<...` — any number of lines, up to one that matches the line after it.
 //! * `$NAME` in a sent or expected line is a value remembered earlier: `< t ok id=*ID` remembers it as `$ID`.
 //! * A `data` line is followed by its payload: what stands on the next `> ` or `< ` line is payload and LF.
 //!
@@ -50,7 +50,7 @@ pub fn parse(markdown: &str) -> Vec<Transcript> {
                     inside = None;
                 } else if let Some(text) = line.strip_prefix("> ") {
                     steps.push(Step::Send(text.to_string()));
-                } else if line.trim_end() == "< ..." {
+                } else if matches!(line.trim_end(), "<..." | "< ...") {
                     steps.push(Step::Skip);
                 } else if let Some(text) = line.strip_prefix("< ") {
                     steps.push(Step::Expect(text.to_string()));
@@ -139,7 +139,8 @@ mod tests {
 
     #[test]
     fn transcripts_are_found_by_their_fence() {
-        let text = "# A\n```transcript\n> 1 hello\n< 1 ok protocol=1 *\n```\n```\n> no\n```\n## B\n```transcript\n< ...\n```\n";
+        let text =
+            "# A\n```transcript\n> 1 hello\n< 1 ok protocol=1 *\n```\n```\n> no\n```\n## B\n```transcript\n<...\n```\n";
         let found = parse(text);
         assert_eq!(found.len(), 2);
         assert_eq!(found[0].name, "A #1");

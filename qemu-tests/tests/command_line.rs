@@ -56,7 +56,7 @@ fn a_python_script_is_copied_in_run_and_its_exit_code_passed_through() {
 #[test]
 fn an_error_is_one_line_with_its_code() {
     let node = shared::node();
-    let output = warren(&node, &["inspect", "nosuchsandbox"]);
+    let output = warren(&node, &["exec", "nosuchsandbox", "--", "true"]);
     assert!(!output.status.success());
     assert!(stderr(&output).starts_with("error: NOT_FOUND: "), "{}", stderr(&output));
     assert_eq!(stdout(&output), "");

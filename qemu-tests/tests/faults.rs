@@ -115,12 +115,3 @@ fn state_survives_an_orderly_end_and_a_power_cut() {
     assert_eq!(node.sandbox(&[]).exec(&["echo", "well"]).text("stdout"), "well\n");
     node.power_off();
 }
-
-#[test]
-fn the_power_button_ends_the_node_in_order() {
-    let node = Boot::kernel().start();
-    node.sandbox(&[]).keep();
-    node.machine().monitor("system_powerdown", serde_json::json!({})).expect("QEMU presses the button");
-    node.wait_for_end("its power button was pressed");
-    node.into_disks();
-}

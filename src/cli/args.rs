@@ -90,10 +90,10 @@ pub enum Verb {
     /// Directories are copied with everything in them. `-` is standard input or output, for a single file.
     Cp {
         /// PATH, SANDBOX:PATH or -
-        #[arg(value_name = "SOURCE", allow_hyphen_values = true)]
+        #[arg(value_name = "SOURCE")]
         source: OsString,
         /// PATH, SANDBOX:PATH or -
-        #[arg(value_name = "TARGET", allow_hyphen_values = true)]
+        #[arg(value_name = "TARGET")]
         target: OsString,
     },
     /// Show the node, or stop or reboot it

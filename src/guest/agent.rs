@@ -576,15 +576,16 @@ impl Agent {
         }
         match connection.link.fill() {
             Ok(Filled::More) => {}
-            Ok(Filled::Drained) => connection.readable = false,
+            Ok(Filled::Drained) => {
+                connection.readable = false;
+                return false;
+            }
             Ok(Filled::Closed) | Err(_) => {
                 connection.broken = true;
                 return false;
             }
         }
-        let mut progress = false;
         while let Some(decoded) = connection.link.next() {
-            progress = true;
             match decoded {
                 Decoded::Message(message) => self.handle(id, connection, message),
                 Decoded::Bad { tag, error } => match connection.position(&tag) {
@@ -596,7 +597,7 @@ impl Agent {
                 },
             }
         }
-        progress
+        true
     }
 
     /// Lets every request on the link go on, in turns.

@@ -103,6 +103,7 @@ impl StopMode {
 pub struct ExitWatch {
     link: Link<UnixStream>,
     lost: bool,
+    stopping: bool,
 }
 
 impl ExitWatch {
@@ -122,7 +123,7 @@ impl ExitWatch {
     /// Over any stream socket, for tests and `inherit`. Asks for the exits at once.
     pub fn new(stream: StdStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        let mut watch = Self { link: Link::new(UnixStream::from_std(stream)), lost: false };
+        let mut watch = Self { link: Link::new(UnixStream::from_std(stream)), lost: false, stopping: false };
         watch.send(Request::new(WATCH, "exits.watch"));
         Ok(watch)
     }
@@ -154,6 +155,7 @@ impl ExitWatch {
 
     /// Asks init to stop the node. The sandboxes must have been stopped: what still runs is killed.
     pub fn request_stop(&mut self, mode: StopMode) {
+        self.stopping = true;
         self.send(Request::new(STOP, "node.stop").set("mode", mode.as_str()));
     }
 
@@ -191,9 +193,10 @@ impl ExitWatch {
     }
 
     fn lose(&mut self, why: &str) {
-        if !self.lost {
-            self.lost = true;
+        // Init closes the link when it stops the node.
+        if !self.lost && !self.stopping {
             log::error!("link to init is lost: {why}");
         }
+        self.lost = true;
     }
 }

@@ -62,7 +62,7 @@ pub fn die_loudly() {
 /// Everything else. What fails is reported; the node goes on.
 pub fn set_up(name: &str) {
     for (file, value) in SETTINGS {
-        report(&format!("set {file}"), fs::write(format!("/proc/sys/{file}"), value));
+        report(&format!("set {file}"), fs::write(format!("/proc/sys/{file}"), format!("{value}\n")));
     }
     report("set kernel/panic", restart_after_panic());
     // Three keys must not restart a node; the kernel sends SIGINT instead, which is an ordered restart.

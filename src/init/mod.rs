@@ -13,6 +13,7 @@ mod link;
 mod machine;
 mod mounts;
 mod ports;
+mod power_button;
 mod reaper;
 mod run;
 mod service;

@@ -9,13 +9,17 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
 
 const CLASS: &str = "/sys/class/virtio-ports";
 const LINKS: &str = "/dev/virtio-ports";
+const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_console";
 const MAX_NAME: usize = 128;
+/// How long the start waits for the host to name its ports; it takes a few milliseconds where it does.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Keeps the links true.
 pub struct Ports {
@@ -23,10 +27,14 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// Makes the links that can be made now, and listens for more.
+    /// Makes the links, after a short wait for names that are under way, and listens for more.
     pub fn new() -> Self {
         // Listen first, so that no name falls between the look and the listening.
         let events = listen().map_err(|error| log::error!("no kernel events for virtio ports: {error}")).ok();
+        let deadline = Instant::now() + PATIENCE;
+        while !all_named(Path::new(DRIVER), Path::new(CLASS)) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         update(Path::new(CLASS), Path::new(LINKS));
         Self { events }
     }
@@ -98,6 +106,14 @@ fn try_update(class: &Path, links: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether no port is known to be still without its name. A machine without such a device has nothing to wait for.
+fn all_named(driver: &Path, class: &Path) -> bool {
+    let has_device = fs::read_dir(driver)
+        .is_ok_and(|entries| entries.flatten().any(|entry| entry.file_name().to_string_lossy().starts_with("virtio")));
+    let mut ports = fs::read_dir(class).into_iter().flatten().flatten().peekable();
+    !has_device || (ports.peek().is_some() && ports.all(|port| port.path().join("name").exists()))
+}
+
 /// Port names and where their links lead.
 fn wanted(class: &Path) -> BTreeMap<String, PathBuf> {
     let Ok(entries) = fs::read_dir(class) else { return BTreeMap::new() };
@@ -149,6 +165,13 @@ mod tests {
         port("vport0p4", "org.warren.control.0\n");
         fs::remove_dir_all(class.join("vport0p1")).unwrap();
         assert_eq!(look(), [("org.warren.control.0".to_string(), PathBuf::from("../vport0p4"))]);
+        let driver = root.join("driver");
+        assert!(all_named(&driver, &class), "no device, nothing to wait for");
+        fs::create_dir_all(driver.join("virtio1")).unwrap();
+        assert!(all_named(&driver, &class));
+        fs::create_dir_all(class.join("vport0p5")).unwrap();
+        assert!(!all_named(&driver, &class), "a port has no name yet");
+        assert!(!all_named(&driver, &root.join("nowhere")), "the device has no ports yet");
         fs::remove_dir_all(&root).unwrap();
     }
 }

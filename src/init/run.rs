@@ -1,4 +1,4 @@
-//! Init's loop: signals, the supervisor's link, kernel events, restarts that are due.
+//! Init's loop: signals, the supervisor's link, kernel events, the power button, restarts that are due.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ use super::cgroups;
 use super::client::{ChildExit, LINK_FD, LINK_VARIABLE, StopMode};
 use super::link::SupervisorLink;
 use super::ports::Ports;
+use super::power_button::PowerButtons;
 use super::reaper::{Kept, Reaped, reap};
 use super::service::Service;
 use super::spawn::Program;
@@ -25,8 +26,18 @@ struct Init {
     link: Option<SupervisorLink>,
     kept: Kept,
     ports: Ports,
-    /// A signal asked for this; the supervisor has until then.
+    buttons: PowerButtons,
+    /// A signal or the power button asked for this; the supervisor has until then.
     stopping: Option<(StopMode, Instant)>,
+}
+
+/// What has something to do.
+#[derive(Debug, Default)]
+struct Ready {
+    signal: bool,
+    kernel: bool,
+    button: bool,
+    link: bool,
 }
 
 /// Runs until the node must stop; gives how.
@@ -38,6 +49,7 @@ pub fn run(services: Vec<Vec<String>>) -> StopMode {
         link: None,
         kept: Kept::default(),
         ports: Ports::new(),
+        buttons: PowerButtons::open(),
         stopping: None,
     };
     loop {
@@ -76,14 +88,19 @@ fn service(argv: &[String]) -> Option<Service> {
 impl Init {
     fn turn(&mut self, signals: &SignalFd) -> Option<StopMode> {
         self.start_what_is_due();
-        let (signalled, linked, kernel) = self.wait(signals);
-        if kernel {
+        let ready = self.wait(signals);
+        if ready.kernel {
             self.ports.handle();
         }
-        if linked && let Some(mode) = self.handle_link() {
+        if ready.button && self.buttons.pressed() {
+            self.begin_stop(StopMode::PowerOff, "the power button was pressed");
+        }
+        if ready.link
+            && let Some(mode) = self.handle_link()
+        {
             return Some(mode);
         }
-        if signalled {
+        if ready.signal {
             while let Ok(Some(signal)) = signals.read_signal() {
                 self.handle_signal(i32::try_from(signal.ssi_signo).unwrap_or(0));
             }
@@ -99,21 +116,31 @@ impl Init {
         (self.supervisor.pid().is_none() || Instant::now() >= deadline).then_some(mode)
     }
 
-    /// Waits for the next thing to do: (a signal, the link, a kernel event).
-    fn wait(&mut self, signals: &SignalFd) -> (bool, bool, bool) {
+    /// Waits for the next thing to do.
+    fn wait(&mut self, signals: &SignalFd) -> Ready {
         let due = self.services.iter().chain([&self.supervisor]).filter_map(Service::due);
         let next = due.chain(self.stopping.map(|(_, deadline)| deadline)).min();
         let mut descriptors = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         let kernel = self.ports.events().map(|events| add(&mut descriptors, events, PollFlags::POLLIN));
-        let linked = self.link.as_mut().map(|link| {
+        let first_button = descriptors.len();
+        for button in self.buttons.descriptors() {
+            add(&mut descriptors, button, PollFlags::POLLIN);
+        }
+        let buttons = first_button..descriptors.len();
+        let link = self.link.as_mut().map(|link| {
             let write = if link.wants_to_write() { PollFlags::POLLOUT } else { PollFlags::empty() };
             add(&mut descriptors, link.descriptor(), PollFlags::POLLIN | write)
         });
         if poll(&mut descriptors, timeout(next)).is_err() {
-            return (false, false, false); // interrupted: go round
+            return Ready::default(); // interrupted: go round
         }
-        let ready = |at: Option<usize>| at.is_some_and(|at| descriptors[at].any().unwrap_or(true));
-        (ready(Some(0)), ready(linked), ready(kernel))
+        let ready = |at: usize| descriptors[at].any().unwrap_or(true);
+        Ready {
+            signal: ready(0),
+            kernel: kernel.is_some_and(ready),
+            button: buttons.into_iter().any(ready),
+            link: link.is_some_and(ready),
+        }
     }
 
     fn start_what_is_due(&mut self) {
@@ -138,11 +165,11 @@ impl Init {
         let link = self.link.as_mut()?;
         let result = link.handle(&mut self.kept).and_then(|stop| link.flush().map(|()| stop));
         match result {
-            // What a signal asked for before goes before what the supervisor understood.
+            // What was asked for from outside goes before what the supervisor understood.
             Ok(Some(mode)) => Some(self.stopping.map_or(mode, |(asked, _)| asked)),
             Ok(None) => None,
             Err(error) => {
-                log::warn!("link to the supervisor ended: {error}");
+                log::debug!("link to the supervisor ended: {error}"); // its end is told by its exit
                 self.link = None;
                 None
             }
@@ -150,15 +177,19 @@ impl Init {
     }
 
     fn handle_signal(&mut self, signal: i32) {
-        let mode = match signal {
-            libc::SIGINT => StopMode::Reboot, // Ctrl-Alt-Del
-            libc::SIGTERM | libc::SIGPWR => StopMode::PowerOff,
-            _ => return,
-        };
+        match signal {
+            libc::SIGINT => self.begin_stop(StopMode::Reboot, "Ctrl-Alt-Del was pressed or SIGINT came"),
+            libc::SIGTERM | libc::SIGPWR => self.begin_stop(StopMode::PowerOff, "SIGTERM or SIGPWR came"),
+            _ => {}
+        }
+    }
+
+    /// Asks the supervisor to stop the sandboxes and then the node; it has `ORDERLY_STOP` for that.
+    fn begin_stop(&mut self, mode: StopMode, why: &str) {
         if self.stopping.is_some() {
             return;
         }
-        log::info!("signal {signal}: the node stops ({})", mode.as_str());
+        log::info!("{why}: the node stops ({})", mode.as_str());
         self.stopping = Some((mode, Instant::now() + ORDERLY_STOP));
         if let Some(pid) = self.supervisor.pid()
             && let Err(error) = kill(pid, Signal::SIGTERM)
@@ -172,11 +203,11 @@ impl Init {
         if of(&self.supervisor) {
             let last_wish = self.handle_link(); // what it wrote before it ended
             self.link = None;
-            self.supervisor.ended(exit.status);
+            self.supervisor.ended(exit.status, self.stopping.is_some() || last_wish.is_some());
             return last_wish;
         }
         if let Some(service) = self.services.iter_mut().find(|service| of(service)) {
-            service.ended(exit.status);
+            service.ended(exit.status, self.stopping.is_some());
         } else if exit.sandbox().is_some() {
             self.kept.push(exit.clone());
             if let Some(link) = &mut self.link {

@@ -99,8 +99,8 @@ impl Service {
         }
     }
 
-    /// Its process has ended: it waits for its restart now.
-    pub fn ended(&mut self, status: ChildStatus) {
+    /// Its process has ended: it waits for its restart now, which the caller starts where the node goes on.
+    pub fn ended(&mut self, status: ChildStatus, stopping: bool) {
         let ran = match self.phase {
             Phase::Running { since, .. } => since.elapsed(),
             Phase::Waiting { .. } => Duration::ZERO,
@@ -111,7 +111,11 @@ impl Service {
             ChildStatus::Code(code) => format!("ended with code {code}"),
             ChildStatus::Signal(signal) => format!("was ended by signal {signal}"),
         };
-        log::error!("{} {how} after {} ms; restarts in {} ms", self.name, ran.as_millis(), delay.as_millis());
+        if stopping {
+            log::info!("{} {how}", self.name);
+        } else {
+            log::error!("{} {how} after {} ms; restarts in {} ms", self.name, ran.as_millis(), delay.as_millis());
+        }
     }
 }
 

@@ -19,13 +19,16 @@ pub struct Program {
     path: CString,
     argv: Vec<CString>,
     environment: Vec<CString>,
+    /// What the child says when it cannot become the program; the number of the error follows.
+    apology: Vec<u8>,
 }
 
 impl Program {
     /// `argv[0]` is only the name it sees; `path` is what is run.
     pub fn new(path: &str, argv: &[String], environment: &[String]) -> Result<Self, NulError> {
         let strings = |of: &[String]| of.iter().map(|s| CString::new(s.as_str())).collect::<Result<Vec<_>, _>>();
-        Ok(Self { path: CString::new(path)?, argv: strings(argv)?, environment: strings(environment)? })
+        let apology = format!("<3>warren[init]: ERROR cannot execute {path}: error ").into_bytes();
+        Ok(Self { path: CString::new(path)?, argv: strings(argv)?, environment: strings(environment)?, apology })
     }
 
     /// Starts it in `group` (init's own without), in a session of its own, with `link` as descriptor 3.
@@ -35,6 +38,8 @@ impl Program {
             |of: &[CString]| -> Vec<*const c_char> { of.iter().map(|s| s.as_ptr()).chain([ptr::null()]).collect() };
         // Everything the child needs is made here: between fork and exec it only makes system calls.
         let (argv, environment) = (pointers(&self.argv), pointers(&self.environment));
+        let mut apology = self.apology.clone();
+        apology.reserve(8);
         // SAFETY: all zeros is a valid `clone_args`.
         let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
         arguments.exit_signal = libc::SIGCHLD as u64;
@@ -46,14 +51,20 @@ impl Program {
         // of a live `clone_args`.
         let pid = unsafe { libc::syscall(libc::SYS_clone3, &arguments, size_of::<libc::clone_args>()) };
         match pid {
-            0 => self.become_program(&argv, &environment, link.map_or(-1, AsRawFd::as_raw_fd)),
+            0 => self.become_program(&argv, &environment, link.map_or(-1, AsRawFd::as_raw_fd), apology),
             pid if pid > 0 => Ok(Pid::from_raw(pid as libc::pid_t)),
             _ => Err(io::Error::last_os_error()),
         }
     }
 
     /// The child's side.
-    fn become_program(&self, argv: &[*const c_char], environment: &[*const c_char], link: i32) -> ! {
+    fn become_program(
+        &self,
+        argv: &[*const c_char],
+        environment: &[*const c_char],
+        link: i32,
+        mut apology: Vec<u8>,
+    ) -> ! {
         // SAFETY: only async-signal-safe calls; the arrays end with a null pointer and their strings live in
         // `self`; `none` is initialised by sigemptyset before it is used.
         unsafe {
@@ -68,8 +79,10 @@ impl Program {
                 libc::dup2(link, LINK_FD);
             }
             libc::execve(self.path.as_ptr(), argv.as_ptr(), environment.as_ptr());
-            const SORRY: &[u8] = b"<3>warren[init]: ERROR a program could not be executed\n";
-            libc::write(libc::STDERR_FILENO, SORRY.as_ptr().cast(), SORRY.len());
+            // One write, digits by hand: see `start` for why nothing is allocated or formatted here.
+            let error = (*libc::__errno_location()).clamp(0, 255) as u8;
+            apology.extend_from_slice(&[b'0' + error / 100, b'0' + error / 10 % 10, b'0' + error % 10, b'\n']);
+            libc::write(libc::STDERR_FILENO, apology.as_ptr().cast(), apology.len());
             libc::_exit(127)
         }
     }

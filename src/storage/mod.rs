@@ -6,4 +6,3 @@ mod schema;
 pub mod state;
 pub mod template_disk;
 pub mod templates;
-//! What a node keeps on its data partition.

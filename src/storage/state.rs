@@ -3,7 +3,8 @@
 //! SQLite in WAL mode, written by one thread. The supervisor submits changes and never waits: completions are
 //! polled after `notify` was called from the thread. All changes that are queued when the thread wakes up go
 //! into one transaction. After a power cut the database holds a prefix of the committed batches
-//! (synchronous=NORMAL); a change submitted as durable is on the medium when it completes (FULL).
+//! (synchronous=NORMAL); a durable change is on the medium when it completes (FULL). What happens to sandboxes and
+//! templates is durable always: after a power cut the node must still know what ran. Executions are not, unless asked.
 
 use std::fmt;
 use std::fs::File;
@@ -162,7 +163,8 @@ impl State {
 
     /// Queues a change. Changes are made in the order they were submitted.
     pub fn submit(&mut self, change: Change) -> Ticket {
-        self.queue(change, false)
+        let durable = !matches!(change, Change::PutExecution(_) | Change::RemoveExecution { .. });
+        self.queue(change, durable)
     }
 
     /// Queues a change that must be on the medium when it completes.

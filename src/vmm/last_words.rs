@@ -102,6 +102,7 @@ static WRITTEN: AtomicBool = AtomicBool::new(false);
 #[derive(Debug)]
 pub struct LastWords {
     file: File,
+    written: &'static AtomicBool,
 }
 
 impl LastWords {
@@ -135,12 +136,18 @@ impl LastWords {
                 libc::sigaction(signal, &new, std::ptr::null_mut());
             }
         }
-        Self { file }
+        Self { file, written: &WRITTEN }
+    }
+
+    /// A record in a file of its own, for tests.
+    #[cfg(test)]
+    pub fn in_file(file: File) -> Self {
+        Self { file, written: Box::leak(Box::default()) }
     }
 
     /// Writes the record, unless there is one already.
     pub fn write(&self, end: &End) {
-        if WRITTEN.swap(true, Ordering::SeqCst) {
+        if self.written.swap(true, Ordering::SeqCst) {
             return;
         }
         let line = end.line();

@@ -36,7 +36,8 @@ const FIRST_CONNECTION: usize = 1 << 16;
 /// Runs the worker to its end.
 pub fn main() -> ExitCode {
     let last_words = LastWords::take_over();
-    let end = match Worker::new().and_then(|worker| worker.run(&last_words)) {
+    let run = take_over_listener().and_then(Worker::new).and_then(|worker| worker.run(&last_words));
+    let end = match run {
         Ok(end) => end,
         Err(e) => {
             let end = End::new(Reason::Internal, format!("the worker's loop failed: {e}"));
@@ -46,6 +47,16 @@ pub fn main() -> ExitCode {
     };
     eprintln!("warren vmm: {end}");
     if end.reason.is_orderly() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn take_over_listener() -> io::Result<StdListener> {
+    // SAFETY: the supervisor gives the worker this descriptor and nothing else in the process owns it; if it is no
+    // listening socket, the first accept fails.
+    let listener = unsafe { StdListener::from_raw_fd(LISTENER_FD) };
+    listener.set_nonblocking(true)?;
+    // SAFETY: sets a flag of a descriptor that is open: the call above succeeded.
+    unsafe { libc::fcntl(LISTENER_FD, libc::F_SETFD, libc::FD_CLOEXEC) };
+    Ok(listener)
 }
 
 /// A request of a connection that is answered later.
@@ -82,13 +93,8 @@ enum Outcome {
 }
 
 impl Worker {
-    fn new() -> io::Result<Self> {
-        // SAFETY: the supervisor gives the worker this descriptor and nothing else in the process owns it; if it is no
-        // listening socket, the first accept fails.
-        let listener = unsafe { StdListener::from_raw_fd(LISTENER_FD) };
-        listener.set_nonblocking(true)?;
-        // SAFETY: sets a flag of a descriptor that is open: the call above succeeded.
-        unsafe { libc::fcntl(LISTENER_FD, libc::F_SETFD, libc::FD_CLOEXEC) };
+    /// A worker on a non-blocking listening socket.
+    fn new(listener: StdListener) -> io::Result<Self> {
         let mut listener = UnixListener::from_std(listener);
         let poll = Poll::new()?;
         poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
@@ -353,3 +359,6 @@ impl Worker {
 fn not_running() -> Error {
     Error::new(Code::BadState, "the microVM does not run yet")
 }
+
+#[cfg(test)]
+mod tests;

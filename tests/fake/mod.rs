@@ -123,7 +123,9 @@ impl Connection {
     fn serve(&mut self) {
         let mut decoder = Decoder::new();
         let mut chunk = vec![0u8; 65536];
-        while let Ok(n) = self.stream.read(&mut chunk) {
+        loop {
+            // A client that went away before it read everything is a reset, not an end.
+            let n = self.stream.read(&mut chunk).unwrap_or(0);
             if n == 0 {
                 self.store.lock().unwrap().seen.push("gone".to_string());
                 return;
@@ -154,9 +156,8 @@ impl Connection {
                 }
             }
             Message::Cancel { .. } => {
-                if self.running.remove(&tag).is_some() {
-                    self.say(Message::err(&tag, Error::new(Code::Cancelled, "cancelled")));
-                }
+                let Some(_) = self.running.remove(&tag) else { return };
+                self.say(Message::err(&tag, Error::new(Code::Cancelled, "cancelled")));
             }
             Message::Data { payload, .. } => {
                 let Some(Running::Cat { content, into, taken }) = self.running.get_mut(&tag) else { return };

@@ -93,12 +93,10 @@ fn measure(node: &Node, argv: &[&str], rows: &mut Vec<Row>) -> bool {
 /// From the kernel's first instruction to the control socket's first answer.
 fn host_boot() -> io::Result<Row> {
     let firmware = firmware_time()?;
-    let script = b"#!/test/bin/sh\nexec /test/bin/node-bench boot\n".to_vec();
     let node = Boot::diskless()
         .virtual_time()
         .file("/test/bin/node-bench", 0o755, bytes(&node_tool("node-bench")))
-        .file("/test/boot", 0o755, script)
-        .only_service("/test/boot")
+        .only_service("/test/bin/node-bench boot")
         .power_on();
     let end = Instant::now() + timing::hang() * 2;
     let answered = loop {

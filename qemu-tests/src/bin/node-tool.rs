@@ -1,11 +1,14 @@
 //! What the tests ask of the node from inside: `processes`, `state`, `talk SOCKET`, `disk OVERLAY BASE`.
 
-use std::fs;
-use std::io;
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
+
+use warren::storage::overlay::Overlay;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -27,8 +30,14 @@ fn main() -> ExitCode {
                 return ExitCode::FAILURE;
             }
         }
+        ["disk", overlay, base] => {
+            if let Err(e) = disk(overlay, base) {
+                eprintln!("node-tool: {overlay} over {base}: {e}");
+                return ExitCode::FAILURE;
+            }
+        }
         _ => {
-            eprintln!("usage: node-tool processes | state | talk SOCKET");
+            eprintln!("usage: node-tool processes | state | talk SOCKET | disk OVERLAY BASE");
             return ExitCode::from(2);
         }
     }
@@ -77,6 +86,30 @@ fn talk(socket: &str) -> io::Result<()> {
     io::copy(&mut io::stdin(), &mut stream)?;
     stream.shutdown(Shutdown::Write)?;
     reader.join().map_err(|_| io::Error::other("the reading thread panicked"))??;
+    Ok(())
+}
+
+/// Prints a sandbox's disk: records of offset (8 octets, little endian), length (4 octets) and content, without the
+/// pieces that are all zeroes.
+fn disk(overlay: &str, base: &str) -> Result<(), Box<dyn Error>> {
+    const PIECE: usize = 64 * 1024;
+    let file = File::options().read(true).write(true).open(overlay)?;
+    let disk = Overlay::open(file, File::open(base)?)?;
+    let mut out = BufWriter::with_capacity(1 << 20, io::stdout().lock());
+    let mut piece = vec![0; PIECE];
+    let zeroes = vec![0; PIECE];
+    let mut offset = 0;
+    while offset < disk.disk_bytes() {
+        let length = usize::try_from(disk.disk_bytes() - offset)?.min(PIECE);
+        disk.read(offset, length, &mut piece[..length])?;
+        if piece[..length] != zeroes[..length] {
+            out.write_all(&offset.to_le_bytes())?;
+            out.write_all(&u32::try_from(length)?.to_le_bytes())?;
+            out.write_all(&piece[..length])?;
+        }
+        offset += length as u64;
+    }
+    out.flush()?;
     Ok(())
 }
 

@@ -257,7 +257,7 @@ impl Exec {
             .with("stdout_offset", self.stdout.offset())
             .with("stderr_offset", self.stderr.offset());
         if let Phase::Ended(outcome) = &self.phase {
-            row = row.with("exit", exit_code(outcome.status));
+            row.0.extend(self.result(outcome).0);
         }
         for arg in &self.argv {
             row = row.with_bytes("argv", arg);

@@ -10,6 +10,8 @@
 
 pub mod block;
 pub mod device;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod driver;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
@@ -17,6 +19,9 @@ pub mod segments;
 pub mod serial;
 pub mod set;
 pub mod vsock;
+
+#[cfg(test)]
+mod tests;
 
 pub use mmio::{QUEUE_NOTIFY, WINDOW};
 pub use set::{

@@ -99,6 +99,11 @@ impl Vsock {
         self.muxer.next_deadline()
     }
 
+    /// Connections at present, in all states.
+    pub fn connections(&self) -> usize {
+        self.muxer.connections()
+    }
+
     /// Gives the guest what there is for it, as long as it has buffers.
     pub fn pump(&mut self, context: &mut Context<'_>) -> Result<Progress, QueueError> {
         let mut burst = Burst::default();
@@ -308,3 +313,6 @@ impl Device for Vsock {
         self.muxer.driver_gone();
     }
 }
+
+#[cfg(test)]
+mod tests;
