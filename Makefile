@@ -62,14 +62,13 @@ binaries: deps
 $(B)/warren $(B)/burrow: binaries
 	@:
 
-KERNEL_PARTS := kernel-config/build $(wildcard kernel-config/*.config)
-$(B)/vmlinux: $(KERNEL_PARTS) | deps
+$(B)/vmlinux: kernel-config/build kernel-config/guest.config | deps
 	@kernel-config/build guest $(B)
 	touch $@
-$(B)/bzImage: $(KERNEL_PARTS) | deps
+$(B)/bzImage: kernel-config/build kernel-config/host.config kernel-config/host-qemu.config | deps
 	@kernel-config/build host-qemu $(B)
 	touch $@
-$(B)/hardware/bzImage: $(KERNEL_PARTS) | deps
+$(B)/hardware/bzImage: kernel-config/build kernel-config/host.config kernel-config/host-hardware.config | deps
 	@kernel-config/build host-hardware $(B)/hardware
 	touch $@
 
