@@ -56,6 +56,10 @@ pub(super) enum Timer {
     Relink(SandboxId),
     /// Followed logs may have grown.
     Logs,
+    /// The control port was not there: look again.
+    Port,
+    /// The database refused to write: put the rows again that are not in it.
+    Record,
 }
 
 /// What a background thread has done.
@@ -99,6 +103,10 @@ pub struct Supervisor {
     pub(super) node_id: String,
     pub(super) started: SystemTime,
     pub(super) log_timer: bool,
+    /// How often the control port was looked for in vain.
+    port_looks: u32,
+    /// A row could not be written; a timer to put all of them again runs.
+    unrecorded: bool,
     /// The node is stopping; the clients that asked for it.
     pub(super) stopping: Option<Stopping>,
     listener: Listener,
@@ -114,6 +122,13 @@ pub(super) struct Stopping {
     pub waiters: Vec<(u64, String)>,
     pub deadline: Instant,
 }
+
+/// How often the control port is looked for after the start; the last look is about 13 s after it.
+const PORT_LOOKS: u32 = 8;
+/// Requests under way at once through the control port, which is one connection for all clients behind a bridge.
+const PORT_REQUESTS: usize = 4096;
+/// Pause before rows that could not be written are put again.
+const RECORD_AGAIN: Duration = Duration::from_secs(5);
 
 /// Messages that one source may bring in one turn, so that a flood leaves room for everybody else.
 pub(super) const TURN: usize = 256;
@@ -188,6 +203,8 @@ impl Supervisor {
             node_id: snapshot.node_id.clone(),
             started: SystemTime::now(),
             log_timer: false,
+            port_looks: 0,
+            unrecorded: false,
             stopping: None,
             listener,
             signals,
@@ -207,10 +224,15 @@ impl Supervisor {
     fn open_port(&mut self) {
         let path = std::path::Path::new("/dev/virtio-ports").join(crate::control::port::NAME);
         if !path.exists() {
+            // The host may name its ports late, and most nodes have none: a cheap look, less and less often.
+            if self.port_looks < PORT_LOOKS {
+                self.timers.after(Duration::from_millis(50) * 2u32.pow(self.port_looks), Timer::Port);
+                self.port_looks += 1;
+            }
             return;
         }
         match Port::open(&path) {
-            Ok(port) => self.add_client(Client::port(port, 4096)),
+            Ok(port) => self.add_client(Client::port(port, PORT_REQUESTS)),
             Err(e) => log::error!("control port {}: {e}", path.display()),
         }
     }
@@ -350,6 +372,9 @@ impl Supervisor {
         for (Ticket { .. }, result) in self.database.completed() {
             if let Err(e) = result {
                 log::error!("state database: {e}");
+                if !std::mem::replace(&mut self.unrecorded, true) {
+                    self.timers.after(RECORD_AGAIN, Timer::Record);
+                }
             }
         }
         while let Some(done) = self.background.finished() {
@@ -387,6 +412,22 @@ impl Supervisor {
             Timer::Obituary(id) => self.bury_anyway(&id),
             Timer::Relink(id) => self.relink(&id),
             Timer::Logs => self.logs_due(),
+            Timer::Port => self.open_port(),
+            Timer::Record => self.record_all(),
+        }
+    }
+
+    /// Puts every row again. A put replaces the whole row, so doing it twice is fine.
+    fn record_all(&mut self) {
+        self.unrecorded = false;
+        let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
+        for id in ids {
+            self.record(&id);
+            let Some(sandbox) = self.sandboxes.get(&id) else { continue };
+            for exec in sandbox.execs.values() {
+                let row = sandbox.execution_row(exec, now_ms());
+                self.database.submit(Change::PutExecution(Box::new(row)));
+            }
         }
     }
 
