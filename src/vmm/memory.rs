@@ -162,7 +162,7 @@ impl GuestMemory {
     /// Maps `bytes` (a multiple of `PAGE`, 1 page to `MAX_BYTES`) of zeroed memory. Pages are taken from the
     /// host when they are first touched.
     pub fn new(bytes: u64) -> Result<Self, MemoryError> {
-        if bytes == 0 || bytes % PAGE != 0 || bytes > MAX_BYTES {
+        if bytes == 0 || !bytes.is_multiple_of(PAGE) || bytes > MAX_BYTES {
             return Err(MemoryError::Size { bytes });
         }
         let low = bytes.min(GAP_START);
@@ -285,7 +285,7 @@ impl GuestMemory {
 
     fn atomic_u16(&self, addr: u64) -> Result<*mut u16, MemoryError> {
         // Regions start at multiples of a page both in the guest and here, so alignment carries over.
-        if addr % 2 != 0 {
+        if !addr.is_multiple_of(2) {
             return Err(MemoryError::Unaligned { addr });
         }
         Ok(self.host_pointer(addr, 2)?.cast())

@@ -1,5 +1,7 @@
 //! The guest agent as a program of this machine, driven by its protocol.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests; clippy excuses only functions marked as tests")]
+
 mod client;
 mod files;
 

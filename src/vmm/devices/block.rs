@@ -149,7 +149,7 @@ impl Block {
 /// Where a request starts on the disk. The disk checks that it ends inside.
 fn place(sector: u64, len: usize) -> io::Result<u64> {
     let invalid = |why| io::Error::new(io::ErrorKind::InvalidInput, why);
-    if len as u64 % SECTOR != 0 {
+    if !(len as u64).is_multiple_of(SECTOR) {
         return Err(invalid("length is no multiple of a sector"));
     }
     sector.checked_mul(SECTOR).ok_or_else(|| invalid("sector number out of range"))
