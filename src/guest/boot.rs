@@ -50,6 +50,8 @@ pub(super) fn enter_root(greeting: &[u8]) -> Result<Booted, (String, Booted)> {
     }
     let mut booted = Booted { listener: listener.ok(), uplink: uplink.ok(), greeted: false };
     let rooted = devices
+        // It is there already.
+        .or_else(|errno| if errno == Errno::EBUSY { Ok(()) } else { Err(errno) })
         .map_err(|errno| format!("cannot mount devtmpfs: {errno}"))
         .and_then(|()| mount_root_disk())
         .and_then(|()| switch_root().map_err(|errno| format!("cannot switch to the root disk: {errno}")));
