@@ -10,12 +10,15 @@
 
 mod agent;
 mod boot;
+mod children;
 mod connection;
 mod exec;
 mod files;
 mod loopback;
+mod memory;
 mod port;
 mod remove;
+mod serve;
 mod settings;
 mod socket;
 mod system;
@@ -37,7 +40,7 @@ use crate::wire::{Code, Error, Message};
 
 /// Runs the agent: as PID 1 in a sandbox, or with `--serve PATH` on a character device or Unix socket.
 pub fn main() -> ExitCode {
-    keep_memory_small();
+    memory::keep_small();
     if std::process::id() == 1 {
         return serve_sandbox();
     }
@@ -54,16 +57,6 @@ pub fn main() -> ExitCode {
             report("usage: burrow --serve PATH (a character device, or a Unix socket to make)");
             ExitCode::from(2)
         }
-    }
-}
-
-/// Big buffers go back to the kernel as soon as they are freed, and threads have no heaps of their own.
-fn keep_memory_small() {
-    // SAFETY: mallopt only sets numbers of the allocator's.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 256 * 1024);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 128 * 1024);
     }
 }
 

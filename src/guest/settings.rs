@@ -20,13 +20,17 @@ pub(super) struct Settings {
     pub env: Vec<Vec<u8>>,
 }
 
-impl Default for Settings {
-    fn default() -> Self {
+impl Settings {
+    /// What a sandbox has before it is configured.
+    pub(super) fn of_sandbox() -> Self {
         Self { cwd: PathBuf::from("/workspace"), user: Some("1000".to_string()), env: Vec::new() }
     }
-}
 
-impl Settings {
+    /// What any other machine has: the agent is there to act as who started it.
+    pub(super) fn of_machine() -> Self {
+        Self { cwd: PathBuf::from("/"), user: None, env: Vec::new() }
+    }
+
     /// Whom a program runs as.
     pub(super) fn identity(&self, user: Option<&str>) -> Result<Option<Identity>, Error> {
         user.or(self.user.as_deref()).map(resolve).transpose()

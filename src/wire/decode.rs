@@ -186,6 +186,10 @@ impl Decoder {
             self.buffer.clear();
             self.start = 0;
             self.searched = 0;
+            // A large frame's room is given back; that of the usual ones is kept.
+            if self.buffer.capacity() > 256 * 1024 {
+                self.buffer = Vec::new();
+            }
         }
     }
 }
