@@ -80,8 +80,6 @@ pub struct Sandbox {
     pub stop_timeout_s: u64,
     /// Output kept of each exec for re-attaching, in KiB, 16–1,048,576.
     pub exec_ring_kib: u64,
-    /// Console log kept of each sandbox, in KiB, 64–1,048,576.
-    pub serial_log_kib: u64,
 }
 
 /// The log.
@@ -145,7 +143,6 @@ impl Default for Sandbox {
             boot_timeout_s: 30,
             stop_timeout_s: 10,
             exec_ring_kib: 1024,
-            serial_log_kib: 1024,
         }
     }
 }
@@ -226,7 +223,6 @@ impl Config {
         within("sandbox.boot_timeout_s", self.sandbox.boot_timeout_s, 1..=600)?;
         within("sandbox.stop_timeout_s", self.sandbox.stop_timeout_s, 0..=600)?;
         within("sandbox.exec_ring_kib", self.sandbox.exec_ring_kib, 16..=1_048_576)?;
-        within("sandbox.serial_log_kib", self.sandbox.serial_log_kib, 64..=1_048_576)
     }
 }
 

@@ -112,6 +112,8 @@ impl Supervisor {
             self.unwatch(token);
         }
         self.clients.remove(&key);
+        // Nobody takes those answers any more: their agents need not wait.
+        self.release_held(key);
     }
 
     fn cancel_jobs(&mut self, key: u64) {
