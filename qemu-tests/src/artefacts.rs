@@ -13,7 +13,7 @@ pub enum Artefact {
     DataImage,
     /// The disk that templates are imported from.
     TemplateDisk,
-    /// The whole disk image.
+    /// The whole disk image, with the QEMU profile's kernel.
     DiskImage,
     /// The binary `warren`.
     Warren,
@@ -35,7 +35,7 @@ impl Artefact {
             Self::HostInitramfs => ("host-initramfs.img", "WARREN_HOST_INITRAMFS", "build"),
             Self::DataImage => ("data.img", "WARREN_DATA_IMAGE", "build"),
             Self::TemplateDisk => ("templates.img", "WARREN_TEMPLATE_DISK", "build"),
-            Self::DiskImage => ("warren.img", "WARREN_DISK_IMAGE", "image"),
+            Self::DiskImage => ("qemu.img", "WARREN_DISK_IMAGE", "build/qemu.img"),
             Self::Warren => ("warren", "WARREN_BINARY", "binaries"),
             Self::Burrow => ("burrow", "WARREN_BURROW", "binaries"),
             Self::GuestKernel => ("vmlinux", "WARREN_GUEST_KERNEL", "kernels"),

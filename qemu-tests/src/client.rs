@@ -123,7 +123,7 @@ impl Client {
     /// When it fails.
     pub fn ok(&self, request: Request) -> Reply {
         let text = shown(&request);
-        self.call(request).unwrap_or_else(|e| panic!("`{text}` failed: {e} {:?}", e.fields))
+        self.call(request).unwrap_or_else(|e| panic!("`{text}` failed: {}", told(&e)))
     }
 
     /// Sends a request that is to fail.
@@ -331,7 +331,7 @@ impl Call {
     /// When it fails.
     pub fn finish_ok(self) -> Reply {
         let shown = self.shown.clone();
-        self.finish().unwrap_or_else(|e| panic!("`{shown}` failed: {e} {:?}", e.fields))
+        self.finish().unwrap_or_else(|e| panic!("`{shown}` failed: {}", told(&e)))
     }
 
     /// The sending side of this request, for a thread of its own.
@@ -408,6 +408,15 @@ impl CallWriter {
             state = routes.changed.wait_timeout(state, left).expect("no thread panics with this lock").0;
         }
     }
+}
+
+/// An error with its fields, for a person.
+fn told(error: &Error) -> String {
+    let mut text = error.to_string();
+    for (key, value) in &error.fields.0 {
+        text.push_str(&format!("\n  {key}: {}", lossy(value).replace('\r', "").trim_end().replace('\n', "\n    ")));
+    }
+    text
 }
 
 fn lossy(octets: &[u8]) -> String {

@@ -39,11 +39,10 @@ pub struct Boot {
 }
 
 impl Boot {
-    /// Boots the kernel directly, with a fresh data disk and the disk of templates. The tests' programs are on
-    /// the node under /test.
+    /// Boots the kernel directly, with a fresh data disk. The tests' programs are on the node under /test.
     pub fn kernel() -> Self {
         let data = Disk::copy_of(&Artefact::DataImage.path(), DATA_DISK_OCTETS).expect("the data disk can be copied");
-        Self { data: Some(data), templates: vec![Artefact::TemplateDisk.path()], ..Self::bare() }
+        Self { data: Some(data), ..Self::bare() }
     }
 
     /// Boots the disk image under UEFI firmware, as a user would. Nothing is added to it, so there is no
@@ -86,9 +85,10 @@ impl Boot {
         self
     }
 
-    /// With this disk of templates instead of the shipped one.
+    /// With a disk of templates; the shipped one is `Artefact::TemplateDisk`. The node imports from it after
+    /// its start, which takes seconds.
     pub fn template_disk(mut self, path: &Path) -> Self {
-        self.templates = vec![path.to_path_buf()];
+        self.templates.push(path.to_path_buf());
         self
     }
 
@@ -179,6 +179,10 @@ impl Boot {
         }
         archive.file("/test/burrow", 0o755, &read(&Artefact::Burrow.path()));
         archive.file("/test/bin/node-tool", 0o755, &read(&artefacts::node_tool("node-tool")));
+        // The node's own limits are for hardware.
+        let seconds = (30 * timing::factor()).min(600);
+        let configuration = format!("[sandbox]\nboot_timeout_s = {seconds}\nstop_timeout_s = {seconds}\n");
+        archive.file("/etc/warren/warren.toml", 0o644, configuration.as_bytes());
         for (path, mode, content) in &self.files {
             archive.file(path, *mode, content);
         }
@@ -280,6 +284,10 @@ impl Node {
     /// Runs a command on the node as root.
     pub fn run(&self, argv: &[&str]) -> Output {
         let reply = self.root().ok(root_exec(argv));
+        if let Some(exec) = reply.items.first().and_then(|row| row.get("exec")) {
+            // The agent keeps what it knows of a program until then.
+            self.root().ok(Request::new("", "exec.forget").set("exec", exec));
+        }
         Output {
             exit: reply.fields.number("exit").unwrap_or(u64::MAX),
             stdout: reply.text("stdout"),

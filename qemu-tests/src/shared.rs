@@ -7,6 +7,7 @@
 use std::ops::Deref;
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
+use crate::artefacts::Artefact;
 use crate::node::{Boot, Node};
 use crate::timing;
 
@@ -21,6 +22,15 @@ pub struct Turn {
 
 /// Waits for this test's turn with the node; boots it when there is none.
 pub fn node() -> Turn {
+    node_from(Boot::kernel)
+}
+
+/// The same for a file of tests that need the disk of templates: all of them have to ask here.
+pub fn node_with_templates() -> Turn {
+    node_from(|| Boot::kernel().template_disk(&Artefact::TemplateDisk.path()))
+}
+
+fn node_from(boot: impl FnOnce() -> Boot) -> Turn {
     let mut node = NODE.lock().unwrap_or_else(PoisonError::into_inner);
     if node.as_ref().is_some_and(|node| !node.is_running()) {
         *node = None;
@@ -31,7 +41,7 @@ pub fn node() -> Turn {
             // the program.
             unsafe { libc::atexit(power_off_at_exit) };
         });
-        *node = Some(Boot::kernel().start());
+        *node = Some(boot().start());
     }
     Turn { node }
 }

@@ -26,7 +26,7 @@ fn stderr(output: &Output) -> String {
 
 #[test]
 fn a_python_script_is_copied_in_run_and_its_exit_code_passed_through() {
-    let node = shared::node();
+    let node = shared::node_with_templates();
     let created = warren(&node, &["create", "-t", "python"]);
     assert!(created.status.success(), "{}", stderr(&created));
     let id = stdout(&created).trim_end().to_string();
@@ -55,7 +55,7 @@ fn a_python_script_is_copied_in_run_and_its_exit_code_passed_through() {
 
 #[test]
 fn an_error_is_one_line_with_its_code() {
-    let node = shared::node();
+    let node = shared::node_with_templates();
     let output = warren(&node, &["exec", "nosuchsandbox", "--", "true"]);
     assert!(!output.status.success());
     assert!(stderr(&output).starts_with("error: NOT_FOUND: "), "{}", stderr(&output));
@@ -64,7 +64,7 @@ fn an_error_is_one_line_with_its_code() {
 
 #[test]
 fn run_creates_runs_and_removes() {
-    let node = shared::node();
+    let node = shared::node_with_templates();
     let before = warren(&node, &["ps", "--all", "--json"]);
     let run = warren(&node, &["run", "--rm", "base", "--", "sh", "-c", "echo in a sandbox; exit 3"]);
     assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));

@@ -193,7 +193,7 @@ fn a_time_limit_ends_the_whole_group_and_says_so() {
     let sandbox = node.sandbox(&[]);
     // A shell that ignores polite signals, with a child.
     let script = "trap '' TERM INT; sleep 1000 & echo child $!; wait";
-    let request = sandbox.exec_request(&["sh", "-c", script]).set("timeout_ms", 1500);
+    let request = sandbox.exec_request(&["sh", "-c", script]).set("timeout_ms", 500 * timing::factor());
     let reply = sandbox.client().ok(request);
     assert_eq!(reply.field("timeout"), "true");
     assert_eq!(reply.field("exit"), "137");

@@ -8,6 +8,8 @@ use qemu_tests::{Request, Sandbox, shared, timing};
 fn a_killed_worker_puts_its_sandbox_in_error_and_touches_no_other() {
     let node = shared::node();
     let other = node.sandbox(&[]);
+    let on = || assert_eq!(other.exec(&["echo", "on"]).text("stdout"), "on\n");
+    on();
     let before = NodeState::of(&node);
     let sandbox = node.sandbox(&[]);
     let mut running = sandbox.start(sandbox.exec_request(&["sleep", "1000"]));
@@ -18,7 +20,6 @@ fn a_killed_worker_puts_its_sandbox_in_error_and_touches_no_other() {
     timing::wait_for("the sandbox to be in error", || (sandbox.state() == "error").then_some(()));
     let reason = sandbox.inspect().get("reason").unwrap_or_default().to_string();
     assert!(reason.contains("kill") || reason.contains("signal 9"), "reason {reason:?}");
-    assert_eq!(other.exec(&["echo", "on"]).text("stdout"), "on\n");
     let refused = node.control().err(sandbox.exec_request(&["true"]));
     assert!(refused.is(qemu_tests::Code::BadState), "{refused}");
     // Overlay, cgroup, sockets and descriptors go at once; logs and last words stay with the row.
@@ -26,6 +27,7 @@ fn a_killed_worker_puts_its_sandbox_in_error_and_touches_no_other() {
     before.assert_restored_but(&node, |line| line.starts_with(&home) && !line.ends_with("/overlay"));
     sandbox.remove().expect("a sandbox in error can be removed");
     before.assert_restored(&node);
+    on();
 }
 
 #[test]

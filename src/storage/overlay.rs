@@ -256,7 +256,7 @@ impl Bitmap {
                 Some(page) => {
                     let bit = (next % BLOCKS_PER_PAGE) as usize;
                     let octet = page.octets[bit / 8];
-                    if bit % 8 == 0 && octet == if state { 0xff } else { 0 } {
+                    if bit.is_multiple_of(8) && octet == if state { 0xff } else { 0 } {
                         next += 8;
                     } else if (octet >> (bit % 8) & 1 == 1) == state {
                         next += 1;
@@ -386,7 +386,7 @@ impl Overlay {
         }
         self.unsynced = true;
         let (first, last) = (offset / BLOCK, (end - 1) / BLOCK);
-        if offset % BLOCK != 0 || (first == last && end % BLOCK != 0) {
+        if !offset.is_multiple_of(BLOCK) || (first == last && end % BLOCK != 0) {
             self.copy_up(first)?;
         }
         if first != last && end % BLOCK != 0 {

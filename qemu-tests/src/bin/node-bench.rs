@@ -8,6 +8,7 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use qemu_tests::bench::{Row, median};
@@ -21,6 +22,9 @@ const REQUESTS: u32 = 2000;
 const STREAM_MIB: usize = 64;
 const BLOCK_MIB: usize = 64;
 const MEMORY_MIB: u64 = 128;
+
+/// Programs started without the supervisor.
+static NEXT: AtomicU64 = AtomicU64::new(0);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -89,7 +93,12 @@ fn ask(connection: &mut Connection, request: Request) -> io::Result<(Vec<Fields>
 /// How an exec is asked for: over the control socket with a sandbox's id, of an agent without.
 fn exec(sandbox: Option<&str>, argv: &[&str]) -> Request {
     let words = sandbox.into_iter().chain(argv.iter().copied());
-    words.fold(Request::new("e", "exec.start"), |request, word| request.arg(word)).set("user", 0)
+    let request = words.fold(Request::new("e", "exec.start"), |request, word| request.arg(word)).set("user", 0);
+    match sandbox {
+        Some(_) => request,
+        // The supervisor numbers programs from 1 and must not meet ours.
+        None => request.set("id", 1_000_000 + NEXT.fetch_add(1, Ordering::Relaxed)),
+    }
 }
 
 fn exec_time(connection: &mut Connection, request: Request) -> io::Result<Duration> {

@@ -265,3 +265,77 @@ fn a_disk_is_what_a_vector_is_and_flushed_data_survives_a_crash() {
         }
     }
 }
+
+const KILL_BLOCKS: u64 = 300;
+const STEPS_PER_FLUSH: u64 = 5;
+
+/// Where step `step` of `a_killed_owner` writes, and what.
+fn killed_step(seed: u64, step: u64) -> (usize, Vec<u8>) {
+    let mut random = Seed(seed << 32 | step);
+    let offset = random.below(KILL_BLOCKS * BLOCK) as usize;
+    let len = random.below(20_000).min(KILL_BLOCKS * BLOCK - offset as u64) as usize;
+    (offset, random.octets(len))
+}
+
+/// Not a test of its own: the process that `a_killed_owner_loses_only_what_it_had_not_flushed` kills.
+#[test]
+#[ignore = "started by another test"]
+fn a_killed_owner() {
+    use std::io::Write;
+    let Ok(path) = std::env::var("WARREN_TEST_OVERLAY") else { return };
+    let seed = std::env::var("WARREN_TEST_SEED").unwrap().parse().unwrap();
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let mut overlay = Overlay::open(file, scratch(KILL_BLOCKS * BLOCK)).unwrap();
+    for step in 0.. {
+        let (offset, octets) = killed_step(seed, step);
+        overlay.write_at(offset as u64, &octets).unwrap();
+        if (step + 1) % STEPS_PER_FLUSH == 0 {
+            overlay.flush().unwrap();
+            println!("flushed {}", step + 1);
+            std::io::stdout().flush().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_killed_owner_loses_only_what_it_had_not_flushed() {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+    let path = std::env::temp_dir().join(format!("warren-overlay-{}", std::process::id()));
+    for seed in 0..6u64 {
+        let file = File::options().create(true).truncate(true).read(true).write(true).open(&path).unwrap();
+        create(&file, KILL_BLOCKS * BLOCK, KILL_BLOCKS * BLOCK, [0; 32]).unwrap();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "storage::overlay::tests::a_killed_owner", "--ignored", "--nocapture"])
+            .env("WARREN_TEST_OVERLAY", &path)
+            .env("WARREN_TEST_SEED", seed.to_string())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut next = || lines.find_map(|line| line.unwrap().strip_prefix("flushed ")?.parse::<u64>().ok());
+        let mut flushed = next().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(23 * seed));
+        child.kill().unwrap();
+        while let Some(more) = next() {
+            flushed = more;
+        }
+        child.wait().unwrap();
+        let mut model = vec![0; (KILL_BLOCKS * BLOCK) as usize];
+        for step in 0..flushed {
+            let (offset, octets) = killed_step(seed, step);
+            model[offset..offset + octets.len()].copy_from_slice(&octets);
+        }
+        // Each octet is what was flushed, or what one of the later steps wrote.
+        let overlay = Overlay::open(file, scratch(KILL_BLOCKS * BLOCK)).unwrap();
+        let mut found = vec![0; model.len()];
+        overlay.read_at(0, &mut found).unwrap();
+        let later: Vec<_> = (flushed..flushed + STEPS_PER_FLUSH).map(|step| killed_step(seed, step)).collect();
+        for (at, &octet) in found.iter().enumerate() {
+            let new = later.iter().any(|(offset, octets)| at >= *offset && octets.get(at - offset) == Some(&octet));
+            assert!(octet == model[at] || new, "seed {seed}: octet {at} after {flushed} steps");
+        }
+    }
+    std::fs::remove_file(path).unwrap();
+}

@@ -8,12 +8,13 @@ use super::layout::COMMAND_LINE_MAX;
 ///
 /// * `console=ttyS0 quiet`: the log is the serial port; each character costs an exit, so routine messages
 ///   stay in the kernel's ring buffer, warnings and worse are seen.
+/// * `pci=off`: there is no PCI, and no scan for it (the kernel has the code because ACPI needs it).
 /// * `8250.nr_uarts=1`: one port is probed, not four.
 /// * `panic=-1`: a panic ends the guest at once; pvpanic has told the worker why.
 /// * `random.trust_cpu=on`: no wait for entropy.
 /// * `no_timer_check tsc=reliable`: the clocks are KVM's; there is no PIT to compare them with.
 const BASE: &str =
-    "console=ttyS0 quiet 8250.nr_uarts=1 panic=-1 random.trust_cpu=on no_timer_check tsc=reliable rdinit=/init";
+    "console=ttyS0 quiet pci=off 8250.nr_uarts=1 panic=-1 random.trust_cpu=on no_timer_check tsc=reliable rdinit=/init";
 
 /// Why a command line cannot be used.
 #[derive(Debug, PartialEq, Eq)]

@@ -36,6 +36,8 @@ const SIZE_MAX: u32 = 1 << 20;
 const SEG_MAX: u32 = MAX_SIZE as u32 - 2;
 /// After this much, other devices get their turn.
 const BATCH_OCTETS: usize = 4 << 20;
+/// After this much, the driver hears of what is done, although more is queued: it can work meanwhile.
+const ANNOUNCE_OCTETS: usize = 256 << 10;
 const BATCH_REQUESTS: usize = 128;
 
 /// What the device did so far; read by other threads.
@@ -149,7 +151,7 @@ impl Block {
 /// Where a request starts on the disk. The disk checks that it ends inside.
 fn place(sector: u64, len: usize) -> io::Result<u64> {
     let invalid = |why| io::Error::new(io::ErrorKind::InvalidInput, why);
-    if len as u64 % SECTOR != 0 {
+    if !(len as u64).is_multiple_of(SECTOR) {
         return Err(invalid("length is no multiple of a sector"));
     }
     sector.checked_mul(SECTOR).ok_or_else(|| invalid("sector number out of range"))
@@ -179,11 +181,10 @@ impl Device for Block {
     fn queue_notified(&mut self, context: &mut Context<'_>, index: usize) -> Result<Progress, QueueError> {
         let memory = context.memory;
         let mut chain = Chain::default();
-        let mut octets = 0;
+        let (mut octets, mut announced) = (0, 0);
         for _ in 0..BATCH_REQUESTS {
             if octets >= BATCH_OCTETS {
-                context.interrupt_for(index)?;
-                return Ok(Progress::More);
+                break;
             }
             if !context.queues[index].pop(memory, &mut chain)? {
                 // What is done is announced before the driver is asked to notify again.
@@ -193,9 +194,13 @@ impl Device for Block {
                 }
                 continue;
             }
-            octets += chain.readable.len() + chain.writable.len();
             let written = self.serve(&chain);
             context.queues[index].add_used(memory, chain.head, written)?;
+            octets += chain.readable.len() + chain.writable.len();
+            if octets - announced >= ANNOUNCE_OCTETS {
+                announced = octets;
+                context.interrupt_for(index)?;
+            }
         }
         context.interrupt_for(index)?;
         Ok(Progress::More)

@@ -341,7 +341,7 @@ impl<D: Device> Window for MmioTransport<D> {
         into.fill(0);
         match offset.checked_sub(CONFIG) {
             // Registers are read by words (§4.2.2.2).
-            None if offset % 4 == 0 && into.len() == 4 => {
+            None if offset.is_multiple_of(4) && into.len() == 4 => {
                 into.copy_from_slice(&self.read_register(offset).to_le_bytes());
             }
             None => {}
@@ -356,7 +356,7 @@ impl<D: Device> Window for MmioTransport<D> {
     }
 
     fn write(&self, offset: u64, from: &[u8]) {
-        if let (true, Ok(octets)) = (offset < CONFIG && offset % 4 == 0, from.try_into()) {
+        if let (true, Ok(octets)) = (offset < CONFIG && offset.is_multiple_of(4), from.try_into()) {
             self.write_register(offset, u32::from_le_bytes(octets));
         }
     }

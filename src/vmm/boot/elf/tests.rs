@@ -190,7 +190,7 @@ fn damage_anywhere_in_the_headers_never_panics_or_loads_outside() {
         let mut octets = whole.clone();
         for _ in 0..1 + random.next() % 6 {
             // Half of the changes in the program headers, the rest anywhere up to the notes' end.
-            let at = if random.next() % 2 == 0 { 64 + random.next() % 168 } else { random.next() % 0x1060 };
+            let at = if random.next().is_multiple_of(2) { 64 + random.next() % 168 } else { random.next() % 0x1060 };
             octets[at as usize] = [random.next() as u8, 0, 0xff][(random.next() % 3) as usize];
         }
         fuzz_elf(&octets);

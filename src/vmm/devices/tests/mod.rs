@@ -1,6 +1,7 @@
 //! Devices driven end to end by a driver in the test, over registers and rings in guest memory.
 
 mod block;
+mod hostile;
 mod mmio;
 mod queue;
 mod rng;

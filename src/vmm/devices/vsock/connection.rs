@@ -18,6 +18,10 @@ use crate::vmm::memory;
 /// Names a connection: the host's port, the guest's port.
 pub type Key = (u32, u32);
 
+/// Bounds of `Connection::appetite`, in octets.
+const LEAST_APPETITE: usize = 8 << 10;
+const MOST_APPETITE: usize = 256 << 10;
+
 /// Where a connection is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
@@ -82,6 +86,9 @@ pub struct Connection {
     peer_fwd_cnt: u32,
     sent: u32,
     credit_asked: bool,
+    /// How much to ask the link for next time: it follows what came, so that a talk of short messages does not
+    /// gather buffers for a long stream.
+    appetite: usize,
 
     // Guest to link.
     window: u32,
@@ -116,6 +123,7 @@ impl Connection {
             peer_fwd_cnt: 0,
             sent: 0,
             credit_asked: false,
+            appetite: LEAST_APPETITE,
             window,
             kept: Vec::new(),
             kept_sent: 0,
@@ -193,6 +201,11 @@ impl Connection {
         self.peer_buf_alloc.saturating_sub(self.sent.wrapping_sub(self.peer_fwd_cnt))
     }
 
+    /// Octets of guest buffers that are of use for the next read of the link.
+    pub fn appetite(&self) -> usize {
+        self.appetite.min(self.credit() as usize)
+    }
+
     /// Whether there may be data for the guest.
     pub fn has_data(&self) -> bool {
         self.state == State::Established
@@ -249,6 +262,11 @@ impl Connection {
             }
         };
         self.sent = self.sent.wrapping_add(n as u32);
+        if n >= self.appetite {
+            self.appetite = (self.appetite * 4).min(MOST_APPETITE);
+        } else if n < self.appetite / 4 {
+            self.appetite = (self.appetite / 2).max(LEAST_APPETITE);
+        }
         Some(n)
     }
 

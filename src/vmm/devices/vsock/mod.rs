@@ -146,7 +146,7 @@ impl Vsock {
         let cid = self.guest_cid;
         let Some((id, connection)) = self.muxer.next_ready() else { return Ok(Given::Nothing) };
         let control = connection.owes_control();
-        let wanted = if control { 0 } else { connection.credit() as usize };
+        let wanted = if control { 0 } else { connection.appetite() };
         if !burst.gather(context, wanted)? {
             self.muxer.put_back(id);
             return Ok(Given::NoBuffer);

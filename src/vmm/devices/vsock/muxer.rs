@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::socket::{self, MsgFlags};
 
 use super::super::segments::Segments;
 use super::connection::{Connection, Key, Settled, State, Violation};
@@ -39,6 +40,8 @@ pub const MAX_RESETS: usize = 256;
 const WINDOW: u32 = 256 << 10;
 const NARROW_WINDOW: u32 = 32 << 10;
 const WIDE_CONNECTIONS: usize = 64;
+/// Send buffer of a link, in octets; Linux doubles it for its own overhead, and bounds it.
+const LINK_BUFFER: usize = 256 << 10;
 /// The host's ports for connections that it opens, above all well-known ones.
 const FIRST_PORT: u32 = 1 << 30;
 const LAST_PORT: u32 = (1 << 31) - 1;
@@ -141,6 +144,8 @@ impl Muxer {
     fn watch(&mut self, link: &UnixStream, tag: &str) -> Option<u64> {
         let id = self.next_id;
         self.next_id += 1;
+        // So that the socket takes a whole window at once, and none of it has to be kept here. Best effort.
+        let _ = socket::setsockopt(link, socket::sockopt::SndBuf, &LINK_BUFFER);
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
         match self.epoll.add(link, EpollEvent::new(flags, id)) {
             Ok(()) => Some(id),
@@ -512,7 +517,6 @@ impl Muxer {
 
 /// Tells a link's client that it gets no stream. Best effort: the link closes in any case.
 fn refuse(link: &UnixStream, tag: &str, code: Code, sentence: String) {
-    use nix::sys::socket::{MsgFlags, send};
     let line = Message::err(tag, Error::new(code, sentence)).to_bytes();
-    let _ = send(link.as_raw_fd(), &line, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
+    let _ = socket::send(link.as_raw_fd(), &line, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
 }
