@@ -24,7 +24,7 @@ pub fn limit(seconds: u64) -> Duration {
 
 /// The longest that anything may show no sign of life.
 pub fn hang() -> Duration {
-    limit(6).max(Duration::from_secs(30))
+    limit(20).max(Duration::from_secs(30))
 }
 
 /// Asks `ready` until it gives a value.
