@@ -7,7 +7,6 @@ mod files;
 
 use std::io::{BufRead, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use client::{Agent, shell};
@@ -206,14 +205,32 @@ fn a_timeout_also_kills_daemons_where_there_are_cgroups() {
     let mut client = agent.connect();
     client.start(shell("setsid sh -c 'sleep 1000 & echo $!; wait' & wait").set("timeout_ms", 500));
     let daemon = client.wait_for("\n");
-    let name = format!("burrow-{}", agent.pid());
-    if ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].iter().any(|root| Path::new(root).join(&name).exists()) {
+    if agent.cgroup().is_some() {
         assert_eq!(client.finish("x").result.get("timeout"), Some("true"));
         assert!(is_gone(&daemon), "the daemon {daemon} lives");
     } else {
         let pid = nix::unistd::Pid::from_raw(daemon.trim().parse().unwrap());
         client.finish("x");
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+}
+
+#[test]
+fn a_program_that_ended_leaves_no_cgroup() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    client.run(shell("exit 0"));
+    client.run(shell("sleep 1 >/dev/null 2>&1 & exit 0"));
+    let Some(cgroup) = agent.cgroup() else { return };
+    let left = || {
+        let entries = std::fs::read_dir(&cgroup).unwrap().flatten();
+        entries.filter(|entry| entry.file_type().unwrap().is_dir()).map(|entry| entry.file_name()).collect::<Vec<_>>()
+    };
+    assert_eq!(left(), ["exec-2"], "the daemon's own");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !left().is_empty() {
+        assert!(Instant::now() < deadline, "the daemon has gone, its cgroup has not");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
