@@ -234,6 +234,17 @@ fn a_program_that_ended_leaves_no_cgroup() {
     }
 }
 
+/// Tells an agent to end when the test does, so that it cleans up.
+struct Ended(std::process::Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
 #[test]
 fn a_character_device_is_served_too() {
     let pty = nix::pty::openpty(None, None).unwrap();
@@ -241,15 +252,14 @@ fn a_character_device_is_served_too() {
     nix::sys::termios::cfmakeraw(&mut raw);
     nix::sys::termios::tcsetattr(&pty.slave, nix::sys::termios::SetArg::TCSANOW, &raw).unwrap();
     let name = nix::unistd::ttyname(&pty.slave).unwrap();
-    let mut burrow = std::process::Command::new(env!("CARGO_BIN_EXE_burrow")).arg("--serve").arg(name).spawn().unwrap();
+    let burrow = std::process::Command::new(env!("CARGO_BIN_EXE_burrow")).arg("--serve").arg(name).spawn().unwrap();
+    let _ended = Ended(burrow);
     let mut host = std::fs::File::from(pty.master);
     let mut lines = std::io::BufReader::new(host.try_clone().unwrap()).lines();
     assert!(lines.next().unwrap().unwrap().starts_with("hello ok protocol=1 agent=burrow"));
     host.write_all(b"1 exec.start echo words user=0\n").unwrap();
     let answer: Vec<String> = lines.map_while(Result::ok).take_while(|line| !line.contains(" exit=")).collect();
     assert!(answer.iter().any(|line| line == "words"), "{answer:?}");
-    burrow.kill().unwrap();
-    burrow.wait().unwrap();
 }
 
 #[test]
