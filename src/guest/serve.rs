@@ -113,6 +113,7 @@ impl Agent {
     pub(super) fn pump(&mut self, connection: &mut Connection) -> bool {
         let mut progress = false;
         let mut failures = Vec::new();
+        let mut cgroups = Vec::new();
         let Connection { link, jobs, .. } = connection;
         let (execs, scratch) = (&mut self.execs, self.scratch.as_mut_slice());
         jobs.retain_mut(|slot| {
@@ -124,6 +125,7 @@ impl Agent {
                         ExecVisit::Progress => Visit::Progress,
                         ExecVisit::Done => {
                             exec.attached = None;
+                            cgroups.extend(exec.cgroup.take());
                             Visit::Done
                         }
                         ExecVisit::Failed(failure) => {
@@ -142,6 +144,9 @@ impl Agent {
             progress |= visit != Visit::Idle;
             visit != Visit::Done
         });
+        if let Some(users) = &mut self.users {
+            cgroups.into_iter().for_each(|cgroup| users.retire(cgroup));
+        }
         for (id, failure) in failures {
             self.fail_start(id, failure);
         }

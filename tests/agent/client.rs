@@ -47,6 +47,13 @@ impl Agent {
         self.child.id()
     }
 
+    /// The cgroup above its programs', where cgroups can be used.
+    pub fn cgroup(&self) -> Option<PathBuf> {
+        let name = format!("burrow-{}", self.pid());
+        let paths = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(|root| Path::new(root).join(&name));
+        paths.into_iter().find(|path| path.exists())
+    }
+
     /// A new link, after its greeting.
     pub fn connect(&self) -> Client {
         let started = Instant::now();

@@ -7,7 +7,6 @@ mod files;
 
 use std::io::{BufRead, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use client::{Agent, shell};
@@ -206,8 +205,7 @@ fn a_timeout_also_kills_daemons_where_there_are_cgroups() {
     let mut client = agent.connect();
     client.start(shell("setsid sh -c 'sleep 1000 & echo $!; wait' & wait").set("timeout_ms", 500));
     let daemon = client.wait_for("\n");
-    let name = format!("burrow-{}", agent.pid());
-    if ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].iter().any(|root| Path::new(root).join(&name).exists()) {
+    if agent.cgroup().is_some() {
         assert_eq!(client.finish("x").result.get("timeout"), Some("true"));
         assert!(is_gone(&daemon), "the daemon {daemon} lives");
     } else {
@@ -218,21 +216,50 @@ fn a_timeout_also_kills_daemons_where_there_are_cgroups() {
 }
 
 #[test]
+fn a_program_that_ended_leaves_no_cgroup() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    client.run(shell("exit 0"));
+    client.run(shell("sleep 1 >/dev/null 2>&1 & exit 0"));
+    let Some(cgroup) = agent.cgroup() else { return };
+    let left = || {
+        let entries = std::fs::read_dir(&cgroup).unwrap().flatten();
+        entries.filter(|entry| entry.file_type().unwrap().is_dir()).map(|entry| entry.file_name()).collect::<Vec<_>>()
+    };
+    assert_eq!(left(), ["exec-2"], "the daemon's own");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !left().is_empty() {
+        assert!(Instant::now() < deadline, "the daemon has gone, its cgroup has not");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Tells an agent to end when the test does, so that it cleans up.
+struct Ended(std::process::Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+#[test]
 fn a_character_device_is_served_too() {
     let pty = nix::pty::openpty(None, None).unwrap();
     let mut raw = nix::sys::termios::tcgetattr(&pty.slave).unwrap();
     nix::sys::termios::cfmakeraw(&mut raw);
     nix::sys::termios::tcsetattr(&pty.slave, nix::sys::termios::SetArg::TCSANOW, &raw).unwrap();
     let name = nix::unistd::ttyname(&pty.slave).unwrap();
-    let mut burrow = std::process::Command::new(env!("CARGO_BIN_EXE_burrow")).arg("--serve").arg(name).spawn().unwrap();
+    let burrow = std::process::Command::new(env!("CARGO_BIN_EXE_burrow")).arg("--serve").arg(name).spawn().unwrap();
+    let _ended = Ended(burrow);
     let mut host = std::fs::File::from(pty.master);
     let mut lines = std::io::BufReader::new(host.try_clone().unwrap()).lines();
     assert!(lines.next().unwrap().unwrap().starts_with("hello ok protocol=1 agent=burrow"));
     host.write_all(b"1 exec.start echo words user=0\n").unwrap();
     let answer: Vec<String> = lines.map_while(Result::ok).take_while(|line| !line.contains(" exit=")).collect();
     assert!(answer.iter().any(|line| line == "words"), "{answer:?}");
-    burrow.kill().unwrap();
-    burrow.wait().unwrap();
 }
 
 #[test]
