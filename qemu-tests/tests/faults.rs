@@ -117,3 +117,16 @@ fn state_survives_an_orderly_end_and_a_power_cut() {
     assert_eq!(node.sandbox(&[]).exec(&["echo", "well"]).text("stdout"), "well\n");
     node.power_off();
 }
+
+#[test]
+fn the_power_button_ends_the_node_in_order() {
+    let node = Boot::kernel().start();
+    let id = node.sandbox(&[]).keep();
+    node.machine().monitor("system_powerdown", serde_json::json!({})).expect("QEMU presses the button");
+    node.wait_for_end("its power button was pressed");
+    let disk = node.into_disks().pop().expect("the data disk");
+    let node = Boot::kernel().data_disk(disk).start();
+    let row = node.control().ok(Request::new("", "sandbox.inspect").arg(&id)).fields;
+    assert_eq!(row.get("state"), Some("stopped"), "{row:?}");
+    node.power_off();
+}
