@@ -174,6 +174,10 @@ impl Supervisor {
         for exec in sandbox.execs.values_mut() {
             exec.route = None;
         }
+        if sandbox.state == State::Starting && !error.is(Code::LinkLost) {
+            // The agent said why it cannot serve; the machine ends next.
+            worker.refusal.get_or_insert(error.clone());
+        }
         if sandbox.state == State::Running {
             if worker.agent_losses > MAX_RELINKS {
                 log::error!("sandbox {id}: {error}; it is given up");

@@ -96,6 +96,8 @@ impl Agent {
                 self.phase = Phase::Ready;
                 Some(Heard::Ready)
             }
+            // It says why it cannot serve: a root disk that is no file system, say.
+            (Phase::Greeting, Message::Err { tag, error }) if tag == "hello" => Some(Heard::Broken(error.clone())),
             (Phase::Ready, _) => Some(Heard::Message(message)),
             _ => Some(Heard::Broken(Error::new(Code::LinkLost, "the agent did not greet as it must"))),
         }
