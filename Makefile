@@ -20,7 +20,7 @@ export SCRIPT ARGS PEER
 
 help:
 	@cat <<-END
-	make run [SCRIPT=x.py ARGS="a b"]  boot a node in QEMU, run a Python script in a microVM, end with its exit code
+	make run [SCRIPT=x.py ARGS="a b"]  boot a node in QEMU, run a Python script in a microVM (exit code: see README)
 	make up, make down                 the same node in the background (build/run/control.sock), and its end
 	make test                          everything that is checked before a change goes in
 	make image                         build/warren.img: a disk image that boots under UEFI
