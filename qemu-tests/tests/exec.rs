@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use qemu_tests::{Code, Message, Sandbox, shared, timing};
+use qemu_tests::{Code, Error, Message, Node, Sandbox, shared, timing};
 use sha2::{Digest, Sha256};
 
 /// Octets without a pattern, the same on every run.
@@ -128,6 +128,20 @@ fn a_reader_that_stops_holds_the_writer_and_nobody_else() {
 #[test]
 fn a_hundred_programs_run_at_once() {
     let node = shared::node();
+    let answers = match a_hundred_programs(&node) {
+        // Seen once in several runs on QEMU's software CPU, never explained: docs/testing.md, "Known". On hardware it
+        // would be a fault of ours, and fails.
+        Err(error) if !timing::hardware_virtualization() && error.message.contains("triple fault") => {
+            eprintln!("once more, because of: {error}");
+            a_hundred_programs(&node)
+        }
+        first => first,
+    };
+    let expected: BTreeSet<String> = (0..100).map(|n| format!("{n} done\n")).collect();
+    assert_eq!(answers.expect("all of them end well"), expected);
+}
+
+fn a_hundred_programs(node: &Node) -> Result<BTreeSet<String>, Error> {
     let sandbox = node.sandbox(&[("memory_mib", "256")]);
     // Each waits for a line, so that all of them run before the first one ends.
     let calls: Vec<_> = (0..100)
@@ -136,9 +150,10 @@ fn a_hundred_programs_run_at_once() {
             sandbox.start(sandbox.exec_request(&["sh", "-c", &script]).set("stdin", true))
         })
         .collect();
-    timing::wait_for("a hundred running programs", || {
+    timing::wait_for("a hundred programs that run or have ended", || {
         let rows = sandbox.client().ok(sandbox.request("exec.list")).items;
-        (rows.iter().filter(|row| row.get("state") == Some("running")).count() == 100).then_some(())
+        let running = rows.iter().filter(|row| row.get("state") == Some("running")).count();
+        (running == 100 || rows.iter().any(|row| row.get("state") == Some("failed"))).then_some(())
     });
     for call in &calls {
         call.writer().write("stdin", b"done\n");
@@ -146,12 +161,11 @@ fn a_hundred_programs_run_at_once() {
     }
     let mut answers = BTreeSet::new();
     for call in calls {
-        let reply = call.finish_ok();
+        let reply = call.finish()?;
         assert_eq!(reply.field("exit"), "0");
         answers.insert(reply.text("stdout"));
     }
-    let expected: BTreeSet<String> = (0..100).map(|n| format!("{n} done\n")).collect();
-    assert_eq!(answers, expected);
+    Ok(answers)
 }
 
 #[test]
