@@ -4,10 +4,11 @@
 //! |---|---|
 //! | `queue`, `segments` | split virtqueues and the guest buffers in them |
 //! | `mmio`, `device` | the transport, and what it asks of a device |
-//! | `block`, `rng`, `vsock` | virtio devices |
+//! | `balloon`, `block`, `rng`, `vsock` | virtio devices |
 //! | `serial` | COM1, for the log |
 //! | `set` | all of them, wired |
 
+pub mod balloon;
 pub mod block;
 pub mod device;
 #[cfg(any(test, feature = "fuzzing"))]
