@@ -6,6 +6,7 @@
 //! | `mmio`, `device` | the transport, and what it asks of a device |
 //! | `block`, `rng`, `vsock` | virtio devices |
 //! | `serial` | COM1, for the log |
+//! | `rate`, `timer` | token buckets, and what wakes a device that waits for tokens |
 //! | `set` | all of them, wired |
 
 pub mod block;
@@ -14,10 +15,12 @@ pub mod device;
 pub mod driver;
 pub mod mmio;
 pub mod queue;
+pub mod rate;
 pub mod rng;
 pub mod segments;
 pub mod serial;
 pub mod set;
+pub mod timer;
 pub mod vsock;
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,8 +12,6 @@ use std::time::Instant;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::block::{Block, BlockCounters};
@@ -21,6 +19,7 @@ use super::device::Progress;
 use super::mmio::{MmioTransport, WINDOW, Window};
 use super::rng::Rng;
 use super::serial::Serial;
+use super::timer::Timer;
 use super::vsock::{HOST_CID, Vsock, VsockCounters};
 use crate::storage::overlay::{Overlay, OverlayError};
 use crate::vmm::memory::GuestMemory;
@@ -136,9 +135,7 @@ pub struct DeviceSet {
     block: Arc<MmioTransport<Block>>,
     vsock: Arc<MmioTransport<Vsock>>,
     serial: Serial,
-    vsock_timer: TimerFd,
-    /// When `vsock_timer` goes off.
-    armed: Mutex<Option<Instant>>,
+    vsock_timer: Mutex<Timer>,
     block_counters: Arc<BlockCounters>,
     vsock_counters: Arc<VsockCounters>,
     /// What the device thread watches; tokens count from `first_token` in this order.
@@ -164,9 +161,7 @@ impl DeviceSet {
         let block = Arc::new(MmioTransport::new(memory.clone(), block).map_err(while_doing(transport))?);
         let vsock = Arc::new(MmioTransport::new(memory.clone(), vsock).map_err(while_doing(transport))?);
         let rng = Arc::new(MmioTransport::new(memory.clone(), Rng).map_err(while_doing(transport))?);
-        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).map_err(io::Error::from);
-        let vsock_timer = timer.map_err(while_doing("making a timer"))?;
+        let vsock_timer = Timer::new().map_err(while_doing("making a timer"))?;
         let serial = Serial::new(config.serial).map_err(while_doing("making the serial port"))?;
         // Linux names disks in the order of their windows.
         let windows: Vec<Arc<dyn Window>> = vec![block.clone(), vsock.clone(), rng];
@@ -174,7 +169,7 @@ impl DeviceSet {
         let mut sources = vec![
             (serial.timer_fd(), Source::SerialTimer),
             (vsock.with_device(|vsock| vsock.epoll_fd()), Source::VsockLinks),
-            (vsock_timer.as_fd().as_raw_fd(), Source::VsockTimer),
+            (vsock_timer.fd(), Source::VsockTimer),
         ];
         for (window, device) in windows.iter().enumerate() {
             for (queue, event) in device.queue_events().iter().enumerate() {
@@ -186,8 +181,7 @@ impl DeviceSet {
             block,
             vsock,
             serial,
-            vsock_timer,
-            armed: Mutex::new(None),
+            vsock_timer: Mutex::new(vsock_timer),
             block_counters,
             vsock_counters,
             sources,
@@ -239,9 +233,7 @@ impl DeviceSet {
                 self.pump_vsock();
             }
             Source::VsockTimer => {
-                // Sets the descriptor back; it is non-blocking, and a wake-up too early does no harm.
-                let _ = self.vsock_timer.wait();
-                *self.armed.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                self.vsock_timer.lock().unwrap_or_else(PoisonError::into_inner).went_off();
                 self.vsock.with_device(|vsock| vsock.expire(Instant::now()));
                 self.pump_vsock();
             }
@@ -344,16 +336,8 @@ impl DeviceSet {
 
     fn arm_vsock_timer(&self) {
         let next = self.vsock.with_device(|vsock| vsock.next_deadline());
-        let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
-        // A timer that goes off too early costs a look; one that is not needed any more may go off.
-        if let Some(next) = next
-            && armed.is_none_or(|at| next < at)
-        {
-            let wait = next.saturating_duration_since(Instant::now()).max(std::time::Duration::from_millis(1));
-            let once = Expiration::OneShot(TimeSpec::from_duration(wait));
-            if self.vsock_timer.set(once, TimerSetTimeFlags::empty()).is_ok() {
-                *armed = Some(next);
-            }
+        if let Some(next) = next {
+            self.vsock_timer.lock().unwrap_or_else(PoisonError::into_inner).arm(next, Instant::now());
         }
     }
 
