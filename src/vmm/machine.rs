@@ -98,6 +98,10 @@ impl Bus for DeviceSet {
     fn pio_write(&self, port: u16, octets: &[u8]) {
         DeviceSet::pio_write(self, port, octets);
     }
+
+    fn let_go(&self) {
+        DeviceSet::let_go(self);
+    }
 }
 
 /// A running microVM.

@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::queue::{Queue, QueueError};
 use crate::vmm::memory::GuestMemory;
 
-/// A virtio device behind its transport. Methods run under the transport's device lock: the device thread
+/// A virtio device behind its transport. Methods run under the transport's device lock: the device's thread
 /// calls `queue_notified`, a vCPU thread calls `reset`.
 pub trait Device: Send + 'static {
     /// Virtio device type (virtio 1.2 §5).
@@ -56,7 +56,7 @@ impl Context<'_> {
     }
 }
 
-/// A device's interrupt line with its status bits (virtio 1.2 §4.2.2, InterruptStatus), shared by the device
+/// A device's interrupt line with its status bits (virtio 1.2 §4.2.2, InterruptStatus), shared by the device's
 /// thread and the vCPU threads without a lock.
 pub struct Interrupt {
     status: AtomicU32,

@@ -1,13 +1,15 @@
 //! The virtio-mmio transport, version 2 (virtio 1.2 §4.2): one window of registers for one device.
 //!
-//! vCPU threads read and write registers; the device thread serves queues. Notifications reach it by ioeventfd
-//! without a VM exit to this process, and the interrupt status is an atomic, so that the registers' lock is
-//! taken during set-up only. A reset waits for the device lock: when the write of 0 returns, the device has let
-//! go of the driver's memory.
+//! vCPU threads read and write registers; the device's thread (the one of all devices, or a disk's own) serves
+//! queues. Notifications reach it by ioeventfd without a VM exit to this process, and the interrupt status is an
+//! atomic, so that the registers' lock is taken during set-up only. A reset waits for the device lock: when the
+//! write of 0 returns, the device has let go of the driver's memory. A disk that does not answer so holds the
+//! processor that resets it, and nobody else, until the guest's end.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -52,6 +54,8 @@ const STEP_DRIVER: u32 = STEPS[2];
 const STEP_FEATURES: u32 = STEPS[3];
 const STEP_ACTIVE: u32 = STEPS[4];
 
+/// How often a reset looks whether the device has come to rest.
+const RESET_LOOK: Duration = Duration::from_millis(1);
 /// How many rule violations of a driver get a line in the log.
 const LOGGED_FAULTS: u32 = 8;
 
@@ -101,11 +105,13 @@ pub struct MmioTransport<D> {
     features: u64,
     config: Vec<u8>,
     registers: Mutex<Registers>,
-    // Lock order: registers before backend. The device thread takes only the latter.
+    // Lock order: registers before backend. The device's thread takes only the latter.
     backend: Mutex<Backend<D>>,
     interrupt: Interrupt,
     queue_events: Vec<EventFd>,
     faults: AtomicU32,
+    /// The guest is at its end: no processor waits for the device any more.
+    ending: AtomicBool,
 }
 
 impl<D: Device> MmioTransport<D> {
@@ -121,6 +127,7 @@ impl<D: Device> MmioTransport<D> {
             interrupt: Interrupt::new()?,
             queue_events,
             faults: AtomicU32::new(0),
+            ending: AtomicBool::new(false),
         })
     }
 
@@ -147,7 +154,7 @@ impl<D: Device> MmioTransport<D> {
         }
     }
 
-    /// Makes the device thread serve a queue (again) soon.
+    /// Makes the device's thread serve a queue (again) soon.
     pub fn kick(&self, index: usize) {
         if let Some(event) = self.queue_events.get(index) {
             // Fails only when the counter is full: then it is readable anyway.
@@ -261,10 +268,22 @@ impl<D: Device> MmioTransport<D> {
         }
     }
 
+    /// The device lock, once its thread is through with what it does; `None` when the guest's end came first.
+    fn wait_for_backend(&self) -> Option<MutexGuard<'_, Backend<D>>> {
+        loop {
+            match self.backend.try_lock() {
+                Ok(backend) => return Some(backend),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if self.ending.load(Ordering::SeqCst) => return None,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(RESET_LOOK),
+            }
+        }
+    }
+
     fn write_status(&self, value: u32) {
         let mut registers = lock(&self.registers);
         if value == 0 {
-            let mut backend = lock(&self.backend);
+            let Some(mut backend) = self.wait_for_backend() else { return };
             backend.device.reset();
             backend.queues = None;
             *registers = Registers::new(D::QUEUES.len());
@@ -332,8 +351,10 @@ pub trait Window: Send + Sync {
     fn interrupt(&self) -> &EventFd;
     /// One event for each queue, for ioeventfds at `QUEUE_NOTIFY` with the queue's index as datamatch.
     fn queue_events(&self) -> &[EventFd];
-    /// A queue's event came: serve the queue. On the device thread.
+    /// A queue's event came: serve the queue. On the device's thread.
     fn queue_event(&self, index: usize);
+    /// The guest is at its end: a processor that waits in a register write goes on, whatever the device does.
+    fn let_go(&self);
 }
 
 impl<D: Device> Window for MmioTransport<D> {
@@ -367,6 +388,10 @@ impl<D: Device> Window for MmioTransport<D> {
 
     fn queue_events(&self) -> &[EventFd] {
         &self.queue_events
+    }
+
+    fn let_go(&self) {
+        self.ending.store(true, Ordering::SeqCst);
     }
 
     fn queue_event(&self, index: usize) {

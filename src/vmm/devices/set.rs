@@ -6,9 +6,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::block::{Block, BlockCounters};
 use super::device::Progress;
+use super::disk::Disk;
 use super::mmio::{MmioTransport, WINDOW, Window};
 use super::rng::Rng;
 use super::serial::Serial;
@@ -97,9 +98,9 @@ pub struct WindowInfo<'a> {
 /// What the devices did so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DeviceStats {
-    /// Octets that the guest read from its disk.
+    /// Octets that the guest read from its disks.
     pub block_read_bytes: u64,
-    /// Octets that the guest wrote to its disk.
+    /// Octets that the guest wrote to its disks.
     pub block_written_bytes: u64,
     /// Disk requests of all kinds.
     pub block_requests: u64,
@@ -128,15 +129,19 @@ enum Source {
     Queue { window: usize, queue: usize },
 }
 
-/// The devices. vCPU threads call the bus methods; the device thread calls everything else.
+/// How long an orderly end waits for disks: less than the supervisor waits for the worker.
+const DISK_END: Duration = Duration::from_secs(2);
+
+/// The devices. vCPU threads call the bus methods; the device thread calls everything else. Disks are served by
+/// threads of their own.
 pub struct DeviceSet {
     /// In the order of the guest's addresses, which is the order of its drivers' probes.
     windows: Vec<Arc<dyn Window>>,
-    block: Arc<MmioTransport<Block>>,
+    /// The root disk first.
+    disks: Vec<Disk>,
     vsock: Arc<MmioTransport<Vsock>>,
     serial: Serial,
     vsock_timer: Mutex<Timer>,
-    block_counters: Arc<BlockCounters>,
     vsock_counters: Arc<VsockCounters>,
     /// What the device thread watches; tokens count from `first_token` in this order.
     sources: Vec<(RawFd, Source)>,
@@ -153,36 +158,37 @@ impl DeviceSet {
             return Err(DeviceError::Cid { cid: config.cid });
         }
         let overlay = Overlay::open(config.overlay, config.base).map_err(DeviceError::Overlay)?;
-        let block = Block::new(overlay, "warren-root");
-        let block_counters = block.counters();
         let vsock = Vsock::new(u64::from(config.cid)).map_err(while_doing("making the vsock device"))?;
         let vsock_counters = vsock.counters();
         let transport = "making a virtio-mmio transport";
-        let block = Arc::new(MmioTransport::new(memory.clone(), block).map_err(while_doing(transport))?);
+        let disk = Disk::start(memory.clone(), "root", Block::new(overlay, "root"));
+        let disks = vec![disk.map_err(while_doing("starting a disk's thread"))?];
         let vsock = Arc::new(MmioTransport::new(memory.clone(), vsock).map_err(while_doing(transport))?);
         let rng = Arc::new(MmioTransport::new(memory.clone(), Rng).map_err(while_doing(transport))?);
         let vsock_timer = Timer::new().map_err(while_doing("making a timer"))?;
         let serial = Serial::new(config.serial).map_err(while_doing("making the serial port"))?;
-        // Linux names disks in the order of their windows.
-        let windows: Vec<Arc<dyn Window>> = vec![block.clone(), vsock.clone(), rng];
+        let shared: [Arc<dyn Window>; 2] = [vsock.clone(), rng];
+        // Linux names disks in the order of their windows: the root disk is the first, others follow at the end.
+        let (root, extra) = disks.split_at(1);
+        let windows: Vec<Arc<dyn Window>> =
+            root.iter().map(Disk::window).chain(shared.clone()).chain(extra.iter().map(Disk::window)).collect();
 
         let mut sources = vec![
             (serial.timer_fd(), Source::SerialTimer),
             (vsock.with_device(|vsock| vsock.epoll_fd()), Source::VsockLinks),
             (vsock_timer.fd(), Source::VsockTimer),
         ];
-        for (window, device) in windows.iter().enumerate() {
+        for (window, device) in shared.iter().enumerate().map(|(n, device)| (n + root.len(), device)) {
             for (queue, event) in device.queue_events().iter().enumerate() {
                 sources.push((event.as_raw_fd(), Source::Queue { window, queue }));
             }
         }
         Ok(Self {
             windows,
-            block,
+            disks,
             vsock,
             serial,
             vsock_timer: Mutex::new(vsock_timer),
-            block_counters,
             vsock_counters,
             sources,
             first_token: Mutex::new(usize::MAX),
@@ -343,21 +349,33 @@ impl DeviceSet {
 
     // ---- The end ----
 
-    /// Puts the disk on the medium and the log into its file, for an orderly end.
+    /// The processors are told to stop: none of them waits for a device any more.
+    pub fn let_go(&self) {
+        self.windows.iter().for_each(|window| window.let_go());
+    }
+
+    /// Puts the disks on their media and the log into its file, for an orderly end. Waits a bounded time for disks
+    /// that do not answer; the first that failed is the error.
     pub fn shutdown(&self) -> io::Result<()> {
         self.serial.flush();
-        self.block.with_device(Block::flush)
+        self.disks.iter().for_each(Disk::stop);
+        let until = Instant::now() + DISK_END;
+        let ends: Vec<io::Result<()>> = self.disks.iter().map(|disk| disk.wait(until)).collect();
+        ends.into_iter().collect()
     }
 
     /// Counters of all devices.
     pub fn stats(&self) -> DeviceStats {
-        let (block, vsock) = (&self.block_counters, &self.vsock_counters);
+        let vsock = &self.vsock_counters;
+        let blocks = |counter: fn(&BlockCounters) -> &AtomicU64| {
+            self.disks.iter().map(|disk| counter(disk.counters()).load(Ordering::Relaxed)).sum()
+        };
         DeviceStats {
-            block_read_bytes: block.read_bytes.load(Ordering::Relaxed),
-            block_written_bytes: block.written_bytes.load(Ordering::Relaxed),
-            block_requests: block.requests.load(Ordering::Relaxed),
-            block_flushes: block.flushes.load(Ordering::Relaxed),
-            block_errors: block.errors.load(Ordering::Relaxed),
+            block_read_bytes: blocks(|block| &block.read_bytes),
+            block_written_bytes: blocks(|block| &block.written_bytes),
+            block_requests: blocks(|block| &block.requests),
+            block_flushes: blocks(|block| &block.flushes),
+            block_errors: blocks(|block| &block.errors),
             vsock_rx_bytes: vsock.rx_bytes.load(Ordering::Relaxed),
             vsock_tx_bytes: vsock.tx_bytes.load(Ordering::Relaxed),
             vsock_rx_packets: vsock.rx_packets.load(Ordering::Relaxed),
