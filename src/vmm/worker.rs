@@ -232,7 +232,11 @@ impl Worker {
             "vm.stats" => {
                 Args::of(request).finish()?;
                 let machine = self.machine.as_ref().ok_or_else(not_running)?;
-                Ok(Outcome::Done(machine.stats()))
+                let (rows, all) = (machine.devices().disk_rows(), machine.stats());
+                for row in rows {
+                    self.send(token, &Message::item(&tag, row));
+                }
+                Ok(Outcome::Done(all))
             }
             "vsock.connect" | "vsock.accept" => {
                 self.become_stream(token, request)?;
