@@ -4,13 +4,17 @@
 #![allow(clippy::unwrap_used)] // a failure is the finding
 
 mod block;
+mod http_response;
 mod overlay;
+mod sentinel_log;
 mod virtqueue;
 mod vsock;
 mod wire;
 
 pub use block::block;
+pub use http_response::http_response;
 pub use overlay::overlay;
+pub use sentinel_log::sentinel_log;
 pub use virtqueue::virtqueue;
 pub use vsock::vsock;
 pub use wire::wire;
@@ -53,8 +57,15 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 5] =
-        [("block", block), ("overlay", overlay), ("virtqueue", virtqueue), ("vsock", vsock), ("wire", wire)];
+    const TARGETS: [Target; 7] = [
+        ("block", block),
+        ("http_response", http_response),
+        ("overlay", overlay),
+        ("sentinel_log", sentinel_log),
+        ("virtqueue", virtqueue),
+        ("vsock", vsock),
+        ("wire", wire),
+    ];
 
     #[test]
     fn every_input_of_the_corpus_passes() {

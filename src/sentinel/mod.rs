@@ -5,5 +5,9 @@
 //! [`task::Sink`], and from there on they are in the log until every destination has acknowledged them. Collection
 //! never waits for sending.
 
+pub mod http;
+pub mod log;
 pub mod model;
+pub mod secret;
+pub mod send;
 pub mod task;
