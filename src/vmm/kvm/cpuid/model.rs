@@ -3,6 +3,8 @@
 //!
 //! Sources: Intel SDM 2A "CPUID", AMD APM 3 appendix E.
 
+#![cfg_attr(not(test), allow(dead_code, reason = "names and reasons are for the page, which a test compares"))]
+
 /// A register of CPUID's answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Register {
@@ -48,7 +50,6 @@ pub(super) struct Emptied {
 
 /// A leaf that is written anew.
 #[derive(Debug)]
-#[cfg_attr(not(test), allow(dead_code, reason = "the code is in `filter`; this is its description for the page"))]
 pub(super) struct Rewritten {
     pub leaf: u32,
     pub name: &'static str,
@@ -155,7 +156,6 @@ pub(super) const EMPTIED: &[Emptied] = &[
 ];
 
 /// Leaves that are written anew: KVM passes on the host's, or nothing.
-#[cfg_attr(not(test), allow(dead_code, reason = "the code is in `filter`; this is its description for the page"))]
 pub(super) const REWRITTEN: &[Rewritten] = &[
     Rewritten {
         leaf: 0x1,
