@@ -6,4 +6,5 @@
 //! never waits for sending.
 
 pub mod model;
+pub mod schedule;
 pub mod task;
