@@ -3,11 +3,13 @@
 
 #![allow(clippy::unwrap_used)] // a failure is the finding
 
+mod node;
 mod overlay;
 mod virtqueue;
 mod vsock;
 mod wire;
 
+pub use node::node;
 pub use overlay::overlay;
 pub use virtqueue::virtqueue;
 pub use vsock::vsock;
@@ -51,7 +53,8 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 4] = [("overlay", overlay), ("virtqueue", virtqueue), ("vsock", vsock), ("wire", wire)];
+    const TARGETS: [Target; 5] =
+        [("node", node), ("overlay", overlay), ("virtqueue", virtqueue), ("vsock", vsock), ("wire", wire)];
 
     #[test]
     fn every_input_of_the_corpus_passes() {

@@ -5,6 +5,9 @@
 //! [`task::Sink`], and from there on they are in the log until every destination has acknowledged them. Collection
 //! never waits for sending.
 
+pub mod collect;
+pub mod collectors;
 pub mod model;
+pub mod plugin;
 pub mod schedule;
 pub mod task;

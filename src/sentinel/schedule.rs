@@ -411,6 +411,18 @@ impl Schedule {
         }
     }
 
+    /// Has a task run now, besides its slots, unless it runs or waits already.
+    pub fn run_now(&mut self, id: &str, now: u64) {
+        if let Some(entry) = self.entries.get_mut(id)
+            && entry.run.is_none()
+            && entry.waiting.is_none()
+            && !self.stopping
+        {
+            entry.waiting = Some(Wait { since: now, attempt: 0 });
+            self.ready.insert((Reverse(entry.task.priority), now, entry.key));
+        }
+    }
+
     /// Starts nothing any more; what runs goes on.
     pub fn stop(&mut self) {
         self.stopping = true;
