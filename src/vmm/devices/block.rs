@@ -1,10 +1,11 @@
 //! Block device (virtio 1.2 §5.2): the sandbox's root disk over its overlay.
 //!
-//! Requests run on the device thread, one after the other, straight between files and guest memory.
+//! Requests run on the disk's own thread (see `disk`), one after the other, straight between files and guest memory.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use super::device::{Context, Device, Progress};
 use super::queue::{Chain, MAX_SIZE, QueueError};
@@ -75,6 +76,11 @@ impl Block {
     /// The device's counters.
     pub fn counters(&self) -> Arc<BlockCounters> {
         Arc::clone(&self.counters)
+    }
+
+    /// When the queue is to be looked at although nothing notifies.
+    pub fn deadline(&self) -> Option<Instant> {
+        None
     }
 
     /// Puts everything on the medium, for an orderly end.
