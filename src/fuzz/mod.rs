@@ -5,12 +5,14 @@
 
 mod node;
 mod overlay;
+mod snmp;
 mod virtqueue;
 mod vsock;
 mod wire;
 
 pub use node::node;
 pub use overlay::overlay;
+pub use snmp::snmp;
 pub use virtqueue::virtqueue;
 pub use vsock::vsock;
 pub use wire::wire;
@@ -53,8 +55,14 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 5] =
-        [("node", node), ("overlay", overlay), ("virtqueue", virtqueue), ("vsock", vsock), ("wire", wire)];
+    const TARGETS: [Target; 6] = [
+        ("node", node),
+        ("overlay", overlay),
+        ("snmp", snmp),
+        ("virtqueue", virtqueue),
+        ("vsock", vsock),
+        ("wire", wire),
+    ];
 
     #[test]
     fn every_input_of_the_corpus_passes() {

@@ -167,9 +167,10 @@ struct Running {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
+    /// First at its time: a run whose timeout is the interval makes room for the slot.
+    Deadline(RunId),
     Slot(u64),
     Retry(u64, u32),
-    Deadline(RunId),
 }
 
 /// All tasks, their slots and their runs.
@@ -351,7 +352,12 @@ impl Schedule {
             let run = RunId(self.number());
             let Some(entry) = self.ids.get(&key).and_then(|id| self.entries.get_mut(id)) else { continue };
             let Some(wait) = entry.waiting.take() else { continue };
-            let mut deadline = now + millis(entry.task.timeout);
+            let timeout = millis(entry.task.timeout);
+            let mut deadline = now + timeout;
+            if entry.due.saturating_sub(now) >= timeout / 2 {
+                // A start that was a little late must not cost the next slot where the timeout is the interval.
+                deadline = deadline.min(entry.due);
+            }
             if wait.attempt > 0 {
                 if now + RETRY_LEAST > entry.due {
                     continue;
@@ -474,8 +480,9 @@ fn next_slot(task: &Task, now: u64) -> u64 {
 
 /// When a task that just became known runs first: at its slot, or soon where that is far away.
 fn first_slot(task: &Task, now: u64) -> u64 {
-    let interval = millis(task.interval);
-    next_slot(task, now).min(now + 1 + offset(&task.id, interval) % FIRST_WITHIN)
+    let slot = next_slot(task, now);
+    let early = now + 1 + offset(&task.id, millis(task.interval)) % FIRST_WITHIN;
+    if early + millis(task.timeout) <= slot { early } else { slot }
 }
 
 #[cfg(test)]

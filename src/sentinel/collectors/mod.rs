@@ -2,6 +2,7 @@
 //! `plugin.toml`, built into the binary.
 
 pub mod node;
+pub mod snmp;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,7 +12,8 @@ use crate::sentinel::plugin::{FieldError, Manifest, Values};
 use crate::sentinel::task::Task;
 
 /// Every built-in plugin's manifest, as text.
-pub const BUILT_IN: [(&str, &str); 1] = [("node", include_str!("node/plugin.toml"))];
+pub const BUILT_IN: [(&str, &str); 2] =
+    [("node", include_str!("node/plugin.toml")), ("snmp", include_str!("snmp/plugin.toml"))];
 
 /// The manifest of a built-in plugin.
 pub fn manifest(name: &str) -> Manifest {
@@ -37,7 +39,8 @@ pub struct Services {
 
 /// All services.
 pub fn services(_settings: &Settings, _stats: &Arc<Stats>) -> Services {
-    Services { all: vec![Box::new(node::Node::new())], built_in: HashMap::from([("node", 0)]), external: None }
+    let all: Vec<Box<dyn Service>> = vec![Box::new(node::Node::new()), Box::new(snmp::Snmp::new())];
+    Services { all, built_in: HashMap::from([("node", 0), ("snmp", 1)]), external: None }
 }
 
 #[cfg(test)]
