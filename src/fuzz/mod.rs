@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)] // a failure is the finding
 
+mod block;
 mod node;
 mod overlay;
 mod snmp;
@@ -10,6 +11,7 @@ mod virtqueue;
 mod vsock;
 mod wire;
 
+pub use block::block;
 pub use node::node;
 pub use overlay::overlay;
 pub use snmp::snmp;
@@ -55,7 +57,8 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 6] = [
+    const TARGETS: [Target; 7] = [
+        ("block", block),
         ("node", node),
         ("overlay", overlay),
         ("snmp", snmp),
