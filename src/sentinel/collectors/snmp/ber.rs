@@ -58,8 +58,6 @@ pub enum BerError {
     Number,
     /// An object identifier that is none.
     Oid,
-    /// Something follows the end.
-    Rest,
 }
 
 impl fmt::Display for BerError {
@@ -70,7 +68,6 @@ impl fmt::Display for BerError {
             Self::Tag(tag) => write!(f, "tag {tag:#04x} is not expected here"),
             Self::Number => f.write_str("a number does not fit"),
             Self::Oid => f.write_str("an object identifier is malformed"),
-            Self::Rest => f.write_str("something follows its end"),
         }
     }
 }
@@ -118,11 +115,6 @@ impl<'a> Reader<'a> {
     /// The next element, an INTEGER of 32 bits.
     pub fn int(&mut self) -> Result<i32, BerError> {
         i32::try_from(integer(self.expect(INTEGER)?)?).map_err(|_| BerError::Number)
-    }
-
-    /// Fails when something is left.
-    pub fn end(&self) -> Result<(), BerError> {
-        if self.is_empty() { Ok(()) } else { Err(BerError::Rest) }
     }
 
     /// The next element as the value of a variable.
@@ -325,7 +317,7 @@ mod tests {
             put_value(&mut out, &value);
             let mut reader = Reader(&out);
             assert_eq!(reader.value(), Ok(value));
-            assert_eq!(reader.end(), Ok(()));
+            assert!(reader.is_empty());
         }
     }
 
