@@ -83,14 +83,14 @@ impl Encoder {
         self.pack()
     }
 
-    /// The payload of a samples record, at most [`MAX_SAMPLES`] of them; `number` gives each series' number.
-    pub fn samples(&mut self, samples: &[Sample], number: impl Fn(SeriesId) -> u32) -> Option<&[u8]> {
+    /// The payload of a samples record, at most [`MAX_SAMPLES`] of them; `numbers` are those of their series.
+    pub fn samples(&mut self, samples: &[Sample], numbers: &[u32]) -> Option<&[u8]> {
         let raw = &mut self.raw;
         raw.clear();
         put_u64(raw, samples.len() as u64);
         let mut before = 0;
-        for sample in samples {
-            let number = i64::from(number(sample.series.id()));
+        for &number in numbers {
+            let number = i64::from(number);
             put_i64(raw, number - before);
             before = number;
         }
@@ -300,7 +300,8 @@ mod tests {
             samples.push(Sample { series, timestamp_ms: times[n % times.len()], value });
         }
         let mut encoder = Encoder::default();
-        let payload = encoder.samples(&samples, |id| id.0 as u32 * 1000).unwrap();
+        let numbers: Vec<u32> = samples.iter().map(|sample| sample.series.id().0 as u32 * 1000).collect();
+        let payload = encoder.samples(&samples, &numbers).unwrap();
         let back = read_samples(payload).unwrap();
         assert_eq!(back.len(), samples.len());
         for (back, sample) in back.iter().zip(&samples) {
@@ -316,7 +317,7 @@ mod tests {
         let sample = |n: usize| Sample { series: Arc::clone(&series[n % 3]), timestamp_ms: n as i64, value: 0.5 };
         let samples: Vec<_> = (0..9).map(sample).collect();
         let mut encoder = Encoder::default();
-        encoder.samples(&samples, |id| id.0 as u32).unwrap();
+        encoder.samples(&samples, &[0, 1, 2, 0, 1, 2, 0, 1, 2]).unwrap();
         let raw = encoder.raw.clone();
         let pack = |raw: &[u8]| snap::raw::Encoder::new().compress_vec(raw).unwrap();
         assert!(read_samples(&pack(&raw)).is_ok());

@@ -24,6 +24,8 @@ pub struct Writer {
     current: Option<Current>,
     next_number: u64,
     encoder: Encoder,
+    /// The series' numbers of the samples being written.
+    numbers: Vec<u32>,
     out: Vec<u8>,
     synced: Instant,
 }
@@ -43,8 +45,8 @@ struct Current {
 
 impl Writer {
     pub fn new(options: Options, next_number: u64) -> Self {
-        let (encoder, out) = (Encoder::default(), Vec::new());
-        Self { options, current: None, next_number, encoder, out, synced: Instant::now() }
+        let (encoder, numbers, out) = (Encoder::default(), Vec::new(), Vec::new());
+        Self { options, current: None, next_number, encoder, numbers, out, synced: Instant::now() }
     }
 
     /// Writes the records of `samples` into `self.out`, for the current segment. Nothing when its dictionary is full.
@@ -53,13 +55,15 @@ impl Writer {
         self.out.clear();
         let number_of_first = current.dictionary.len() as u32;
         let mut fresh: Vec<Arc<Series>> = Vec::new();
-        for sample in samples {
+        let numbers = samples.iter().map(|sample| {
             let number = current.dictionary.len() as u32;
-            current.dictionary.entry(sample.series.id()).or_insert_with(|| {
+            *current.dictionary.entry(sample.series.id()).or_insert_with(|| {
                 fresh.push(Arc::clone(&sample.series));
                 number
-            });
-        }
+            })
+        });
+        self.numbers.clear();
+        self.numbers.extend(numbers);
         if current.dictionary.len() as u32 > MAX_DICTIONARY {
             return None;
         }
@@ -72,9 +76,8 @@ impl Writer {
         }
         let dictionary = self.out.len();
         let mut sequence = first;
-        for part in samples.chunks(RECORD_SAMPLES) {
-            let number = |id| current.dictionary.get(&id).copied().unwrap_or(u32::MAX);
-            let payload = self.encoder.samples(part, number)?;
+        for (part, numbers) in samples.chunks(RECORD_SAMPLES).zip(self.numbers.chunks(RECORD_SAMPLES)) {
+            let payload = self.encoder.samples(part, numbers)?;
             record::encode(header(RecordKind::Samples, part.len() as u32, sequence), payload, &mut self.out);
             sequence += part.len() as u64;
         }
