@@ -28,7 +28,7 @@ fn segment(data: &[u8]) {
     log.append(&Batch { samples: vec![Sample { series, timestamp_ms: 1, value: 2.0 }] }).unwrap();
     let mut reader = Reader::new(&log, "one");
     let mut last = None;
-    while let Some(block) = reader.next().unwrap() {
+    while let Some(block) = reader.next_block().unwrap() {
         last = block.samples.last().cloned();
         log.acknowledge("one", reader.position());
     }

@@ -37,7 +37,7 @@ pub trait LogFile: Send + Sync {
     /// Makes everything written durable. After an error nothing is known about what was written since the last success.
     fn sync(&self) -> io::Result<()>;
     /// Its length.
-    fn len(&self) -> io::Result<u64>;
+    fn length(&self) -> io::Result<u64>;
     /// Cuts it or fills it up with zeroes.
     fn set_len(&self, len: u64) -> io::Result<()>;
 }
@@ -163,7 +163,7 @@ impl LogFile for File {
         self.sync_data()
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn length(&self) -> io::Result<u64> {
         Ok(self.metadata()?.len())
     }
 
@@ -237,7 +237,7 @@ impl LogFile for MemoryFile {
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<usize> {
         let mut file = hold(&self.0);
         let end = offset as usize + data.len();
-        if file.len() < end {
+        if file.length() < end {
             file.resize(end, 0);
         }
         file[offset as usize..end].copy_from_slice(data);
@@ -248,7 +248,7 @@ impl LogFile for MemoryFile {
         Ok(())
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn length(&self) -> io::Result<u64> {
         Ok(hold(&self.0).len() as u64)
     }
 

@@ -99,7 +99,7 @@ pub(super) fn identify(files: &dyn Files, number: u64) -> io::Result<Option<Segm
     if let Some(header) = SegmentHeader::decode(&raw[..len]) {
         return Ok(Some(header));
     }
-    let limit = file.len()?;
+    let limit = file.length()?;
     let mut scanner = Scanner::new(file);
     let first = scanner.next(limit)?.map(|(record, _)| record);
     Ok(first.map(|record| SegmentHeader { log: UNKNOWN, first: record.sequence, created_ms: record.accepted_ms }))
@@ -115,7 +115,7 @@ fn segments(
     let mut segments = BTreeMap::new();
     for (n, &(number, header)) in headers.iter().enumerate() {
         let file = files.open(&segment_name(number))?;
-        let bytes = file.len()?;
+        let bytes = file.length()?;
         let mut segment = Segment {
             first: header.first,
             end: header.first,

@@ -67,7 +67,7 @@ impl Reader {
     }
 
     /// The next samples, if there are any yet. After an error the same place is tried again, a few times.
-    pub fn next(&mut self) -> io::Result<Option<Block>> {
+    pub fn next_block(&mut self) -> io::Result<Option<Block>> {
         loop {
             let (number, segment) = match self.segment() {
                 Ok(found) => found,

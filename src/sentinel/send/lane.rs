@@ -265,7 +265,7 @@ impl Work {
     /// Reads until there is enough for a batch or nothing more.
     fn read(&mut self) {
         while self.gathered.len() < self.options.batch {
-            match self.reader.next() {
+            match self.reader.next_block() {
                 Ok(Some(block)) => {
                     if self.gathered.len() == 0 {
                         self.since = Instant::now();

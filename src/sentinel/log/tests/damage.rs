@@ -21,7 +21,7 @@ fn copy(files: &dyn Files) -> Arc<dyn Files> {
 
 fn read(files: &dyn Files, name: &str) -> Vec<u8> {
     let file = files.open(name).unwrap();
-    let mut octets = vec![0; file.len().unwrap() as usize];
+    let mut octets = vec![0; file.length().unwrap() as usize];
     read_full(&*file, &mut octets, 0).unwrap();
     octets
 }

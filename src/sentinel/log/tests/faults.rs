@@ -291,7 +291,7 @@ impl LogFile for FaultyFile {
         Ok(())
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn length(&self) -> io::Result<u64> {
         Ok(self.disk.lock().inodes[&self.inode].now.len() as u64)
     }
 

@@ -93,7 +93,7 @@ impl History {
         let first = reader.position();
         let mut numbers = Vec::new();
         for _ in 0..1 + self.random.below(4) {
-            let Some(block) = reader.next().unwrap() else { break };
+            let Some(block) = reader.next_block().unwrap() else { break };
             numbers.extend(block.samples.iter().map(|sample| self.source.number(sample)));
         }
         assert!(numbers.is_sorted_by(|a, b| a < b), "out of order");
@@ -176,7 +176,7 @@ impl History {
         self.disk.set_capacity(1 << 20);
         for n in 0..2 {
             let reader = &mut self.readers[n];
-            while let Some(block) = reader.next().unwrap() {
+            while let Some(block) = reader.next_block().unwrap() {
                 for sample in &block.samples {
                     *self.receivers[n].got.entry(self.source.number(sample)).or_default() += 1;
                 }

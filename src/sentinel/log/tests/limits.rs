@@ -128,7 +128,7 @@ fn what_is_being_sent_counts_as_dropped_only_when_it_is_given_up() {
         let log = open(&files, &options(4 * SEGMENT, SEGMENT), &source, &["one"]);
         log.append(&source.batch(100)).unwrap();
         let mut reader = Reader::new(&log, "one");
-        assert_eq!(reader.next().unwrap().unwrap().samples.len(), 100);
+        assert_eq!(reader.next_block().unwrap().unwrap().samples.len(), 100);
         log.begin("one", 0..100);
         log.append(&source.batch(50)).unwrap();
         log.drop_older(i64::MAX);

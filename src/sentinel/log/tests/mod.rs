@@ -63,7 +63,7 @@ fn open(files: &Arc<dyn Files>, options: &Options, source: &Source, destinations
 fn drain(log: &Arc<Log>, source: &Source, destination: &str) -> Vec<u64> {
     let mut reader = Reader::new(log, destination);
     let mut numbers = Vec::new();
-    while let Some(block) = reader.next().unwrap() {
+    while let Some(block) = reader.next_block().unwrap() {
         numbers.extend(block.samples.iter().map(|sample| source.number(sample)));
         log.acknowledge(destination, reader.position());
     }
