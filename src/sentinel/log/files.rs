@@ -237,7 +237,7 @@ impl LogFile for MemoryFile {
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<usize> {
         let mut file = hold(&self.0);
         let end = offset as usize + data.len();
-        if file.length() < end {
+        if file.len() < end {
             file.resize(end, 0);
         }
         file[offset as usize..end].copy_from_slice(data);
