@@ -34,7 +34,7 @@ fn run(task: Task) -> (Report, Vec<Sample>) {
 }
 
 fn shown(samples: &[Sample]) -> Vec<String> {
-    let mut shown: Vec<String> = samples.iter().map(|s| format!("{} {}", s.series.to_string(), s.value)).collect();
+    let mut shown: Vec<String> = samples.iter().map(|s| format!("{} {}", **s.series, s.value)).collect();
     shown.sort();
     shown
 }
@@ -244,7 +244,7 @@ fn silent_devices_delay_no_other() {
     let manners = || Manners {
         silent: |community| {
             let number: u32 = std::str::from_utf8(community).unwrap().parse().unwrap();
-            number % 20 == 0
+            number.is_multiple_of(20)
         },
         ..interfaces()
     };
