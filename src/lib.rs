@@ -12,6 +12,7 @@ pub mod guest;
 pub mod init;
 pub mod node;
 pub mod sandbox;
+pub mod sentinel;
 pub mod storage;
 pub mod vmm;
 pub mod wire;

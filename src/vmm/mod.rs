@@ -11,7 +11,7 @@
 //! | `memory` | the guest's RAM |
 //! | `last_words` | why it ended |
 //!
-//! Threads: the main one runs the loop and the devices, each processor has its own.
+//! Threads: the main one runs the loop and the devices; each processor and each disk has its own.
 
 pub mod boot;
 mod config;

@@ -1,13 +1,15 @@
 //! The virtio-mmio transport, version 2 (virtio 1.2 §4.2): one window of registers for one device.
 //!
-//! vCPU threads read and write registers; the device thread serves queues. Notifications reach it by ioeventfd
-//! without a VM exit to this process, and the interrupt status is an atomic, so that the registers' lock is
-//! taken during set-up only. A reset waits for the device lock: when the write of 0 returns, the device has let
-//! go of the driver's memory.
+//! vCPU threads read and write registers; the device's thread (the one of all devices, or a disk's own) serves
+//! queues. Notifications reach it by ioeventfd without a VM exit to this process, and the interrupt status is an
+//! atomic, so that the registers' lock is taken during set-up only. A reset waits for the device lock: when the
+//! write of 0 returns, the device has let go of the driver's memory. A disk that does not answer so holds the
+//! processor that resets it, and nobody else, until the guest's end.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -52,6 +54,8 @@ const STEP_DRIVER: u32 = STEPS[2];
 const STEP_FEATURES: u32 = STEPS[3];
 const STEP_ACTIVE: u32 = STEPS[4];
 
+/// How often a reset looks whether the device has come to rest.
+const RESET_LOOK: Duration = Duration::from_millis(1);
 /// How many rule violations of a driver get a line in the log.
 const LOGGED_FAULTS: u32 = 8;
 
@@ -99,13 +103,18 @@ struct Backend<D> {
 pub struct MmioTransport<D> {
     memory: GuestMemory,
     features: u64,
-    config: Vec<u8>,
     registers: Mutex<Registers>,
-    // Lock order: registers before backend. The device thread takes only the latter.
+    // Lock order: registers before backend before config. The device's thread takes only the latter two.
     backend: Mutex<Backend<D>>,
+    /// The configuration space as the driver sees it: reads wait for no work of the device.
+    config: Mutex<Vec<u8>>,
+    /// Changes with the configuration space, except by the driver's own hand (§2.5.1).
+    generation: AtomicU32,
     interrupt: Interrupt,
     queue_events: Vec<EventFd>,
     faults: AtomicU32,
+    /// The guest is at its end: no processor waits for the device any more.
+    ending: AtomicBool,
 }
 
 impl<D: Device> MmioTransport<D> {
@@ -115,18 +124,58 @@ impl<D: Device> MmioTransport<D> {
         Ok(Self {
             memory,
             features: device.features() | COMMON_FEATURES,
-            config: device.config(),
             registers: Mutex::new(Registers::new(D::QUEUES.len())),
+            config: Mutex::new(device.config()),
+            generation: AtomicU32::new(0),
             backend: Mutex::new(Backend { device, queues: None }),
             interrupt: Interrupt::new()?,
             queue_events,
             faults: AtomicU32::new(0),
+            ending: AtomicBool::new(false),
         })
     }
 
     /// Runs `f` on the device, whether its driver is active or not. Waits for work under way.
     pub fn with_device<R>(&self, f: impl FnOnce(&mut D) -> R) -> R {
         f(&mut lock(&self.backend).device)
+    }
+
+    /// Runs `f` on the device; where that changes its configuration space, an active driver is told.
+    pub fn change<R>(&self, f: impl FnOnce(&mut D) -> R) -> R {
+        let mut backend = lock(&self.backend);
+        let result = f(&mut backend.device);
+        if self.renew_config(&backend.device) && backend.queues.is_some() {
+            self.interrupt.raise(Interrupt::CONFIGURATION);
+        }
+        result
+    }
+
+    /// Makes the driver see the device's configuration space as it is now; gives whether that changed anything.
+    fn renew_config(&self, device: &D) -> bool {
+        let mut config = lock(&self.config);
+        let now = device.config();
+        let changed = *config != now;
+        if changed {
+            *config = now;
+            self.generation.fetch_add(1, Ordering::SeqCst);
+        }
+        changed
+    }
+
+    fn read_config(&self, at: usize, into: &mut [u8]) {
+        if let Some(rest) = lock(&self.config).get(at..) {
+            let len = rest.len().min(into.len());
+            into[..len].copy_from_slice(&rest[..len]);
+        }
+    }
+
+    fn write_config(&self, at: usize, from: &[u8]) {
+        let Some(mut backend) = self.wait_for_backend() else { return };
+        let mut config = lock(&self.config);
+        if at.checked_add(from.len()).is_some_and(|end| end <= config.len()) {
+            backend.device.write_config(at, from);
+            *config = backend.device.config();
+        }
     }
 
     /// Runs `f` on the device with its queues, if its driver is active. An error stops the device.
@@ -140,6 +189,7 @@ impl<D: Device> MmioTransport<D> {
             Err(error) => {
                 backend.device.reset();
                 backend.queues = None;
+                self.renew_config(&backend.device);
                 // Under the lock still: a reset that comes now must not be followed by this verdict.
                 self.fault(&error, true);
                 None
@@ -147,7 +197,7 @@ impl<D: Device> MmioTransport<D> {
         }
     }
 
-    /// Makes the device thread serve a queue (again) soon.
+    /// Makes the device's thread serve a queue (again) soon.
     pub fn kick(&self, index: usize) {
         if let Some(event) = self.queue_events.get(index) {
             // Fails only when the counter is full: then it is readable anyway.
@@ -171,8 +221,7 @@ impl<D: Device> MmioTransport<D> {
             0x60 => self.interrupt.status(),
             // Shared memory regions: none, which a length of all ones says (§4.2.2).
             0xb0 | 0xb4 | 0xb8 | 0xbc => u32::MAX,
-            // The configuration spaces so far never change.
-            0xfc => 0,
+            0xfc => self.generation.load(Ordering::SeqCst),
             _ => {
                 let registers = lock(&self.registers);
                 match offset {
@@ -261,12 +310,25 @@ impl<D: Device> MmioTransport<D> {
         }
     }
 
+    /// The device lock, once its thread is through with what it does; `None` when the guest's end came first.
+    fn wait_for_backend(&self) -> Option<MutexGuard<'_, Backend<D>>> {
+        loop {
+            match self.backend.try_lock() {
+                Ok(backend) => return Some(backend),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if self.ending.load(Ordering::SeqCst) => return None,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(RESET_LOOK),
+            }
+        }
+    }
+
     fn write_status(&self, value: u32) {
         let mut registers = lock(&self.registers);
         if value == 0 {
-            let mut backend = lock(&self.backend);
+            let Some(mut backend) = self.wait_for_backend() else { return };
             backend.device.reset();
             backend.queues = None;
+            self.renew_config(&backend.device);
             *registers = Registers::new(D::QUEUES.len());
             self.interrupt.clear();
             return;
@@ -313,7 +375,10 @@ impl<D: Device> MmioTransport<D> {
         });
         match queues.collect() {
             Ok(queues) => {
-                lock(&self.backend).queues = Some(queues);
+                let mut backend = lock(&self.backend);
+                backend.device.activate(registers.driver_features);
+                backend.queues = Some(queues);
+                drop(backend);
                 // Notifications that came before were for nobody.
                 (0..D::QUEUES.len()).for_each(|index| self.kick(index));
             }
@@ -332,8 +397,10 @@ pub trait Window: Send + Sync {
     fn interrupt(&self) -> &EventFd;
     /// One event for each queue, for ioeventfds at `QUEUE_NOTIFY` with the queue's index as datamatch.
     fn queue_events(&self) -> &[EventFd];
-    /// A queue's event came: serve the queue. On the device thread.
+    /// A queue's event came: serve the queue. On the device's thread.
     fn queue_event(&self, index: usize);
+    /// The guest is at its end: a processor that waits in a register write goes on, whatever the device does.
+    fn let_go(&self);
 }
 
 impl<D: Device> Window for MmioTransport<D> {
@@ -346,17 +413,15 @@ impl<D: Device> Window for MmioTransport<D> {
             }
             None => {}
             Some(at) => {
-                let at = usize::try_from(at).unwrap_or(usize::MAX);
-                if let Some(rest) = self.config.get(at..) {
-                    let len = rest.len().min(into.len());
-                    into[..len].copy_from_slice(&rest[..len]);
-                }
+                self.read_config(usize::try_from(at).unwrap_or(usize::MAX), into);
             }
         }
     }
 
     fn write(&self, offset: u64, from: &[u8]) {
-        if let (true, Ok(octets)) = (offset < CONFIG && offset.is_multiple_of(4), from.try_into()) {
+        if let Some(at) = offset.checked_sub(CONFIG) {
+            self.write_config(usize::try_from(at).unwrap_or(usize::MAX), from);
+        } else if let (true, Ok(octets)) = (offset.is_multiple_of(4), from.try_into()) {
             self.write_register(offset, u32::from_le_bytes(octets));
         }
     }
@@ -367,6 +432,10 @@ impl<D: Device> Window for MmioTransport<D> {
 
     fn queue_events(&self) -> &[EventFd] {
         &self.queue_events
+    }
+
+    fn let_go(&self) {
+        self.ending.store(true, Ordering::SeqCst);
     }
 
     fn queue_event(&self, index: usize) {

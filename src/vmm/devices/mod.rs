@@ -4,20 +4,26 @@
 //! |---|---|
 //! | `queue`, `segments` | split virtqueues and the guest buffers in them |
 //! | `mmio`, `device` | the transport, and what it asks of a device |
-//! | `block`, `rng`, `vsock` | virtio devices |
+//! | `balloon`, `block`, `rng`, `vsock` | virtio devices |
+//! | `disk` | a block device on its own thread |
 //! | `serial` | COM1, for the log |
+//! | `rate`, `timer` | token buckets, and what wakes a device that waits for tokens |
 //! | `set` | all of them, wired |
 
+pub mod balloon;
 pub mod block;
 pub mod device;
+pub mod disk;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod driver;
 pub mod mmio;
 pub mod queue;
+pub mod rate;
 pub mod rng;
 pub mod segments;
 pub mod serial;
 pub mod set;
+pub mod timer;
 pub mod vsock;
 
 #[cfg(test)]
@@ -25,5 +31,6 @@ mod tests;
 
 pub use mmio::{QUEUE_NOTIFY, WINDOW};
 pub use set::{
-    DeviceConfig, DeviceError, DeviceSet, DeviceStats, FIRST_GSI, MMIO_BASE, SERIAL_GSI, SERIAL_PORT, WindowInfo,
+    DeviceConfig, DeviceError, DeviceSet, DeviceStats, ExtraDisk, FIRST_GSI, MAX_EXTRA_DISKS, MMIO_BASE, ROOT,
+    SERIAL_GSI, SERIAL_PORT, WindowInfo,
 };

@@ -4,26 +4,31 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::balloon::{Balloon, BalloonCounters, MemoryStatistics};
 use super::block::{Block, BlockCounters};
 use super::device::Progress;
+use super::disk::Disk;
 use super::mmio::{MmioTransport, WINDOW, Window};
+use super::rate::{Limiter, Limits};
 use super::rng::Rng;
 use super::serial::Serial;
+use super::timer::Timer;
 use super::vsock::{HOST_CID, Vsock, VsockCounters};
+use crate::storage::medium::Medium;
 use crate::storage::overlay::{Overlay, OverlayError};
+use crate::storage::raw::RawDisk;
 use crate::vmm::memory::GuestMemory;
+use crate::wire::Fields;
 
 /// Guest-physical start of the first virtio-mmio window; the others follow.
 pub const MMIO_BASE: u64 = 0xd000_0000;
@@ -33,6 +38,8 @@ pub const FIRST_GSI: u32 = 5;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Interrupt of COM1.
 pub const SERIAL_GSI: u32 = 4;
+/// Name of the root disk.
+pub const ROOT: &str = "root";
 
 /// What the devices work on. All descriptors come from the supervisor.
 #[derive(Debug)]
@@ -41,17 +48,42 @@ pub struct DeviceConfig {
     pub base: File,
     /// The sandbox's overlay, readable and writable.
     pub overlay: File,
+    /// Further disks, in the guest's order.
+    pub disks: Vec<ExtraDisk>,
+    /// For all disks together.
+    pub disk_limits: Limits,
     /// The console log, opened `O_RDWR | O_APPEND`.
     pub serial: File,
     /// The guest's vsock context identifier, 3 to 2^32 - 2.
     pub cid: u32,
 }
 
+/// A disk beside the root disk.
+#[derive(Debug)]
+pub struct ExtraDisk {
+    /// Its serial number in the guest, at most `block::ID_LEN` octets.
+    pub name: String,
+    /// A regular file or a block device; readable, and writable unless `read_only`.
+    pub file: File,
+    /// The guest must not change it.
+    pub read_only: bool,
+}
+
+/// Most disks beside the root disk.
+pub const MAX_EXTRA_DISKS: usize = 8;
+
 /// Why the devices could not be made.
 #[derive(Debug)]
 pub enum DeviceError {
-    /// The disk.
+    /// The root disk.
     Overlay(OverlayError),
+    /// Another disk.
+    Disk {
+        /// Its name.
+        name: String,
+        /// Why it cannot be served.
+        cause: io::Error,
+    },
     /// A context identifier that is not a guest's.
     Cid {
         /// As given.
@@ -70,6 +102,7 @@ impl fmt::Display for DeviceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Overlay(cause) => cause.fmt(f),
+            Self::Disk { name, cause } => write!(f, "disk {name}: {cause}"),
             Self::Cid { cid } => write!(f, "vsock cid {cid}: must be from 3 to {}", u32::MAX - 1),
             Self::Io { doing, cause } => write!(f, "{doing}: {cause}"),
         }
@@ -98,9 +131,9 @@ pub struct WindowInfo<'a> {
 /// What the devices did so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DeviceStats {
-    /// Octets that the guest read from its disk.
+    /// Octets that the guest read from its disks.
     pub block_read_bytes: u64,
-    /// Octets that the guest wrote to its disk.
+    /// Octets that the guest wrote to its disks.
     pub block_written_bytes: u64,
     /// Disk requests of all kinds.
     pub block_requests: u64,
@@ -118,6 +151,16 @@ pub struct DeviceStats {
     pub vsock_tx_packets: u64,
     /// Vsock connections now.
     pub vsock_connections: u64,
+    /// Octets that the balloon is to hold.
+    pub balloon_target_bytes: u64,
+    /// Octets that it holds, as the guest says.
+    pub balloon_bytes: u64,
+    /// Octets that the guest reported free and the host let go, in all.
+    pub balloon_reported_bytes: u64,
+    /// Pages and ranges that could not be let go.
+    pub balloon_refused: u64,
+    /// What the guest's kernel said last of its memory, and when.
+    pub memory: Option<(MemoryStatistics, Instant)>,
 }
 
 /// What a token of the device thread stands for.
@@ -129,18 +172,23 @@ enum Source {
     Queue { window: usize, queue: usize },
 }
 
-/// The devices. vCPU threads call the bus methods; the device thread calls everything else.
+/// How long an orderly end waits for disks: less than the supervisor waits for the worker.
+const DISK_END: Duration = Duration::from_secs(2);
+
+/// The devices. vCPU threads call the bus methods; the device thread calls everything else. Disks are served by
+/// threads of their own.
 pub struct DeviceSet {
+    memory: GuestMemory,
     /// In the order of the guest's addresses, which is the order of its drivers' probes.
     windows: Vec<Arc<dyn Window>>,
-    block: Arc<MmioTransport<Block>>,
+    /// The root disk first.
+    disks: Vec<Disk>,
     vsock: Arc<MmioTransport<Vsock>>,
+    balloon: Arc<MmioTransport<Balloon>>,
     serial: Serial,
-    vsock_timer: TimerFd,
-    /// When `vsock_timer` goes off.
-    armed: Mutex<Option<Instant>>,
-    block_counters: Arc<BlockCounters>,
+    vsock_timer: Mutex<Timer>,
     vsock_counters: Arc<VsockCounters>,
+    balloon_counters: Arc<BalloonCounters>,
     /// What the device thread watches; tokens count from `first_token` in this order.
     sources: Vec<(RawFd, Source)>,
     first_token: Mutex<usize>,
@@ -150,46 +198,60 @@ pub struct DeviceSet {
 const VSOCK_WINDOW: usize = 1;
 
 impl DeviceSet {
-    /// Makes the devices: block, vsock, rng, and the serial port.
+    /// Makes the devices: block, vsock, rng, balloon, and the serial port.
     pub fn new(memory: &GuestMemory, config: DeviceConfig) -> Result<Self, DeviceError> {
         if u64::from(config.cid) <= HOST_CID || config.cid == u32::MAX {
             return Err(DeviceError::Cid { cid: config.cid });
         }
         let overlay = Overlay::open(config.overlay, config.base).map_err(DeviceError::Overlay)?;
-        let block = Block::new(overlay, "warren-root");
-        let block_counters = block.counters();
         let vsock = Vsock::new(u64::from(config.cid)).map_err(while_doing("making the vsock device"))?;
         let vsock_counters = vsock.counters();
         let transport = "making a virtio-mmio transport";
-        let block = Arc::new(MmioTransport::new(memory.clone(), block).map_err(while_doing(transport))?);
+        let limiter = Arc::new(Mutex::new(Limiter::new(config.disk_limits, Instant::now())));
+        let start = |name: &str, medium| {
+            let started = Disk::start(memory.clone(), name, Block::new(medium, name).limited(&limiter));
+            started.map_err(while_doing("starting a disk's thread"))
+        };
+        let mut disks = vec![start(ROOT, Medium::Overlay(overlay))?];
+        for ExtraDisk { name, file, read_only } in config.disks {
+            match RawDisk::open(file, read_only) {
+                Ok(disk) => disks.push(start(&name, Medium::Raw(disk))?),
+                Err(cause) => return Err(DeviceError::Disk { name, cause }),
+            }
+        }
         let vsock = Arc::new(MmioTransport::new(memory.clone(), vsock).map_err(while_doing(transport))?);
         let rng = Arc::new(MmioTransport::new(memory.clone(), Rng).map_err(while_doing(transport))?);
-        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).map_err(io::Error::from);
-        let vsock_timer = timer.map_err(while_doing("making a timer"))?;
+        let balloon = Balloon::new(memory.size());
+        let balloon_counters = balloon.counters();
+        let balloon = Arc::new(MmioTransport::new(memory.clone(), balloon).map_err(while_doing(transport))?);
+        let vsock_timer = Timer::new().map_err(while_doing("making a timer"))?;
         let serial = Serial::new(config.serial).map_err(while_doing("making the serial port"))?;
-        // Linux names disks in the order of their windows.
-        let windows: Vec<Arc<dyn Window>> = vec![block.clone(), vsock.clone(), rng];
+        let shared: [Arc<dyn Window>; 3] = [vsock.clone(), rng, balloon.clone()];
+        // Linux names disks in the order of their windows: the root disk is the first, others follow at the end.
+        let (root, extra) = disks.split_at(1);
+        let windows: Vec<Arc<dyn Window>> =
+            root.iter().map(Disk::window).chain(shared.clone()).chain(extra.iter().map(Disk::window)).collect();
 
         let mut sources = vec![
             (serial.timer_fd(), Source::SerialTimer),
             (vsock.with_device(|vsock| vsock.epoll_fd()), Source::VsockLinks),
-            (vsock_timer.as_fd().as_raw_fd(), Source::VsockTimer),
+            (vsock_timer.fd(), Source::VsockTimer),
         ];
-        for (window, device) in windows.iter().enumerate() {
+        for (window, device) in shared.iter().enumerate().map(|(n, device)| (n + root.len(), device)) {
             for (queue, event) in device.queue_events().iter().enumerate() {
                 sources.push((event.as_raw_fd(), Source::Queue { window, queue }));
             }
         }
         Ok(Self {
+            memory: memory.clone(),
             windows,
-            block,
+            disks,
             vsock,
+            balloon,
             serial,
-            vsock_timer,
-            armed: Mutex::new(None),
-            block_counters,
+            vsock_timer: Mutex::new(vsock_timer),
             vsock_counters,
+            balloon_counters,
             sources,
             first_token: Mutex::new(usize::MAX),
         })
@@ -239,9 +301,7 @@ impl DeviceSet {
                 self.pump_vsock();
             }
             Source::VsockTimer => {
-                // Sets the descriptor back; it is non-blocking, and a wake-up too early does no harm.
-                let _ = self.vsock_timer.wait();
-                *self.armed.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                self.vsock_timer.lock().unwrap_or_else(PoisonError::into_inner).went_off();
                 self.vsock.with_device(|vsock| vsock.expire(Instant::now()));
                 self.pump_vsock();
             }
@@ -344,41 +404,73 @@ impl DeviceSet {
 
     fn arm_vsock_timer(&self) {
         let next = self.vsock.with_device(|vsock| vsock.next_deadline());
-        let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
-        // A timer that goes off too early costs a look; one that is not needed any more may go off.
-        if let Some(next) = next
-            && armed.is_none_or(|at| next < at)
-        {
-            let wait = next.saturating_duration_since(Instant::now()).max(std::time::Duration::from_millis(1));
-            let once = Expiration::OneShot(TimeSpec::from_duration(wait));
-            if self.vsock_timer.set(once, TimerSetTimeFlags::empty()).is_ok() {
-                *armed = Some(next);
-            }
+        if let Some(next) = next {
+            self.vsock_timer.lock().unwrap_or_else(PoisonError::into_inner).arm(next, Instant::now());
         }
+    }
+
+    // ---- Memory, from the device thread ----
+
+    /// Asks the guest to leave itself `bytes` of its memory and to put the rest into the balloon. It does so when it
+    /// can, or never.
+    pub fn set_memory_target(&self, bytes: u64) {
+        let ram = self.memory.size();
+        self.balloon.change(|balloon| balloon.set_target(ram.saturating_sub(bytes)));
+    }
+
+    /// Asks the guest for new statistics of its memory; gives whether some may come. They are there when `stats` has
+    /// later ones than before.
+    pub fn request_memory_statistics(&self) -> bool {
+        self.balloon.with_queues(Balloon::request_statistics) == Some(true)
     }
 
     // ---- The end ----
 
-    /// Puts the disk on the medium and the log into its file, for an orderly end.
+    /// The processors are told to stop: none of them waits for a device any more.
+    pub fn let_go(&self) {
+        self.windows.iter().for_each(|window| window.let_go());
+    }
+
+    /// Puts the disks on their media and the log into its file, for an orderly end. Waits a bounded time for disks
+    /// that do not answer; the first that failed is the error.
     pub fn shutdown(&self) -> io::Result<()> {
         self.serial.flush();
-        self.block.with_device(Block::flush)
+        self.disks.iter().for_each(Disk::stop);
+        let until = Instant::now() + DISK_END;
+        let ends: Vec<io::Result<()>> = self.disks.iter().map(|disk| disk.wait(until)).collect();
+        ends.into_iter().collect()
+    }
+
+    /// Counters of each disk, as rows: the root disk first.
+    pub fn disk_rows(&self) -> Vec<Fields> {
+        let row = |disk: &Disk| disk.counters().fields(Fields::new().with("disk", disk.name()));
+        self.disks.iter().map(row).collect()
     }
 
     /// Counters of all devices.
     pub fn stats(&self) -> DeviceStats {
-        let (block, vsock) = (&self.block_counters, &self.vsock_counters);
+        let (vsock, balloon) = (&self.vsock_counters, &self.balloon_counters);
+        let (target, actual, statistics) =
+            self.balloon.with_device(|balloon| (balloon.target(), balloon.actual(), balloon.statistics()));
+        let blocks = |counter: fn(&BlockCounters) -> &AtomicU64| {
+            self.disks.iter().map(|disk| counter(disk.counters()).load(Ordering::Relaxed)).sum()
+        };
         DeviceStats {
-            block_read_bytes: block.read_bytes.load(Ordering::Relaxed),
-            block_written_bytes: block.written_bytes.load(Ordering::Relaxed),
-            block_requests: block.requests.load(Ordering::Relaxed),
-            block_flushes: block.flushes.load(Ordering::Relaxed),
-            block_errors: block.errors.load(Ordering::Relaxed),
+            block_read_bytes: blocks(|block| &block.read_bytes),
+            block_written_bytes: blocks(|block| &block.written_bytes),
+            block_requests: blocks(|block| &block.requests),
+            block_flushes: blocks(|block| &block.flushes),
+            block_errors: blocks(|block| &block.errors),
             vsock_rx_bytes: vsock.rx_bytes.load(Ordering::Relaxed),
             vsock_tx_bytes: vsock.tx_bytes.load(Ordering::Relaxed),
             vsock_rx_packets: vsock.rx_packets.load(Ordering::Relaxed),
             vsock_tx_packets: vsock.tx_packets.load(Ordering::Relaxed),
             vsock_connections: vsock.connections.load(Ordering::Relaxed),
+            balloon_target_bytes: target,
+            balloon_bytes: actual,
+            balloon_reported_bytes: balloon.reported_bytes.load(Ordering::Relaxed),
+            balloon_refused: balloon.refused.load(Ordering::Relaxed),
+            memory: statistics,
         }
     }
 }

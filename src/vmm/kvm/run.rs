@@ -24,6 +24,8 @@ pub trait Bus: Send + Sync {
     fn pio_read(&self, port: u16, octets: &mut [u8]);
     /// A write to a port.
     fn pio_write(&self, port: u16, octets: &[u8]);
+    /// All processors are told to stop: one that waits in a call above is to come back.
+    fn let_go(&self);
 }
 
 /// How often the guest left for the worker, by reason.
@@ -104,7 +106,10 @@ impl Processors {
         let shared = Arc::new(Shared { bus, exits, stop: AtomicBool::new(false), ended });
         let stop = {
             let shared = shared.clone();
-            Arc::new(move || shared.stop.store(true, Ordering::SeqCst))
+            Arc::new(move || {
+                shared.stop.store(true, Ordering::SeqCst);
+                shared.bus.let_go();
+            })
         };
         let mut all = Self { threads: Vec::with_capacity(vcpus.len()), stop };
         for mut vcpu in vcpus {

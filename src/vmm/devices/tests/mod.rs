@@ -1,9 +1,11 @@
 //! Devices driven end to end by a driver in the test, over registers and rings in guest memory.
 
+mod balloon;
 mod block;
 mod hostile;
 mod mmio;
 mod queue;
+mod rate;
 mod rng;
 mod serial;
 mod set;
@@ -23,7 +25,7 @@ fn scratch(len: u64) -> File {
 }
 
 /// Base and overlay of a disk of `blocks` blocks; each block of the base holds its number plus one.
-fn disk(blocks: u64) -> (File, File) {
+pub(super) fn disk(blocks: u64) -> (File, File) {
     let base = scratch(0);
     for block in 0..blocks {
         base.write_all_at(&[(block as u8).wrapping_add(1); BLOCK as usize], block * BLOCK).unwrap();

@@ -1,0 +1,9 @@
+//! The sentinel: a telemetry agent that never loses what it accepted. It runs as a child of init on a node and alone on
+//! any Linux host.
+//!
+//! One pipeline: a task's run gives samples of interned series (`model`), the collector hands them as batches to a
+//! [`task::Sink`], and from there on they are in the log until every destination has acknowledged them. Collection
+//! never waits for sending.
+
+pub mod model;
+pub mod task;
