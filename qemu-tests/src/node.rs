@@ -338,6 +338,7 @@ impl Node {
     pub fn rig(&self, arguments: &[&str]) -> String {
         let path = self.rig_there.get_or_init(|| {
             self.put_program(&artefacts::node_tool("guest-tool"));
+            self.put_program(&artefacts::node_tool("hostile-guest"));
             self.put_program(&artefacts::node_tool("vm-rig"))
         });
         let mut argv = vec![path.as_str()];

@@ -14,6 +14,7 @@ mod process;
 mod tap;
 
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -49,7 +50,8 @@ pub struct Setup {
     memory_mib: u64,
     command_line: String,
     keys: Vec<(String, String)>,
-    descriptors: Vec<(String, OwnedFd)>,
+    /// Key, what stands before `fd:N` in its value, descriptor.
+    descriptors: Vec<(String, String, OwnedFd)>,
 }
 
 impl Default for Setup {
@@ -126,8 +128,13 @@ impl Setup {
     }
 
     /// With one more descriptor: `key=fd:N` in `vm.start`, N being its place.
-    pub fn descriptor(mut self, key: &str, descriptor: impl Into<OwnedFd>) -> Self {
-        self.descriptors.push((key.to_string(), descriptor.into()));
+    pub fn descriptor(self, key: &str, descriptor: impl Into<OwnedFd>) -> Self {
+        self.descriptor_with(key, "", descriptor)
+    }
+
+    /// The same with something before `fd:N`: `descriptor_with("disk", "data:rw:", file)`.
+    pub fn descriptor_with(mut self, key: &str, prefix: &str, descriptor: impl Into<OwnedFd>) -> Self {
+        self.descriptors.push((key.to_string(), prefix.to_string(), descriptor.into()));
         self
     }
 
@@ -164,29 +171,31 @@ impl Setup {
         let process = Worker::spawn(&listener, &last_words, &path("log"));
 
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("the node has KVM");
-        let mut descriptors: Vec<(String, OwnedFd)> = vec![
-            ("kvm".into(), kvm.into()),
-            ("kernel".into(), open(&self.kernel).into()),
-            ("initramfs".into(), open(&self.initramfs).into()),
-            ("serial".into(), serial.into()),
-            ("base".into(), base.into()),
-            ("overlay".into(), overlay.into()),
-        ];
+        let mut descriptors: Vec<(String, String, OwnedFd)> = [
+            ("kvm", kvm),
+            ("kernel", open(&self.kernel)),
+            ("initramfs", open(&self.initramfs)),
+            ("serial", serial),
+            ("base", base),
+            ("overlay", overlay),
+        ]
+        .map(|(key, file)| (key.to_string(), String::new(), file.into()))
+        .into();
         descriptors.extend(self.descriptors);
         let mut request = Request::new("start", "vm.start")
             .set("vcpus", self.vcpus)
             .set("memory_mib", self.memory_mib)
             .set("cid", 3)
             .set("cmdline", &self.command_line);
-        for (index, (key, _)) in descriptors.iter().enumerate() {
-            request = request.set(key, format!("fd:{index}"));
+        for (index, (key, prefix, _)) in descriptors.iter().enumerate() {
+            request = request.set(key, format!("{prefix}fd:{index}"));
         }
         for (key, value) in &self.keys {
             request = request.set(key, value);
         }
         let stream = UnixStream::connect(path("socket")).expect("the worker's socket exists");
         stream.set_read_timeout(Some(timing::hang())).expect("a socket takes a time limit");
-        let raw: Vec<_> = descriptors.iter().map(|(_, descriptor)| descriptor.as_fd()).collect();
+        let raw: Vec<_> = descriptors.iter().map(|(_, _, descriptor)| descriptor.as_fd()).collect();
         send_with_descriptors(&stream, request, &raw).expect("vm.start can be sent");
         let answer = Connection::over(stream).receive();
         let vm = Vm { home, process, control: OnceLock::new(), agent: OnceLock::new(), next_exec: AtomicU64::new(1) };
@@ -339,6 +348,18 @@ impl Vm {
     /// What the worker wrote to its standard error so far.
     pub fn log(&self) -> String {
         text(&self.home.path().join("log"))
+    }
+
+    /// Whether its worker has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.process.wait(Duration::ZERO).is_some()
+    }
+
+    /// A connection for messages, which gives errors where `connect` panics; reads give up after `timing::hang()`.
+    pub fn open(&self) -> io::Result<Connection> {
+        let connection = Connection::open(&self.home.path().join("socket"))?;
+        connection.stream().set_read_timeout(Some(timing::hang()))?;
+        Ok(connection)
     }
 
     /// Ends it by `vm.stop`.

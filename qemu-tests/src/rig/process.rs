@@ -65,9 +65,9 @@ impl Worker {
         fs::read_dir(format!("/proc/{}/task", self.pid())).map_or(0, Iterator::count)
     }
 
-    /// Private memory outside of its guest's memory, in KiB.
-    pub fn overhead_kib(&self, memory_mib: u64) -> u64 {
-        overhead_kib(self.pid(), memory_mib).expect("a running worker's mappings can be read")
+    /// Private memory outside of its guest's memory, in KiB. Fails when the worker has ended.
+    pub fn overhead_kib(&self, memory_mib: u64) -> io::Result<u64> {
+        overhead_kib(self.pid(), memory_mib)
     }
 
     /// Waits for its end; `None` when it runs on after `limit`.

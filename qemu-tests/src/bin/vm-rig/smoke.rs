@@ -16,7 +16,8 @@ pub fn run(_: &[&str]) {
     assert!(vm.stat("exits") > 0);
     assert!(vm.stat("block_read_bytes") > 0);
     assert!(vm.process().descriptors() > 8);
-    println!("overhead_kib={} threads={}", vm.process().overhead_kib(128), vm.process().threads());
+    let overhead = vm.process().overhead_kib(128).expect("a running worker's mappings can be read");
+    println!("overhead_kib={overhead} threads={}", vm.process().threads());
     let end = vm.stop();
     assert_eq!((end.reason.as_str(), end.status.code()), ("stopped", Some(0)), "{end:?}");
     assert!(end.serial.contains("told the console"), "{}", end.serial);
