@@ -174,13 +174,12 @@ impl History {
     fn settle(mut self, seed: u64) {
         self.disk.set(Chances::default());
         self.disk.set_capacity(1 << 20);
-        for n in 0..2 {
-            let reader = &mut self.readers[n];
+        for ((name, reader), receiver) in DESTINATIONS.iter().zip(&mut self.readers).zip(&mut self.receivers) {
             while let Some(block) = reader.next_block().unwrap() {
                 for sample in &block.samples {
-                    *self.receivers[n].got.entry(self.source.number(sample)).or_default() += 1;
+                    *receiver.got.entry(self.source.number(sample)).or_default() += 1;
                 }
-                self.log.acknowledge(DESTINATIONS[n], reader.position());
+                self.log.acknowledge(name, reader.position());
             }
         }
         let stats = self.log.stats();
