@@ -29,14 +29,14 @@ const MISTAKES: [(&str, &str); 32] = [
     ("[core]\nurl = \"https://core.example\"\ncert = \"/a\"", "core.cert"),
     ("[[target]]\nname = \"One\"\nkind = \"prometheus\"\nurl = \"http://localhost/\"", "target.name"),
     ("[[target]]\nname = \"first\"\nkind = \"prometheus\"\nurl = \"http://localhost/\"", "twice"),
-    ("[[target]]\nname = \"two\"\nkind = \"graphite\"\nurl = \"http://localhost/\"", "kind"),
+    ("[[target]]\nname = \"two\"\nkind = \"graphite\"\nurl = \"http://localhost/\"", "graphite"),
     ("[[target]]\nname = \"two\"\nkind = \"clickhouse\"\nurl = \"http://localhost/\"\ntable = \"a b\"", "target.table"),
     ("[[target]]\nname = \"two\"\nkind = \"prometheus\"\nurl = \"http://localhost/\"\npassword = \"p\"", "username"),
     ("[[task]]\nid = \"a\"\nplugin = \"node\"\ninterval_ms = 1", "task.interval_ms"),
     ("[[task]]\nid = \"a\"\nplugin = \"node\"\ninterval_ms = 1000\ntimeout_ms = 2000", "task.timeout_ms"),
     ("[[task]]\nid = \"a\"\nplugin = \"node\"", "interval_ms"),
     ("[[rule]]\nregex = \"(\"\ntarget_label = \"a\"", "rule"),
-    ("[[rule]]\naction = \"explode\"", "action"),
+    ("[[rule]]\naction = \"explode\"", "explode"),
 ];
 
 #[test]

@@ -5,6 +5,7 @@
 mod buffer;
 mod config;
 mod core;
+mod measure;
 mod process;
 mod prometheus;
 mod receiver;

@@ -317,10 +317,10 @@ fn stop(parts: &Parts) -> Result<(), String> {
     if let Some(collector) = collector {
         collector.stop(STOP_WAIT);
     }
-    parts.log.close();
-    drop(core);
     let lanes = std::mem::take(&mut parts.live().lanes);
+    parts.log.close();
     lanes.iter().for_each(Lane::drain);
+    drop(core);
     let end = Instant::now() + FLUSH_WAIT;
     while Instant::now() < end && !lanes.iter().all(Lane::is_finished) {
         thread::sleep(Duration::from_millis(10));
