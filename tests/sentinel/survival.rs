@@ -119,7 +119,7 @@ fn a_full_disk_is_outlived_and_what_it_costs_is_counted() {
     let more = "buffer.max_kib = 1048576\n";
     sentinel.configure(&format!("{QUICK}{more}{}{NODE}", target("one", "prometheus", &away.url())));
     // Somebody else has nearly all of it.
-    std::fs::write(data.join("ballast"), vec![1; 2 << 20]).unwrap();
+    std::fs::write(data.join("ballast"), vec![1; (3 << 20) - (200 << 10)]).unwrap();
     sentinel.start();
     until("refused samples", || (sentinel.target("one")["dropped"].as_u64() > Some(0)).then_some(()));
     std::thread::sleep(Duration::from_millis(500));

@@ -14,6 +14,8 @@ use crate::sentinel::model::{Batch, Sample, Series};
 pub const MAX_DICTIONARY: u32 = 1 << 20;
 /// Octets of series put into one dictionary record.
 const DICTIONARY_BYTES: usize = 512 * 1024;
+/// Octets of a segment that is made smaller because the disk has no room for one of the usual size.
+const SMALLEST: u64 = 64 * 1024;
 /// Samples put into one record.
 const RECORD_SAMPLES: usize = 2048;
 const _: () = assert!(RECORD_SAMPLES <= MAX_SAMPLES);
@@ -189,10 +191,15 @@ impl Log {
     /// Makes a segment of at least `need` octets, and room for it where the policy allows.
     fn begin_segment(&self, writer: &mut Writer, need: u64, first: u64, now: i64) -> Result<Current, AppendError> {
         let number = writer.next_number;
-        let size = writer.options.segment_bytes.max(need);
+        let mut size = writer.options.segment_bytes.max(need);
         let file = loop {
             let reason = match self.create(&writer.options, number, size) {
                 Ok(file) => break file,
+                // A small disk has room for a small segment.
+                Err(AppendError::Full(DropReason::DiskFull)) if size / 4 >= SMALLEST.max(need) => {
+                    size /= 4;
+                    continue;
+                }
                 Err(AppendError::Full(reason)) => reason,
                 Err(error) => return Err(error),
             };
