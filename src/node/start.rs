@@ -203,6 +203,8 @@ impl Supervisor {
             link,
             agent,
             routes: std::collections::HashMap::new(),
+            inquiries: std::collections::HashMap::new(),
+            next_inquiry: 0,
             tokens: [mio::Token(0); 3],
             refusal: None,
             status: None,

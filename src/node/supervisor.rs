@@ -54,6 +54,8 @@ pub(super) enum Timer {
     Obituary(SandboxId),
     /// A worker whose agent link broke: link it again.
     Relink(SandboxId),
+    /// The worker must have answered a client's request by now.
+    Inquiry { sandbox: SandboxId, route: String },
     /// Followed logs may have grown.
     Logs,
     /// The control port was not there: look again.
@@ -411,6 +413,7 @@ impl Supervisor {
             Timer::Stop(id) => self.stop_expired(&id),
             Timer::Obituary(id) => self.bury_anyway(&id),
             Timer::Relink(id) => self.relink(&id),
+            Timer::Inquiry { sandbox, route } => self.inquiry_expired(&sandbox, &route),
             Timer::Logs => self.logs_due(),
             Timer::Port => self.open_port(),
             Timer::Record => self.record_all(),

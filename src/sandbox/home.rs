@@ -73,6 +73,11 @@ impl Home {
         self.dir.join("overlay")
     }
 
+    /// The cgroup's directory.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
     /// The serial log.
     pub fn serial_log(&self) -> PathBuf {
         self.dir.join("serial.log")
