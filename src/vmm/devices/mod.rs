@@ -7,6 +7,7 @@
 //! | `balloon`, `block`, `rng`, `vsock` | virtio devices |
 //! | `disk` | a block device on its own thread |
 //! | `serial` | COM1, for the log |
+//! | `rate`, `timer` | token buckets, and what wakes a device that waits for tokens |
 //! | `set` | all of them, wired |
 
 pub mod balloon;
@@ -17,10 +18,12 @@ pub mod disk;
 pub mod driver;
 pub mod mmio;
 pub mod queue;
+pub mod rate;
 pub mod rng;
 pub mod segments;
 pub mod serial;
 pub mod set;
+pub mod timer;
 pub mod vsock;
 
 #[cfg(test)]
@@ -28,5 +31,6 @@ mod tests;
 
 pub use mmio::{QUEUE_NOTIFY, WINDOW};
 pub use set::{
-    DeviceConfig, DeviceError, DeviceSet, DeviceStats, FIRST_GSI, MMIO_BASE, SERIAL_GSI, SERIAL_PORT, WindowInfo,
+    DeviceConfig, DeviceError, DeviceSet, DeviceStats, ExtraDisk, FIRST_GSI, MAX_EXTRA_DISKS, MMIO_BASE, ROOT,
+    SERIAL_GSI, SERIAL_PORT, WindowInfo,
 };

@@ -5,6 +5,7 @@ mod block;
 mod hostile;
 mod mmio;
 mod queue;
+mod rate;
 mod rng;
 mod serial;
 mod set;
