@@ -169,6 +169,7 @@ enum Source {
     SerialTimer,
     VsockLinks,
     VsockTimer,
+    RngTimer,
     Queue { window: usize, queue: usize },
 }
 
@@ -184,9 +185,11 @@ pub struct DeviceSet {
     /// The root disk first.
     disks: Vec<Disk>,
     vsock: Arc<MmioTransport<Vsock>>,
+    rng: Arc<MmioTransport<Rng>>,
     balloon: Arc<MmioTransport<Balloon>>,
     serial: Serial,
     vsock_timer: Mutex<Timer>,
+    rng_timer: Mutex<Timer>,
     vsock_counters: Arc<VsockCounters>,
     balloon_counters: Arc<BalloonCounters>,
     /// What the device thread watches; tokens count from `first_token` in this order.
@@ -194,8 +197,9 @@ pub struct DeviceSet {
     first_token: Mutex<usize>,
 }
 
-/// Index of the vsock device in `windows`.
+/// Indices of devices in `windows`.
 const VSOCK_WINDOW: usize = 1;
+const RNG_WINDOW: usize = 2;
 
 impl DeviceSet {
     /// Makes the devices: block, vsock, rng, balloon, and the serial port.
@@ -220,13 +224,14 @@ impl DeviceSet {
             }
         }
         let vsock = Arc::new(MmioTransport::new(memory.clone(), vsock).map_err(while_doing(transport))?);
-        let rng = Arc::new(MmioTransport::new(memory.clone(), Rng).map_err(while_doing(transport))?);
+        let rng = Arc::new(MmioTransport::new(memory.clone(), Rng::new()).map_err(while_doing(transport))?);
         let balloon = Balloon::new(memory.size());
         let balloon_counters = balloon.counters();
         let balloon = Arc::new(MmioTransport::new(memory.clone(), balloon).map_err(while_doing(transport))?);
         let vsock_timer = Timer::new().map_err(while_doing("making a timer"))?;
+        let rng_timer = Timer::new().map_err(while_doing("making a timer"))?;
         let serial = Serial::new(config.serial).map_err(while_doing("making the serial port"))?;
-        let shared: [Arc<dyn Window>; 3] = [vsock.clone(), rng, balloon.clone()];
+        let shared: [Arc<dyn Window>; 3] = [vsock.clone(), rng.clone(), balloon.clone()];
         // Linux names disks in the order of their windows: the root disk is the first, others follow at the end.
         let (root, extra) = disks.split_at(1);
         let windows: Vec<Arc<dyn Window>> =
@@ -236,6 +241,7 @@ impl DeviceSet {
             (serial.timer_fd(), Source::SerialTimer),
             (vsock.with_device(|vsock| vsock.epoll_fd()), Source::VsockLinks),
             (vsock_timer.fd(), Source::VsockTimer),
+            (rng_timer.fd(), Source::RngTimer),
         ];
         for (window, device) in shared.iter().enumerate().map(|(n, device)| (n + root.len(), device)) {
             for (queue, event) in device.queue_events().iter().enumerate() {
@@ -247,9 +253,11 @@ impl DeviceSet {
             windows,
             disks,
             vsock,
+            rng,
             balloon,
             serial,
             vsock_timer: Mutex::new(vsock_timer),
+            rng_timer: Mutex::new(rng_timer),
             vsock_counters,
             balloon_counters,
             sources,
@@ -305,10 +313,16 @@ impl DeviceSet {
                 self.vsock.with_device(|vsock| vsock.expire(Instant::now()));
                 self.pump_vsock();
             }
+            Source::RngTimer => {
+                self.rng_timer.lock().unwrap_or_else(PoisonError::into_inner).went_off();
+                self.rng.kick(0);
+            }
             Source::Queue { window, queue } => {
                 self.windows[window].queue_event(queue);
-                if window == VSOCK_WINDOW {
-                    self.arm_vsock_timer();
+                match window {
+                    VSOCK_WINDOW => self.arm_vsock_timer(),
+                    RNG_WINDOW => self.arm_rng_timer(),
+                    _ => {}
                 }
             }
         }
@@ -406,6 +420,12 @@ impl DeviceSet {
         let next = self.vsock.with_device(|vsock| vsock.next_deadline());
         if let Some(next) = next {
             self.vsock_timer.lock().unwrap_or_else(PoisonError::into_inner).arm(next, Instant::now());
+        }
+    }
+
+    fn arm_rng_timer(&self) {
+        if let Some(wake) = self.rng.with_device(|rng| rng.wake()) {
+            self.rng_timer.lock().unwrap_or_else(PoisonError::into_inner).arm(wake, Instant::now());
         }
     }
 
