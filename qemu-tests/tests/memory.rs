@@ -106,7 +106,10 @@ fn statistics_are_the_guests_and_plausible() {
     hold(&sandbox, 64);
     until("the guest says what it uses", || number(&stats(&sandbox), "memory_used_kib") >= used + (60 << 10));
     sandbox.sh("killall sleep; dd if=/dev/zero of=/workspace/x bs=1M count=8 2>/dev/null; sync");
-    let second = stats(&sandbox);
+    let reply = sandbox.client().ok(sandbox.request("sandbox.stats"));
+    assert_eq!(reply.items[0].get("disk"), Some("root"), "{reply:?}");
+    assert!(number(&reply.items[0], "writes") > 0, "{reply:?}");
+    let second = reply.fields;
     let grown = |key| number(&second, key) - number(&first, key);
     assert!(grown("block_written_bytes") >= 8 << 20 && grown("disk_used_kib") >= 8 << 10, "{first:?} {second:?}");
     assert!(grown("cpu_ms") > 0, "{first:?} {second:?}");

@@ -23,6 +23,7 @@ const PASSED_ON: &[&str] = &[
     "block_requests",
     "block_flushes",
     "block_errors",
+    "serial_dropped_bytes",
     "vsock_rx_bytes",
     "vsock_tx_bytes",
     "vsock_rx_packets",
@@ -35,6 +36,25 @@ const PASSED_ON: &[&str] = &[
     "exits_other",
 ];
 
+/// What is passed on of each disk.
+const OF_DISK: &[&str] = &[
+    "requests",
+    "reads",
+    "writes",
+    "flushes",
+    "discards",
+    "read_bytes",
+    "written_bytes",
+    "discarded_bytes",
+    "errors",
+    "throttled",
+    "queue",
+];
+/// Disks of one answer at most.
+const MAX_ROWS: usize = 16;
+/// Longest name of a disk, longest histogram.
+const MAX_TEXT: usize = 1024;
+
 /// What a request on a worker's control link was for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Inquiry {
@@ -44,6 +64,8 @@ pub struct Inquiry {
     pub tag: String,
     /// What becomes of the answer.
     pub purpose: Purpose,
+    /// Rows passed on so far.
+    pub rows: usize,
 }
 
 /// What becomes of a worker's answer.
@@ -103,7 +125,7 @@ impl Supervisor {
         let route = format!("i{}", worker.next_inquiry);
         request.tag.clone_from(&route);
         worker.link.send(&Message::Request(request));
-        worker.inquiries.insert(route.clone(), Inquiry { client: key, tag: tag.to_string(), purpose });
+        worker.inquiries.insert(route.clone(), Inquiry { client: key, tag: tag.to_string(), purpose, rows: 0 });
         self.touched_sandboxes.insert(id.clone());
         self.timers.after(WORKER_WAIT, Timer::Inquiry { sandbox: id.clone(), route: route.clone() });
         self.add_job(key, tag, Job::Inquiry { sandbox: id.clone(), route });
@@ -121,7 +143,16 @@ impl Supervisor {
     pub(super) fn take_inquiry(&mut self, id: &SandboxId, message: &Message) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let Some(worker) = &mut sandbox.worker else { return };
-        let Some(Inquiry { client, tag, purpose }) = worker.inquiries.remove(message.tag()) else { return };
+        if let Message::Item { tag, fields } = message {
+            let Some(inquiry) = worker.inquiries.get_mut(tag) else { return };
+            if inquiry.purpose == Purpose::Stats && inquiry.rows < MAX_ROWS {
+                inquiry.rows += 1;
+                let (client, row) = (inquiry.client, Message::item(&inquiry.tag, disk_fields(fields)));
+                self.answer(client, &row);
+            }
+            return;
+        }
+        let Some(Inquiry { client, tag, purpose, .. }) = worker.inquiries.remove(message.tag()) else { return };
         let answer = match (message, purpose) {
             (Message::Ok { fields, .. }, Purpose::Stats) => {
                 let usage = Usage::of(&sandbox.home);
@@ -173,6 +204,21 @@ fn guest_fields(mut reply: Fields, memory_mib: u64, said: &Fields) -> Fields {
         .fold(reply, |reply, (key, value)| reply.with(key, value))
 }
 
+/// One disk's row as clients see it.
+fn disk_fields(said: &Fields) -> Fields {
+    let text = |key: &str, allowed: fn(char) -> bool| {
+        said.get(key)
+            .filter(|text| text.len() <= MAX_TEXT && text.chars().all(allowed))
+            .map(|text| (key.to_string(), text))
+    };
+    let name = text("disk", |c| c.is_ascii_graphic());
+    let histogram = text("latency_us", |c| c.is_ascii_digit() || c == ',');
+    let row = name.into_iter().fold(Fields::new(), |row, (key, name)| row.with(&key, name));
+    let numbers = OF_DISK.iter().filter_map(|key| Some((*key, said.number(key)?)));
+    let row = numbers.fold(row, |row, (key, value)| row.with(key, value));
+    histogram.into_iter().fold(row, |row, (key, histogram)| row.with(&key, histogram))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -191,6 +237,12 @@ mod tests {
         assert_eq!(fields.number("memory_free_kib"), Some(64 << 10));
         assert_eq!(fields.number("exits"), Some(7));
         assert!(fields.get("memory_cache_kib").is_none() && fields.get("surprise").is_none());
+        let disk = Fields::new().with("disk", "root").with("reads", 3).with("writes", "x").with("latency_us", "1,2");
+        let row = disk_fields(&disk);
+        assert_eq!((row.get("disk"), row.number("reads"), row.get("latency_us")), (Some("root"), Some(3), Some("1,2")));
+        assert!(row.get("writes").is_none());
+        let hostile = Fields::new().with("disk", "\x1b[2J").with("latency_us", "1;2");
+        assert!(disk_fields(&hostile).0.is_empty());
         let lies = Fields::new().with("guest_total_kib", 1).with("guest_available_kib", 2);
         assert_eq!(guest_fields(Fields::new(), 64, &lies).number("memory_used_kib"), Some(0));
     }

@@ -159,6 +159,12 @@ pub struct DeviceStats {
     pub balloon_reported_bytes: u64,
     /// Pages and ranges that could not be let go.
     pub balloon_refused: u64,
+    /// Octets that the guest was sent on its serial port.
+    pub serial_in_bytes: u64,
+    /// Octets that there was no room for.
+    pub serial_overruns: u64,
+    /// Octets that the guest printed too fast to be logged.
+    pub serial_dropped_bytes: u64,
     /// What the guest's kernel said last of its memory, and when.
     pub memory: Option<(MemoryStatistics, Instant)>,
 }
@@ -166,7 +172,6 @@ pub struct DeviceStats {
 /// What a token of the device thread stands for.
 #[derive(Debug, Clone, Copy)]
 enum Source {
-    SerialTimer,
     VsockLinks,
     VsockTimer,
     RngTimer,
@@ -238,7 +243,6 @@ impl DeviceSet {
             root.iter().map(Disk::window).chain(shared.clone()).chain(extra.iter().map(Disk::window)).collect();
 
         let mut sources = vec![
-            (serial.timer_fd(), Source::SerialTimer),
             (vsock.with_device(|vsock| vsock.epoll_fd()), Source::VsockLinks),
             (vsock_timer.fd(), Source::VsockTimer),
             (rng_timer.fd(), Source::RngTimer),
@@ -303,7 +307,6 @@ impl DeviceSet {
         let Some(index) = token.0.checked_sub(first) else { return false };
         let Some(&(_, source)) = self.sources.get(index) else { return false };
         match source {
-            Source::SerialTimer => self.serial.timer_event(),
             Source::VsockLinks => {
                 self.vsock.with_device(Vsock::link_events);
                 self.pump_vsock();
@@ -392,6 +395,11 @@ impl DeviceSet {
         }
     }
 
+    /// Sends octets to the guest's console; gives how many there was room for. From the device thread.
+    pub fn serial_input(&self, octets: &[u8]) -> usize {
+        self.serial.input(octets)
+    }
+
     // ---- Links, from the device thread ----
 
     /// Connects a link to a port of the guest. Its client gets `ok` under `tag` when the guest accepts, and from
@@ -475,6 +483,7 @@ impl DeviceSet {
         let blocks = |counter: fn(&BlockCounters) -> &AtomicU64| {
             self.disks.iter().map(|disk| counter(disk.counters()).load(Ordering::Relaxed)).sum()
         };
+        let serial = self.serial.input_counters();
         DeviceStats {
             block_read_bytes: blocks(|block| &block.read_bytes),
             block_written_bytes: blocks(|block| &block.written_bytes),
@@ -490,6 +499,9 @@ impl DeviceSet {
             balloon_bytes: actual,
             balloon_reported_bytes: balloon.reported_bytes.load(Ordering::Relaxed),
             balloon_refused: balloon.refused.load(Ordering::Relaxed),
+            serial_in_bytes: serial.taken,
+            serial_overruns: serial.overruns,
+            serial_dropped_bytes: self.serial.output_dropped(),
             memory: statistics,
         }
     }

@@ -88,7 +88,7 @@ fn the_device_threads_loop_serves_queues_links_and_timers() {
     let (memory, set) = set();
     let mut poll = Poll::new().unwrap();
     let next = set.register(poll.registry(), 100).unwrap();
-    assert_eq!(next, 100 + 4 + 8);
+    assert_eq!(next, 100 + 3 + 8);
     assert!(!set.handle(mio::Token(99)) && !set.handle(mio::Token(next)));
     // The console, without a line's end.
     assert!(set.pio_write(SERIAL_PORT, b"login: "));
