@@ -33,7 +33,11 @@ const PASSED_ON: &[&str] = &[
     "exits_io",
     "exits_mmio",
     "exits_interrupted",
-    "exits_other",
+    "kvm_exits",
+    "kvm_exits_halt",
+    "kvm_exits_interrupt",
+    "kvm_exits_io",
+    "kvm_exits_mmio",
 ];
 
 /// What is passed on of each disk.
