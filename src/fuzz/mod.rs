@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)] // a failure is the finding
 
 mod block;
+mod elf;
 mod http_response;
 mod node;
 mod overlay;
@@ -14,6 +15,7 @@ mod vsock;
 mod wire;
 
 pub use block::block;
+pub use elf::elf;
 pub use http_response::http_response;
 pub use node::node;
 pub use overlay::overlay;
@@ -61,8 +63,9 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 9] = [
+    const TARGETS: [Target; 10] = [
         ("block", block),
+        ("elf", elf),
         ("http_response", http_response),
         ("node", node),
         ("overlay", overlay),
