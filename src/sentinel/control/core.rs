@@ -170,8 +170,18 @@ impl CoreLink {
         let abort = options.client.abort_handle();
         book.keep_reports(true);
         let key = seal::key(&options.directory, &options.token).map_err(HttpError::Io)?;
-        let mut work =
-            Work { options, key, book, state, control: Arc::clone(&control), started: Instant::now(), cpu: None };
+        let mut work = Work {
+            options,
+            key,
+            book,
+            state,
+            control: Arc::clone(&control),
+            started: Instant::now(),
+            cpu: None,
+            config_version,
+            config_refused: None,
+            configure,
+        };
         work.recall();
         let thread = thread::Builder::new().name("core".into()).spawn(move || work.run()).map_err(HttpError::Io)?;
         Ok(Self { control, abort, thread: Some(thread) })
