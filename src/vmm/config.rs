@@ -12,6 +12,8 @@ pub const MAX_VCPUS: u64 = 16;
 pub const MIN_MEMORY_MIB: u64 = 64;
 /// Most memory of a guest, in MiB.
 pub const MAX_MEMORY_MIB: u64 = 32 * 1024;
+/// Least memory that a balloon is asked to leave a guest, in MiB.
+pub const MIN_TARGET_MIB: u64 = 32;
 /// First guest address of vsock; lower ones have meanings of their own (virtio 1.2 §5.10.4).
 const MIN_CID: u64 = 3;
 

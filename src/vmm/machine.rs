@@ -4,12 +4,13 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use super::boot::acpi::MmioDevice;
 use super::boot::{self, BootError, BootSource, layout};
 use mio::Registry;
 
-use super::config::StartConfig;
+use super::config::{MIN_TARGET_MIB, StartConfig};
 use super::devices::{DeviceConfig, DeviceError, DeviceSet, QUEUE_NOTIFY};
 use super::kvm::{Bus, ExitCounts, KvmError, Processors, Vm};
 use super::last_words::End;
@@ -106,6 +107,7 @@ impl Bus for DeviceSet {
 
 /// A running microVM.
 pub struct Machine {
+    memory_bytes: u64,
     processors: Processors,
     exits: Arc<ExitCounts>,
     devices: Arc<DeviceSet>,
@@ -148,7 +150,7 @@ impl Machine {
         let vcpus = vm.create_vcpus(config.vcpus, entry)?;
         let exits = Arc::new(ExitCounts::default());
         let processors = Processors::start(vcpus, devices.clone(), exits.clone(), ended)?;
-        Ok(Self { processors, exits, devices, _vm: vm })
+        Ok(Self { memory_bytes: config.memory_bytes, processors, exits, devices, _vm: vm })
     }
 
     /// The devices, for events and streams.
@@ -156,11 +158,11 @@ impl Machine {
         &self.devices
     }
 
-    /// How the microVM used the worker so far.
+    /// How the microVM used the worker so far, and what the guest said last of its memory.
     pub fn stats(&self) -> Fields {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let devices = self.devices.stats();
-        Fields::new()
+        let fields = Fields::new()
             .with("exits", self.exits.total())
             .with("exits_io", load(&self.exits.io))
             .with("exits_mmio", load(&self.exits.mmio))
@@ -176,6 +178,42 @@ impl Machine {
             .with("vsock_rx_packets", devices.vsock_rx_packets)
             .with("vsock_tx_packets", devices.vsock_tx_packets)
             .with("vsock_connections", devices.vsock_connections)
+            .with("memory_target_kib", (self.memory_bytes - devices.balloon_target_bytes) >> 10)
+            .with("balloon_kib", devices.balloon_bytes >> 10)
+            .with("balloon_reported_kib", devices.balloon_reported_bytes >> 10)
+            .with("balloon_refused", devices.balloon_refused);
+        let Some((memory, taken)) = devices.memory else { return fields };
+        let kib = |octets: Option<u64>| octets.map(|octets| octets >> 10);
+        [
+            ("guest_total_kib", kib(memory.total)),
+            ("guest_free_kib", kib(memory.free)),
+            ("guest_available_kib", kib(memory.available)),
+            ("guest_cache_kib", kib(memory.caches)),
+            ("guest_major_faults", memory.major_faults),
+            ("guest_minor_faults", memory.minor_faults),
+            ("guest_oom_kills", memory.oom_kills),
+            ("guest_age_ms", u64::try_from(taken.elapsed().as_millis()).ok()),
+        ]
+        .into_iter()
+        .filter_map(|(key, value)| Some((key, value?)))
+        .fold(fields, |fields, (key, value)| fields.with(key, value))
+    }
+
+    /// When the guest's kernel last spoke of its memory.
+    pub fn heard(&self) -> Option<Instant> {
+        self.devices.stats().memory.map(|(_, taken)| taken)
+    }
+
+    /// Asks the guest to do with so much memory, in MiB; from `MIN_TARGET_MIB` to what it has.
+    pub fn set_memory_target(&self, mib: u64) -> Result<(), Error> {
+        let max = self.memory_bytes >> 20;
+        if !(MIN_TARGET_MIB..=max).contains(&mib) {
+            let why = format!("target_mib={mib} is out of range: {MIN_TARGET_MIB} to {max} (its memory)");
+            let error = Error::new(Code::OutOfRange, why).with("argument", "target_mib");
+            return Err(error.with("min", MIN_TARGET_MIB).with("max", max));
+        }
+        self.devices.set_memory_target(mib << 20);
+        Ok(())
     }
 
     /// Stops the processors, then closes the devices with everything flushed.

@@ -235,6 +235,32 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Gives the whole pages inside a range back to the host; gives how many octets they were. The one place that
+    /// decides how.
+    ///
+    /// Callers know that the guest gave the range up: it may hold old octets or zeroes afterwards, and what the guest
+    /// writes meanwhile may be lost, until this returns. From then on it is ordinary memory again that reads as zeroes
+    /// until it is written. An error leaves every octet as it was.
+    ///
+    /// All memory is private and anonymous so far, so that dropping pages makes zeroes. A private mapping of a file
+    /// (a restored snapshot) would show the file's octets again: there, fresh anonymous memory is to be mapped
+    /// over the range.
+    pub fn discard(&self, slice: GuestSlice<'_>) -> io::Result<usize> {
+        let start = slice.iovec.iov_base as usize;
+        // Inside of a mapping, so that no end is near the end of the address space.
+        let (from, to) = (start.next_multiple_of(PAGE as usize), (start + slice.len()) / PAGE as usize * PAGE as usize);
+        if from >= to {
+            return Ok(0);
+        }
+        let base = slice.iovec.iov_base.wrapping_byte_add(from - start);
+        // SAFETY: whole pages of a checked range of a private anonymous mapping that the slice's borrow keeps alive. No
+        // reference to its octets exists, and their change is what every accessor here expects of guest memory.
+        if unsafe { libc::madvise(base, to - from, libc::MADV_DONTNEED) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(to - from)
+    }
+
     fn read_array<const N: usize>(&self, addr: u64) -> Result<[u8; N], MemoryError> {
         let mut octets = [0; N];
         self.read(addr, &mut octets)?;
@@ -462,6 +488,20 @@ mod tests {
         assert_eq!(memory.load_u16(2, Ordering::Acquire).unwrap(), 0xbeef);
         assert!(matches!(memory.load_u16(1, Ordering::Acquire), Err(MemoryError::Unaligned { addr: 1 })));
         assert!(memory.load_u16(4096, Ordering::Acquire).is_err());
+    }
+
+    #[test]
+    fn whole_pages_inside_a_range_are_given_back_and_read_as_zeroes() {
+        let memory = GuestMemory::new(64 << 10).unwrap();
+        memory.write(0, &[7; 64 << 10]).unwrap();
+        assert_eq!(memory.discard(memory.slice(100, 3 * 4096).unwrap()).unwrap(), 2 * 4096);
+        assert_eq!(memory.discard(memory.slice(0x8001, 4096).unwrap()).unwrap(), 0);
+        assert_eq!(memory.discard(memory.slice(64 << 10, 0).unwrap()).unwrap(), 0);
+        let mut octets = [0; 64 << 10];
+        memory.read(0, &mut octets).unwrap();
+        for (at, octet) in octets.iter().enumerate() {
+            assert_eq!(*octet, if (4096..3 * 4096).contains(&at) { 0 } else { 7 }, "{at}");
+        }
     }
 
     #[test]

@@ -9,12 +9,13 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use mio::event::Event;
 use mio::net::UnixListener;
 use mio::{Events, Interest, Poll, Token, Waker};
 
-use super::config::StartConfig;
+use super::config::{MAX_MEMORY_MIB, MIN_TARGET_MIB, StartConfig};
 use super::last_words::{End, LastWords, Reason};
 use super::link::{Connection, RawStream};
 use super::machine::Machine;
@@ -26,6 +27,9 @@ const LISTENER_FD: RawFd = 3;
 const EVENTS: usize = 64;
 /// A connection that leaves this many octets of replies unread is closed.
 const QUEUE_MAX: usize = 256 * 1024;
+/// Longest wait for a guest's word, in milliseconds, and how many requests may wait at once.
+const MAX_WAIT_MS: u64 = 10_000;
+const MAX_SURVEYS: usize = 64;
 
 const LISTENER: Token = Token(0);
 const ENDED: Token = Token(1);
@@ -82,6 +86,17 @@ struct Worker {
     watchers: Vec<Pending>,
     /// `vm.stop` requests.
     stoppers: Vec<Pending>,
+    /// `vm.stats` requests that wait for the guest's word.
+    surveys: Vec<Survey>,
+}
+
+/// A `vm.stats` request that waits for the guest to say how it is.
+#[derive(Debug)]
+struct Survey {
+    request: Pending,
+    asked: Instant,
+    /// The guest need not answer: then it is told what there is.
+    deadline: Instant,
 }
 
 /// What a request leads to.
@@ -110,13 +125,16 @@ impl Worker {
             waker,
             watchers: Vec::new(),
             stoppers: Vec::new(),
+            surveys: Vec::new(),
         })
     }
 
     fn run(mut self, last_words: &LastWords) -> io::Result<End> {
         let mut events = Events::with_capacity(EVENTS);
         loop {
-            match self.poll.poll(&mut events, None) {
+            let deadline = self.surveys.iter().map(|survey| survey.deadline).min();
+            let sleep = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            match self.poll.poll(&mut events, sleep) {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e),
@@ -136,6 +154,7 @@ impl Worker {
                     token => self.serve(token, event),
                 }
             }
+            self.answer_surveys();
             if let Some(end) = self.end.take() {
                 return Ok(self.finish(end, last_words));
             }
@@ -229,10 +248,15 @@ impl Worker {
                 self.watchers.push(Pending { connection: token, tag });
                 Ok(Outcome::Later)
             }
-            "vm.stats" => {
-                Args::of(request).finish()?;
+            "vm.stats" => self.stats(token, request),
+            "vm.balloon" => {
+                let mut args = Args::of(request);
+                let target = args.number("target_mib", MIN_TARGET_MIB..=MAX_MEMORY_MIB)?;
+                args.finish()?;
+                let target = target.ok_or_else(|| missing("target_mib"))?;
                 let machine = self.machine.as_ref().ok_or_else(not_running)?;
-                Ok(Outcome::Done(machine.stats()))
+                machine.set_memory_target(target)?;
+                Ok(Outcome::Done(Fields::new()))
             }
             "vsock.connect" | "vsock.accept" => {
                 self.become_stream(token, request)?;
@@ -248,20 +272,45 @@ impl Worker {
         }
     }
 
+    /// What there is at once, or with `wait_ms` when the guest has said how it is, at the latest after that time.
+    fn stats(&mut self, token: Token, request: Request) -> Result<Outcome, Error> {
+        let tag = request.tag.clone();
+        let mut args = Args::of(request);
+        let wait = args.number("wait_ms", 0..=MAX_WAIT_MS)?.unwrap_or(0);
+        args.finish()?;
+        let machine = self.machine.as_ref().ok_or_else(not_running)?;
+        let asked = Instant::now();
+        if wait == 0 || self.surveys.len() >= MAX_SURVEYS || !machine.devices().request_memory_statistics() {
+            return Ok(Outcome::Done(machine.stats()));
+        }
+        let request = Pending { connection: token, tag };
+        self.surveys.push(Survey { request, asked, deadline: asked + Duration::from_millis(wait) });
+        Ok(Outcome::Later)
+    }
+
+    fn answer_surveys(&mut self) {
+        let Some(machine) = self.machine.as_ref().filter(|_| !self.surveys.is_empty()) else { return };
+        let (heard, now) = (machine.heard(), Instant::now());
+        let due = |survey: &mut Survey| survey.deadline <= now || heard.is_some_and(|at| at >= survey.asked);
+        let due: Vec<Survey> = self.surveys.extract_if(.., due).collect();
+        let stats = machine.stats();
+        for Survey { request, .. } in due {
+            self.send(request.connection, &Message::ok(&request.tag, stats.clone()));
+        }
+    }
+
     /// Hands a connection over to the vsock device: what follows on it is a guest's stream.
     fn become_stream(&mut self, token: Token, request: Request) -> Result<(), Error> {
         let (tag, connects) = (request.tag.clone(), request.verb == "vsock.connect");
         let mut args = Args::of(request);
-        let port = args
-            .number("port", 0..=u64::from(u32::MAX) - 1)?
-            .ok_or_else(|| Error::new(Code::MissingArgument, "port is missing").with("argument", "port"))?
-            as u32;
+        let port = args.number("port", 0..=u64::from(u32::MAX) - 1)?.ok_or_else(|| missing("port"))? as u32;
         args.finish()?;
         let machine = self.machine.as_ref().ok_or_else(not_running)?;
         let Some(mut connection) = self.connections.remove(&token) else { return Ok(()) };
         // Its other requests end with it.
         self.watchers.retain(|w| w.connection != token);
         self.stoppers.retain(|w| w.connection != token);
+        self.surveys.retain(|s| s.request.connection != token);
         self.poll
             .registry()
             .deregister(connection.stream())
@@ -310,9 +359,11 @@ impl Worker {
     }
 
     fn cancel(&mut self, token: Token, tag: &str) {
-        let before = self.watchers.len();
+        let pending = |worker: &Self| worker.watchers.len() + worker.surveys.len();
+        let before = pending(self);
         self.watchers.retain(|w| w.connection != token || w.tag != tag);
-        if self.watchers.len() < before {
+        self.surveys.retain(|s| s.request.connection != token || s.request.tag != tag);
+        if pending(self) < before {
             let error = Error::new(Code::Cancelled, "the request was cancelled");
             self.send(token, &Message::err(tag, error));
         }
@@ -330,6 +381,7 @@ impl Worker {
         self.connections.remove(&token);
         self.watchers.retain(|w| w.connection != token);
         self.stoppers.retain(|w| w.connection != token);
+        self.surveys.retain(|s| s.request.connection != token);
     }
 
     /// Takes the microVM apart, leaves the last words, then tells everybody who asked.
@@ -354,6 +406,10 @@ impl Worker {
         }
         end
     }
+}
+
+fn missing(key: &str) -> Error {
+    Error::new(Code::MissingArgument, format!("{key} is missing")).with("argument", key)
 }
 
 fn not_running() -> Error {

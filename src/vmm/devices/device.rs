@@ -18,8 +18,13 @@ pub trait Device: Send + 'static {
 
     /// Feature bits of the device's own (0 to 23, 50 to 127); the transport adds the common ones.
     fn features(&self) -> u64;
-    /// The configuration space as the driver reads it. Devices so far have no writable fields.
+    /// The configuration space as the driver reads it now. Its length never changes. What changes it beside the
+    /// driver goes through `MmioTransport::change`, so that the driver hears of it.
     fn config(&self) -> Vec<u8>;
+    /// The driver wrote to the configuration space, wholly inside of it. What is not a writable field stays as it is.
+    fn write_config(&mut self, _offset: usize, _from: &[u8]) {}
+    /// The driver is there, with these features: a part of those offered.
+    fn activate(&mut self, _features: u64) {}
     /// The driver added chains to a queue, or there may be some: serve them, within a bound.
     /// An error stops the device until the driver resets it.
     fn queue_notified(&mut self, context: &mut Context<'_>, index: usize) -> Result<Progress, QueueError>;

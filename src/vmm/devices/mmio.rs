@@ -103,10 +103,13 @@ struct Backend<D> {
 pub struct MmioTransport<D> {
     memory: GuestMemory,
     features: u64,
-    config: Vec<u8>,
     registers: Mutex<Registers>,
-    // Lock order: registers before backend. The device's thread takes only the latter.
+    // Lock order: registers before backend before config. The device's thread takes only the latter two.
     backend: Mutex<Backend<D>>,
+    /// The configuration space as the driver sees it: reads wait for no work of the device.
+    config: Mutex<Vec<u8>>,
+    /// Changes with the configuration space, except by the driver's own hand (§2.5.1).
+    generation: AtomicU32,
     interrupt: Interrupt,
     queue_events: Vec<EventFd>,
     faults: AtomicU32,
@@ -121,8 +124,9 @@ impl<D: Device> MmioTransport<D> {
         Ok(Self {
             memory,
             features: device.features() | COMMON_FEATURES,
-            config: device.config(),
             registers: Mutex::new(Registers::new(D::QUEUES.len())),
+            config: Mutex::new(device.config()),
+            generation: AtomicU32::new(0),
             backend: Mutex::new(Backend { device, queues: None }),
             interrupt: Interrupt::new()?,
             queue_events,
@@ -136,6 +140,44 @@ impl<D: Device> MmioTransport<D> {
         f(&mut lock(&self.backend).device)
     }
 
+    /// Runs `f` on the device; where that changes its configuration space, an active driver is told.
+    pub fn change<R>(&self, f: impl FnOnce(&mut D) -> R) -> R {
+        let mut backend = lock(&self.backend);
+        let result = f(&mut backend.device);
+        if self.renew_config(&backend.device) && backend.queues.is_some() {
+            self.interrupt.raise(Interrupt::CONFIGURATION);
+        }
+        result
+    }
+
+    /// Makes the driver see the device's configuration space as it is now; gives whether that changed anything.
+    fn renew_config(&self, device: &D) -> bool {
+        let mut config = lock(&self.config);
+        let now = device.config();
+        let changed = *config != now;
+        if changed {
+            *config = now;
+            self.generation.fetch_add(1, Ordering::SeqCst);
+        }
+        changed
+    }
+
+    fn read_config(&self, at: usize, into: &mut [u8]) {
+        if let Some(rest) = lock(&self.config).get(at..) {
+            let len = rest.len().min(into.len());
+            into[..len].copy_from_slice(&rest[..len]);
+        }
+    }
+
+    fn write_config(&self, at: usize, from: &[u8]) {
+        let Some(mut backend) = self.wait_for_backend() else { return };
+        let mut config = lock(&self.config);
+        if at.checked_add(from.len()).is_some_and(|end| end <= config.len()) {
+            backend.device.write_config(at, from);
+            *config = backend.device.config();
+        }
+    }
+
     /// Runs `f` on the device with its queues, if its driver is active. An error stops the device.
     pub fn with_queues<R>(&self, f: impl FnOnce(&mut D, &mut Context<'_>) -> Result<R, QueueError>) -> Option<R> {
         let mut backend = lock(&self.backend);
@@ -147,6 +189,7 @@ impl<D: Device> MmioTransport<D> {
             Err(error) => {
                 backend.device.reset();
                 backend.queues = None;
+                self.renew_config(&backend.device);
                 // Under the lock still: a reset that comes now must not be followed by this verdict.
                 self.fault(&error, true);
                 None
@@ -178,8 +221,7 @@ impl<D: Device> MmioTransport<D> {
             0x60 => self.interrupt.status(),
             // Shared memory regions: none, which a length of all ones says (§4.2.2).
             0xb0 | 0xb4 | 0xb8 | 0xbc => u32::MAX,
-            // The configuration spaces so far never change.
-            0xfc => 0,
+            0xfc => self.generation.load(Ordering::SeqCst),
             _ => {
                 let registers = lock(&self.registers);
                 match offset {
@@ -286,6 +328,7 @@ impl<D: Device> MmioTransport<D> {
             let Some(mut backend) = self.wait_for_backend() else { return };
             backend.device.reset();
             backend.queues = None;
+            self.renew_config(&backend.device);
             *registers = Registers::new(D::QUEUES.len());
             self.interrupt.clear();
             return;
@@ -332,7 +375,10 @@ impl<D: Device> MmioTransport<D> {
         });
         match queues.collect() {
             Ok(queues) => {
-                lock(&self.backend).queues = Some(queues);
+                let mut backend = lock(&self.backend);
+                backend.device.activate(registers.driver_features);
+                backend.queues = Some(queues);
+                drop(backend);
                 // Notifications that came before were for nobody.
                 (0..D::QUEUES.len()).for_each(|index| self.kick(index));
             }
@@ -367,17 +413,15 @@ impl<D: Device> Window for MmioTransport<D> {
             }
             None => {}
             Some(at) => {
-                let at = usize::try_from(at).unwrap_or(usize::MAX);
-                if let Some(rest) = self.config.get(at..) {
-                    let len = rest.len().min(into.len());
-                    into[..len].copy_from_slice(&rest[..len]);
-                }
+                self.read_config(usize::try_from(at).unwrap_or(usize::MAX), into);
             }
         }
     }
 
     fn write(&self, offset: u64, from: &[u8]) {
-        if let (true, Ok(octets)) = (offset < CONFIG && offset.is_multiple_of(4), from.try_into()) {
+        if let Some(at) = offset.checked_sub(CONFIG) {
+            self.write_config(usize::try_from(at).unwrap_or(usize::MAX), from);
+        } else if let (true, Ok(octets)) = (offset.is_multiple_of(4), from.try_into()) {
             self.write_register(offset, u32::from_le_bytes(octets));
         }
     }

@@ -4,12 +4,13 @@
 //! |---|---|
 //! | `queue`, `segments` | split virtqueues and the guest buffers in them |
 //! | `mmio`, `device` | the transport, and what it asks of a device |
-//! | `block`, `rng`, `vsock` | virtio devices |
+//! | `balloon`, `block`, `rng`, `vsock` | virtio devices |
 //! | `disk` | a block device on its own thread |
 //! | `serial` | COM1, for the log |
 //! | `rate`, `timer` | token buckets, and what wakes a device that waits for tokens |
 //! | `set` | all of them, wired |
 
+pub mod balloon;
 pub mod block;
 pub mod device;
 pub mod disk;

@@ -14,6 +14,7 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::balloon::{Balloon, BalloonCounters, MemoryStatistics};
 use super::block::{Block, BlockCounters};
 use super::device::Progress;
 use super::disk::Disk;
@@ -118,6 +119,16 @@ pub struct DeviceStats {
     pub vsock_tx_packets: u64,
     /// Vsock connections now.
     pub vsock_connections: u64,
+    /// Octets that the balloon is to hold.
+    pub balloon_target_bytes: u64,
+    /// Octets that it holds, as the guest says.
+    pub balloon_bytes: u64,
+    /// Octets that the guest reported free and the host let go, in all.
+    pub balloon_reported_bytes: u64,
+    /// Pages and ranges that could not be let go.
+    pub balloon_refused: u64,
+    /// What the guest's kernel said last of its memory, and when.
+    pub memory: Option<(MemoryStatistics, Instant)>,
 }
 
 /// What a token of the device thread stands for.
@@ -135,14 +146,17 @@ const DISK_END: Duration = Duration::from_secs(2);
 /// The devices. vCPU threads call the bus methods; the device thread calls everything else. Disks are served by
 /// threads of their own.
 pub struct DeviceSet {
+    memory: GuestMemory,
     /// In the order of the guest's addresses, which is the order of its drivers' probes.
     windows: Vec<Arc<dyn Window>>,
     /// The root disk first.
     disks: Vec<Disk>,
     vsock: Arc<MmioTransport<Vsock>>,
+    balloon: Arc<MmioTransport<Balloon>>,
     serial: Serial,
     vsock_timer: Mutex<Timer>,
     vsock_counters: Arc<VsockCounters>,
+    balloon_counters: Arc<BalloonCounters>,
     /// What the device thread watches; tokens count from `first_token` in this order.
     sources: Vec<(RawFd, Source)>,
     first_token: Mutex<usize>,
@@ -152,7 +166,7 @@ pub struct DeviceSet {
 const VSOCK_WINDOW: usize = 1;
 
 impl DeviceSet {
-    /// Makes the devices: block, vsock, rng, and the serial port.
+    /// Makes the devices: block, vsock, rng, balloon, and the serial port.
     pub fn new(memory: &GuestMemory, config: DeviceConfig) -> Result<Self, DeviceError> {
         if u64::from(config.cid) <= HOST_CID || config.cid == u32::MAX {
             return Err(DeviceError::Cid { cid: config.cid });
@@ -166,8 +180,11 @@ impl DeviceSet {
         let vsock = Arc::new(MmioTransport::new(memory.clone(), vsock).map_err(while_doing(transport))?);
         let rng = Arc::new(MmioTransport::new(memory.clone(), Rng).map_err(while_doing(transport))?);
         let vsock_timer = Timer::new().map_err(while_doing("making a timer"))?;
+        let balloon = Balloon::new(memory.size());
+        let balloon_counters = balloon.counters();
+        let balloon = Arc::new(MmioTransport::new(memory.clone(), balloon).map_err(while_doing(transport))?);
         let serial = Serial::new(config.serial).map_err(while_doing("making the serial port"))?;
-        let shared: [Arc<dyn Window>; 2] = [vsock.clone(), rng];
+        let shared: [Arc<dyn Window>; 3] = [vsock.clone(), rng, balloon.clone()];
         // Linux names disks in the order of their windows: the root disk is the first, others follow at the end.
         let (root, extra) = disks.split_at(1);
         let windows: Vec<Arc<dyn Window>> =
@@ -184,12 +201,15 @@ impl DeviceSet {
             }
         }
         Ok(Self {
+            memory: memory.clone(),
             windows,
             disks,
             vsock,
+            balloon,
             serial,
             vsock_timer: Mutex::new(vsock_timer),
             vsock_counters,
+            balloon_counters,
             sources,
             first_token: Mutex::new(usize::MAX),
         })
@@ -347,6 +367,21 @@ impl DeviceSet {
         }
     }
 
+    // ---- Memory, from the device thread ----
+
+    /// Asks the guest to leave itself `bytes` of its memory and to put the rest into the balloon. It does so when it
+    /// can, or never.
+    pub fn set_memory_target(&self, bytes: u64) {
+        let ram = self.memory.size();
+        self.balloon.change(|balloon| balloon.set_target(ram.saturating_sub(bytes)));
+    }
+
+    /// Asks the guest for new statistics of its memory; gives whether some may come. They are there when `stats` has
+    /// later ones than before.
+    pub fn request_memory_statistics(&self) -> bool {
+        self.balloon.with_queues(Balloon::request_statistics) == Some(true)
+    }
+
     // ---- The end ----
 
     /// The processors are told to stop: none of them waits for a device any more.
@@ -366,7 +401,9 @@ impl DeviceSet {
 
     /// Counters of all devices.
     pub fn stats(&self) -> DeviceStats {
-        let vsock = &self.vsock_counters;
+        let (vsock, balloon) = (&self.vsock_counters, &self.balloon_counters);
+        let (target, actual, statistics) =
+            self.balloon.with_device(|balloon| (balloon.target(), balloon.actual(), balloon.statistics()));
         let blocks = |counter: fn(&BlockCounters) -> &AtomicU64| {
             self.disks.iter().map(|disk| counter(disk.counters()).load(Ordering::Relaxed)).sum()
         };
@@ -381,6 +418,11 @@ impl DeviceSet {
             vsock_rx_packets: vsock.rx_packets.load(Ordering::Relaxed),
             vsock_tx_packets: vsock.tx_packets.load(Ordering::Relaxed),
             vsock_connections: vsock.connections.load(Ordering::Relaxed),
+            balloon_target_bytes: target,
+            balloon_bytes: actual,
+            balloon_reported_bytes: balloon.reported_bytes.load(Ordering::Relaxed),
+            balloon_refused: balloon.refused.load(Ordering::Relaxed),
+            memory: statistics,
         }
     }
 }

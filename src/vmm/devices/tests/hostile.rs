@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 
 use super::disk;
 use crate::storage::overlay::Overlay;
+use crate::vmm::devices::balloon::Balloon;
 use crate::vmm::devices::block::Block;
 use crate::vmm::devices::driver::{self, Seed, read, write};
 use crate::vmm::devices::mmio::{MmioTransport, Window};
@@ -16,7 +17,11 @@ const RAM: u64 = 256 << 10;
 /// Runs a device, and sees that it rests afterwards and can be set up again.
 fn attack(memory: &GuestMemory, window: &dyn Window, features: u64, queues: usize, seed: u64) {
     let mut random = Seed(seed);
-    let size = 1 << random.below(9);
+    let largest = |index| {
+        write(window, 0x30, index as u32);
+        read(window, 0x34) as u16
+    };
+    let size = (0..queues).map(largest).min().unwrap().min(1 << random.below(9));
     for _ in 0..6 {
         memory.zero(0, RAM as usize).unwrap();
         let mut rings = driver::start(window, features, queues, size, 0);
@@ -34,7 +39,7 @@ fn attack(memory: &GuestMemory, window: &dyn Window, features: u64, queues: usiz
                 }
                 3 => ring.publish(memory, random.below(u64::from(size)) as u16),
                 4 => memory.write_u64(random.below(RAM - 8), random.number() & 0x1f1f_1f1f).unwrap(),
-                _ => write(window, random.below(0x40) * 4, random.number() as u32),
+                _ => write(window, random.below(0x44) * 4, random.number() as u32),
             }
             if random.below(4) == 0 {
                 (0..queues).for_each(|index| write(window, 0x50, index as u32));
@@ -45,7 +50,7 @@ fn attack(memory: &GuestMemory, window: &dyn Window, features: u64, queues: usiz
         assert!([0, 1, 3, 11, 15].contains(&(status & 0xf)), "{status}");
     }
     memory.zero(0, RAM as usize).unwrap();
-    driver::start(window, features, queues, 16, 0);
+    driver::start(window, features, queues, size, 0);
     driver::run(window);
     assert_eq!(read(window, 0x70), 15);
     write(window, 0x70, 0);
@@ -60,6 +65,8 @@ fn garbage_in_registers_and_rings_costs_at_most_the_device() {
         let block = Block::new(Overlay::open(overlay, base).unwrap(), "attacked");
         attack(&memory, &MmioTransport::new(memory.clone(), block).unwrap(), features, 1, seed);
         attack(&memory, &MmioTransport::new(memory.clone(), Rng).unwrap(), 0, 1, seed);
+        let balloon = MmioTransport::new(memory.clone(), Balloon::new(RAM)).unwrap();
+        attack(&memory, &balloon, features | 0x3e & !8, 4, seed);
         let vsock = MmioTransport::new(memory.clone(), Vsock::new(3).unwrap()).unwrap();
         let links: Vec<_> = (0..8)
             .map(|port| {

@@ -1,5 +1,6 @@
 //! Devices driven end to end by a driver in the test, over registers and rings in guest memory.
 
+mod balloon;
 mod block;
 mod hostile;
 mod mmio;

@@ -21,8 +21,8 @@ fn windows_follow_each_other_in_the_order_of_the_tables() {
     let (_, set) = set();
     let windows = set.windows();
     let places: Vec<_> = windows.iter().map(|w| (w.base, w.gsi, w.queue_events.len())).collect();
-    assert_eq!(places, [(0xd000_0000, 5, 1), (0xd000_1000, 6, 3), (0xd000_2000, 7, 1)]);
-    for (window, kind) in windows.iter().zip([2u32, 19, 4]) {
+    assert_eq!(places, [(0xd000_0000, 5, 1), (0xd000_1000, 6, 3), (0xd000_2000, 7, 1), (0xd000_3000, 8, 4)]);
+    for (window, kind) in windows.iter().zip([2u32, 19, 4, 5]) {
         let mut octets = [0; 4];
         assert!(set.mmio_read(window.base + 8, &mut octets));
         assert_eq!(u32::from_le_bytes(octets), kind);
@@ -33,7 +33,7 @@ fn windows_follow_each_other_in_the_order_of_the_tables() {
 fn addresses_without_a_device_are_told() {
     let (_, set) = set();
     let mut octets = [0; 4];
-    for addr in [0, MMIO_BASE - 1, MMIO_BASE + 3 * WINDOW, u64::MAX] {
+    for addr in [0, MMIO_BASE - 1, MMIO_BASE + 4 * WINDOW, u64::MAX] {
         assert!(!set.mmio_read(addr, &mut octets));
         assert_eq!(octets, [0xff; 4]);
         assert!(!set.mmio_write(addr, &octets));
@@ -78,7 +78,7 @@ fn the_device_threads_loop_serves_queues_links_and_timers() {
     let (memory, set) = set();
     let mut poll = Poll::new().unwrap();
     let next = set.register(poll.registry(), 100).unwrap();
-    assert_eq!(next, 100 + 3 + 4);
+    assert_eq!(next, 100 + 3 + 8);
     assert!(!set.handle(mio::Token(99)) && !set.handle(mio::Token(next)));
     // The console, without a line's end.
     assert!(set.pio_write(SERIAL_PORT, b"login: "));
