@@ -3,11 +3,13 @@
 
 #![allow(clippy::unwrap_used)] // a failure is the finding
 
+mod block;
 mod overlay;
 mod virtqueue;
 mod vsock;
 mod wire;
 
+pub use block::block;
 pub use overlay::overlay;
 pub use virtqueue::virtqueue;
 pub use vsock::vsock;
@@ -51,7 +53,8 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 4] = [("overlay", overlay), ("virtqueue", virtqueue), ("vsock", vsock), ("wire", wire)];
+    const TARGETS: [Target; 5] =
+        [("block", block), ("overlay", overlay), ("virtqueue", virtqueue), ("vsock", vsock), ("wire", wire)];
 
     #[test]
     fn every_input_of_the_corpus_passes() {

@@ -1,8 +1,11 @@
 //! What the node keeps: overlays, templates, state database.
 
 pub mod block_devices;
+pub mod medium;
 pub mod overlay;
+pub mod raw;
 mod schema;
+mod space;
 pub mod state;
 pub mod template_disk;
 pub mod templates;

@@ -22,12 +22,18 @@
 //! writes the bits, and syncs again. So a bit on the medium always stands for data on the medium, and a
 //! process or power lost at any moment costs only what was not flushed. Single blocks that were in the file
 //! before are overwritten in place, as on any disk.
+//!
+//! A discarded block's place becomes a hole, then its bit is set as a written one's would be, so that the base does
+//! not show again; where the base has ended, blocks without a bit are zeroes already. Remains of writes whose bits
+//! were lost are under the hole too.
 
 use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+
+use super::space;
 
 /// Unit of copying between base and overlay, in octets.
 pub const BLOCK: u64 = 4096;
@@ -69,6 +75,15 @@ impl Sink for &mut [u8] {
 impl Source for &[u8] {
     fn drain(&mut self, range: Range<usize>, file: &File, offset: u64) -> io::Result<()> {
         file.write_all_at(&self[range], offset)
+    }
+}
+
+/// No more than zeroes.
+struct Zeroes;
+
+impl Source for Zeroes {
+    fn drain(&mut self, range: Range<usize>, file: &File, offset: u64) -> io::Result<()> {
+        space::write_zeroes(file, offset, range.len() as u64)
     }
 }
 
@@ -344,8 +359,8 @@ impl Overlay {
         self.geometry.base_sha256
     }
 
-    fn check_range(&self, offset: u64, len: usize) -> io::Result<u64> {
-        match offset.checked_add(len as u64) {
+    fn check_range(&self, offset: u64, len: u64) -> io::Result<u64> {
+        match offset.checked_add(len) {
             Some(end) if end <= self.geometry.disk_bytes => Ok(end),
             _ => Err(io::Error::new(ErrorKind::InvalidInput, "beyond the end of the disk")),
         }
@@ -354,7 +369,7 @@ impl Overlay {
     /// Reads `len` octets of the disk at `offset` into `sink`, at any alignment: one transfer for each run of
     /// blocks from the same file.
     pub fn read(&self, offset: u64, len: usize, mut sink: impl Sink) -> io::Result<()> {
-        let end = self.check_range(offset, len)?;
+        let end = self.check_range(offset, len as u64)?;
         let mut position = offset;
         while position < end {
             let (in_overlay, run_end) = self.bitmap.run(position / BLOCK, end.div_ceil(BLOCK));
@@ -379,7 +394,7 @@ impl Overlay {
     /// Writes `len` octets from `source` to the disk at `offset`, at any alignment: one transfer, after at
     /// most two blocks were copied up. On an error the range may hold old and new data mixed.
     pub fn write(&mut self, offset: u64, len: usize, mut source: impl Source) -> io::Result<()> {
-        let end = self.check_range(offset, len)?;
+        let end = self.check_range(offset, len as u64)?;
         self.check_failed()?;
         if len == 0 {
             return Ok(());
@@ -412,6 +427,47 @@ impl Overlay {
             self.base.read_exact_at(&mut octets, offset)?;
         }
         self.file.write_all_at(&octets, self.geometry.data_offset() + offset)
+    }
+
+    /// Makes the whole blocks in a range read as zeroes and gives their space back. Parts of blocks at its ends
+    /// stay as they are.
+    pub fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        let end = self.check_range(offset, len)?;
+        self.check_failed()?;
+        let (first, last) = (offset.div_ceil(BLOCK), end / BLOCK);
+        if first < last { self.clear(first..last, true, space::punch) } else { Ok(()) }
+    }
+
+    /// Makes a range read as zeroes, at any alignment; with `unmap` the space of its whole blocks is given back.
+    pub fn write_zeroes(&mut self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let end = self.check_range(offset, len)?;
+        self.check_failed()?;
+        let (first, last) = (offset.div_ceil(BLOCK), end / BLOCK);
+        if first >= last {
+            return self.write(offset, len as usize, Zeroes);
+        }
+        self.write(offset, (first * BLOCK - offset) as usize, Zeroes)?;
+        self.clear(first..last, unmap, |file, offset, len| space::zero(file, offset, len, unmap))?;
+        self.write(last * BLOCK, (end - last * BLOCK) as usize, Zeroes)
+    }
+
+    /// Makes blocks read as zeroes by `how`, which gets their place in the file: a hole that may be given up
+    /// (`unmap`), or allocated zeroes.
+    fn clear(
+        &mut self,
+        blocks: Range<u64>,
+        unmap: bool,
+        how: impl FnOnce(&File, u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.unsynced = true;
+        let (offset, len) = (self.geometry.data_offset() + blocks.start * BLOCK, (blocks.end - blocks.start) * BLOCK);
+        how(&self.file, offset, len)?;
+        // Only now, as for a write. A hole where the base has ended needs no bit.
+        let end = if unmap { blocks.end.min(self.geometry.base_bytes / BLOCK) } else { blocks.end };
+        for block in blocks.start..end {
+            self.bitmap.set(block);
+        }
+        Ok(())
     }
 
     fn check_failed(&self) -> io::Result<()> {

@@ -3,6 +3,9 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
+use super::devices::block::ID_LEN;
+use super::devices::rate::{Limits, Rate};
+use super::devices::{ExtraDisk, MAX_EXTRA_DISKS, ROOT};
 use super::memory::PAGE;
 use crate::wire::{Args, Code, Error, Request};
 
@@ -40,6 +43,10 @@ pub struct StartConfig {
     pub base: File,
     /// What the guest writes to its root disk.
     pub overlay: File,
+    /// Further disks, at most `MAX_EXTRA_DISKS`, in the guest's order; names are unique.
+    pub disks: Vec<ExtraDisk>,
+    /// Of all disks together.
+    pub disk_limits: Limits,
 }
 
 impl StartConfig {
@@ -53,6 +60,9 @@ impl StartConfig {
         debug_assert_eq!(memory_bytes % PAGE, 0);
         let command_line = args.text("cmdline")?.unwrap_or_default();
         let cid = needed("cid", args.number("cid", MIN_CID..=u64::from(u32::MAX) - 1)?)? as u32;
+        let mut limit = |key| Ok::<_, Error>(args.number(key, 1..=u64::MAX)?.map(Rate::per_second));
+        let disk_limits = Limits { operations: limit("disk_iops")?, bytes: limit("disk_bytes_per_s")? };
+        let disks = take_disks(&mut args, &mut descriptors)?;
         let mut take = |key| take_descriptor(&mut args, &mut descriptors, key);
         let config = Self {
             vcpus,
@@ -65,6 +75,8 @@ impl StartConfig {
             serial: take("serial")?.into(),
             base: take("base")?.into(),
             overlay: take("overlay")?.into(),
+            disks,
+            disk_limits,
         };
         args.finish()?;
         Ok(config)
@@ -75,9 +87,36 @@ fn needed<T>(key: &str, value: Option<T>) -> Result<T, Error> {
     value.ok_or_else(|| Error::new(Code::MissingArgument, format!("{key} is missing")).with("argument", key))
 }
 
+/// The further disks: `disk=NAME:ro|rw:fd:N` each.
+fn take_disks(args: &mut Args, descriptors: &mut [Option<OwnedFd>]) -> Result<Vec<ExtraDisk>, Error> {
+    let mut disks: Vec<ExtraDisk> = Vec::new();
+    let bad = |message: String| Error::new(Code::BadArgument, message).with("argument", "disk");
+    for value in args.all("disk") {
+        let value = String::from_utf8(value).map_err(|_| bad("disk is not UTF-8".to_string()))?;
+        let mut parts = value.splitn(3, ':');
+        let (Some(name), Some(mode @ ("ro" | "rw")), Some(descriptor)) = (parts.next(), parts.next(), parts.next())
+        else {
+            return Err(bad(format!("disk={value} is not of the form NAME:ro|rw:fd:N")));
+        };
+        if name.is_empty() || name.len() > ID_LEN || name == ROOT || disks.iter().any(|disk| disk.name == name) {
+            return Err(bad(format!("disk={value}: the name must be another one of 1 to {ID_LEN} octets")));
+        }
+        let file = take_named(descriptors, "disk", descriptor)?.into();
+        disks.push(ExtraDisk { name: name.to_string(), file, read_only: mode == "ro" });
+    }
+    if disks.len() > MAX_EXTRA_DISKS {
+        return Err(bad(format!("{} disks are over the limit of {MAX_EXTRA_DISKS}", disks.len())));
+    }
+    Ok(disks)
+}
+
 /// The descriptor that `key=fd:N` names. Each can be named once.
 fn take_descriptor(args: &mut Args, descriptors: &mut [Option<OwnedFd>], key: &'static str) -> Result<OwnedFd, Error> {
     let value = needed(key, args.text(key)?)?;
+    take_named(descriptors, key, &value)
+}
+
+fn take_named(descriptors: &mut [Option<OwnedFd>], key: &'static str, value: &str) -> Result<OwnedFd, Error> {
     let index = value.strip_prefix("fd:").and_then(|n| n.parse::<usize>().ok());
     index.and_then(|n| descriptors.get_mut(n)).and_then(Option::take).ok_or_else(|| {
         Error::new(Code::BadArgument, format!("{key}={value} names no descriptor that came with the request"))
@@ -125,6 +164,35 @@ mod tests {
             assert_eq!(code(replace(key, value)), "OUT_OF_RANGE", "{key}={value}");
         }
         assert_eq!(code(replace("vcpus", "two")), "BAD_ARGUMENT");
+    }
+
+    #[test]
+    fn disks_have_names_of_their_own_and_descriptors() {
+        let with = |disks: &[&str]| disks.iter().fold(request(), |request, disk| request.set("disk", disk));
+        let config = StartConfig::parse(with(&["a:ro:fd:7", "b:rw:fd:6"]), descriptors(8)).unwrap();
+        let found: Vec<_> = config.disks.iter().map(|disk| (disk.name.as_str(), disk.read_only)).collect();
+        assert_eq!(found, [("a", true), ("b", false)]);
+        let long = format!("{}:ro:fd:6", "a".repeat(21));
+        for bad in
+            ["a", "a:ro", "a:fd:6", "a:wo:fd:6", ":ro:fd:6", "root:ro:fd:6", "a:ro:fd:5", "a:ro:6", long.as_str()]
+        {
+            let error = StartConfig::parse(with(&[bad]), descriptors(7)).unwrap_err();
+            assert_eq!(error.code, "BAD_ARGUMENT", "{bad}");
+        }
+        assert!(StartConfig::parse(with(&["a:ro:fd:7", "a:rw:fd:6"]), descriptors(8)).is_err());
+        let nine: Vec<String> = (0..9).map(|n| format!("d{n}:rw:fd:{}", 6 + n)).collect();
+        let nine: Vec<&str> = nine.iter().map(String::as_str).collect();
+        assert!(StartConfig::parse(with(&nine), descriptors(15)).is_err());
+        assert_eq!(StartConfig::parse(with(&nine[..8]), descriptors(14)).unwrap().disks.len(), 8);
+    }
+
+    #[test]
+    fn limits_are_optional() {
+        let limited = request().set("disk_iops", 100).set("disk_bytes_per_s", 1_000_000);
+        let limits = StartConfig::parse(limited, descriptors(6)).unwrap().disk_limits;
+        assert_eq!((limits.operations.unwrap().per_second, limits.bytes.unwrap().per_second), (100, 1_000_000));
+        assert_eq!(StartConfig::parse(request(), descriptors(6)).unwrap().disk_limits, Limits::default());
+        assert_eq!(code(request().set("disk_iops", 0)), "OUT_OF_RANGE");
     }
 
     #[test]

@@ -8,8 +8,8 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 use crate::wire::{Decoded, Filled, Link, Message};
 
-/// Most descriptors that wait for the request that names them; `vm.start` has six.
-const MAX_DESCRIPTORS: usize = 8;
+/// Most descriptors that wait for the request that names them: `vm.start` has a few, and one for each further disk.
+const MAX_DESCRIPTORS: usize = 32;
 
 /// Stream that keeps the descriptors it receives.
 #[derive(Debug)]
@@ -147,7 +147,7 @@ mod tests {
     fn a_peer_that_sends_too_many_descriptors_is_an_error() {
         let (ours, mut connection) = pair();
         for _ in 0..2 {
-            send_with(&ours, b"x", &[ours.as_raw_fd(); 5]);
+            send_with(&ours, b"x", &[ours.as_raw_fd(); MAX_DESCRIPTORS / 2 + 1]);
         }
         assert!(connection.fill().and_then(|_| connection.fill()).is_err());
         let (ours, mut connection) = pair();

@@ -281,7 +281,8 @@ impl Worker {
         let machine = self.machine.as_ref().ok_or_else(not_running)?;
         let asked = Instant::now();
         if wait == 0 || self.surveys.len() >= MAX_SURVEYS || !machine.devices().request_memory_statistics() {
-            return Ok(Outcome::Done(machine.stats()));
+            self.tell_stats(&Pending { connection: token, tag });
+            return Ok(Outcome::Later);
         }
         let request = Pending { connection: token, tag };
         self.surveys.push(Survey { request, asked, deadline: asked + Duration::from_millis(wait) });
@@ -293,10 +294,19 @@ impl Worker {
         let (heard, now) = (machine.heard(), Instant::now());
         let due = |survey: &mut Survey| survey.deadline <= now || heard.is_some_and(|at| at >= survey.asked);
         let due: Vec<Survey> = self.surveys.extract_if(.., due).collect();
-        let stats = machine.stats();
         for Survey { request, .. } in due {
-            self.send(request.connection, &Message::ok(&request.tag, stats.clone()));
+            self.tell_stats(&request);
         }
+    }
+
+    /// Answers `vm.stats`.
+    fn tell_stats(&mut self, request: &Pending) {
+        let Some(machine) = &self.machine else { return };
+        let (disks, all) = (machine.devices().disk_rows(), machine.stats());
+        for row in disks {
+            self.send(request.connection, &Message::item(&request.tag, row));
+        }
+        self.send(request.connection, &Message::ok(&request.tag, all));
     }
 
     /// Hands a connection over to the vsock device: what follows on it is a guest's stream.

@@ -77,12 +77,66 @@ fn the_base_is_never_written() {
 }
 
 #[test]
+fn a_discarded_block_reads_as_zeroes_for_good_and_gives_its_space_back() {
+    use std::os::unix::fs::MetadataExt;
+    let (file, base, mut overlay) = disk(512);
+    overlay.write_at(0, &vec![0xaa; 512 * BLOCK as usize]).unwrap();
+    let full = file.metadata().unwrap().blocks();
+    // From the middle of block 1: that block stays.
+    overlay.discard(BLOCK + 1, 300 * BLOCK).unwrap();
+    assert!((full - file.metadata().unwrap().blocks()) * 512 >= 298 * BLOCK);
+    overlay.flush().unwrap();
+    drop(overlay);
+    let overlay = open(&file, &base).unwrap();
+    let mut octets = vec![0; 512 * BLOCK as usize];
+    overlay.read_at(0, &mut octets).unwrap();
+    let expected: Vec<u8> =
+        (0..512).flat_map(|n| [if (2..301).contains(&n) { 0 } else { 0xaa }; BLOCK as usize]).collect();
+    assert!(octets == expected);
+}
+
+#[test]
+fn a_discard_hides_the_base_and_needs_no_bits_beyond_it() {
+    let (file, base, mut overlay) = disk(16 * BLOCKS_PER_PAGE);
+    overlay.discard(0, 16 * BLOCKS_PER_PAGE * BLOCK).unwrap();
+    assert_eq!(overlay.bitmap.pages.iter().flatten().count(), 1, "only the page of the base has bits");
+    overlay.flush().unwrap();
+    let overlay = open(&file, &base).unwrap();
+    let mut octets = vec![1; 10 * BLOCK as usize];
+    overlay.read_at(0, &mut octets).unwrap();
+    assert!(octets.iter().all(|&octet| octet == 0));
+    let mut before = vec![0; 8 * BLOCK as usize];
+    base.read_exact_at(&mut before, 0).unwrap();
+    assert_eq!((before[0], before[8 * BLOCK as usize - 1]), (1, 8), "the base changed");
+}
+
+#[test]
+fn a_discard_that_was_not_flushed_costs_nothing_else() {
+    let (file, base, mut overlay) = disk(16);
+    overlay.write_at(10 * BLOCK, &[0xff; BLOCK as usize]).unwrap();
+    drop(overlay); // never flushed: remains without a bit
+    let mut overlay = open(&file, &base).unwrap();
+    overlay.discard(10 * BLOCK, BLOCK).unwrap();
+    overlay.discard(0, BLOCK).unwrap();
+    drop(overlay);
+    let overlay = open(&file, &base).unwrap();
+    let mut octets = [0xee; 2];
+    overlay.read_at(0, &mut octets[..1]).unwrap();
+    overlay.read_at(10 * BLOCK, &mut octets[1..]).unwrap();
+    assert_eq!(octets, [1, 0]);
+}
+
+#[test]
 fn accesses_beyond_the_end_are_refused() {
     let (_, _, mut overlay) = disk(8);
     let end = 8 * BLOCK;
     assert!(overlay.read_at(end - 1, &mut [0; 2]).is_err());
     assert!(overlay.write_at(end, &[0]).is_err());
     assert!(overlay.write_at(u64::MAX, &[0; 2]).is_err());
+    for (offset, len) in [(end, 1), (0, end + 1), (u64::MAX, 2)] {
+        assert!(overlay.discard(offset, len).is_err());
+        assert!(overlay.write_zeroes(offset, len, true).is_err());
+    }
     overlay.write_at(end - 1, &[9]).unwrap();
     overlay.read_at(end, &mut []).unwrap();
 }
@@ -229,7 +283,7 @@ fn a_disk_is_what_a_vector_is_and_flushed_data_survives_a_crash() {
             let offset = random.below(size as u64) as usize;
             let most = if random.below(4) == 0 { size } else { 9000 };
             let len = random.below(most.min(size - offset) as u64 + 1) as usize;
-            match random.below(20) {
+            match random.below(26) {
                 0..8 => {
                     let new = random.octets(len);
                     overlay.write_at(offset as u64, &new).unwrap();
@@ -245,6 +299,20 @@ fn a_disk_is_what_a_vector_is_and_flushed_data_survives_a_crash() {
                     overlay.flush().unwrap();
                     flushed.clone_from(&model);
                     in_doubt.fill(false);
+                }
+                kind @ 19..25 => {
+                    // Discards take whole blocks only.
+                    let (mut start, mut end) = (offset, offset + len);
+                    if kind < 22 {
+                        overlay.discard(offset as u64, len as u64).unwrap();
+                        (start, end) = (start.next_multiple_of(BLOCK as usize), end / BLOCK as usize * BLOCK as usize);
+                    } else {
+                        overlay.write_zeroes(offset as u64, len as u64, kind == 22).unwrap();
+                    }
+                    if start < end {
+                        model[start..end].fill(0);
+                        in_doubt[start..end].fill(true);
+                    }
                 }
                 _ => {
                     drop(overlay);
@@ -269,11 +337,15 @@ fn a_disk_is_what_a_vector_is_and_flushed_data_survives_a_crash() {
 const KILL_BLOCKS: u64 = 300;
 const STEPS_PER_FLUSH: u64 = 5;
 
-/// Where step `step` of `a_killed_owner` writes, and what.
+/// Where step `step` of `a_killed_owner` writes, and what; every third makes blocks zeroes, by a discard.
 fn killed_step(seed: u64, step: u64) -> (usize, Vec<u8>) {
     let mut random = Seed(seed << 32 | step);
     let offset = random.below(KILL_BLOCKS * BLOCK) as usize;
     let len = random.below(20_000).min(KILL_BLOCKS * BLOCK - offset as u64) as usize;
+    if step % 3 == 2 {
+        let block = BLOCK as usize;
+        return (offset / block * block, vec![0; len / block * block]);
+    }
     (offset, random.octets(len))
 }
 
@@ -288,7 +360,11 @@ fn a_killed_owner() {
     let mut overlay = Overlay::open(file, scratch(KILL_BLOCKS * BLOCK)).unwrap();
     for step in 0.. {
         let (offset, octets) = killed_step(seed, step);
-        overlay.write_at(offset as u64, &octets).unwrap();
+        if step % 3 == 2 {
+            overlay.discard(offset as u64, octets.len() as u64).unwrap();
+        } else {
+            overlay.write_at(offset as u64, &octets).unwrap();
+        }
         if (step + 1) % STEPS_PER_FLUSH == 0 {
             overlay.flush().unwrap();
             println!("flushed {}", step + 1);

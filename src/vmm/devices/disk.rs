@@ -125,6 +125,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::storage::medium::Medium;
     use crate::storage::overlay::Overlay;
     use crate::vmm::devices::driver::{self, DriverQueue, read, write};
     use crate::vmm::devices::tests::disk;
@@ -134,7 +135,7 @@ mod tests {
     fn start() -> (GuestMemory, Disk) {
         let memory = GuestMemory::new(1 << 20).unwrap();
         let (base, overlay) = disk(4);
-        let block = Block::new(Overlay::open(overlay, base).unwrap(), "test");
+        let block = Block::new(Medium::Overlay(Overlay::open(overlay, base).unwrap()), "test");
         let disk = Disk::start(memory.clone(), "test", block).unwrap();
         (memory, disk)
     }

@@ -31,5 +31,6 @@ mod tests;
 
 pub use mmio::{QUEUE_NOTIFY, WINDOW};
 pub use set::{
-    DeviceConfig, DeviceError, DeviceSet, DeviceStats, FIRST_GSI, MMIO_BASE, SERIAL_GSI, SERIAL_PORT, WindowInfo,
+    DeviceConfig, DeviceError, DeviceSet, DeviceStats, ExtraDisk, FIRST_GSI, MAX_EXTRA_DISKS, MMIO_BASE, ROOT,
+    SERIAL_GSI, SERIAL_PORT, WindowInfo,
 };

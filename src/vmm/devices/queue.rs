@@ -230,6 +230,11 @@ impl Queue {
         }
     }
 
+    /// Chains that wait to be popped, as far as was seen at the last look into the ring.
+    pub fn waiting(&self) -> u16 {
+        self.ring.as_ref().map_or(0, |ring| ring.seen_avail.wrapping_sub(ring.next_avail))
+    }
+
     /// Gives a chain back to the driver; `len` is how many octets were written into its writable buffers.
     pub fn add_used(&mut self, memory: &GuestMemory, head: u16, len: u32) -> Result<(), QueueError> {
         let Some(ring) = &mut self.ring else { return Ok(()) };

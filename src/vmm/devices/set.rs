@@ -19,12 +19,16 @@ use super::block::{Block, BlockCounters};
 use super::device::Progress;
 use super::disk::Disk;
 use super::mmio::{MmioTransport, WINDOW, Window};
+use super::rate::{Limiter, Limits};
 use super::rng::Rng;
 use super::serial::Serial;
 use super::timer::Timer;
 use super::vsock::{HOST_CID, Vsock, VsockCounters};
+use crate::storage::medium::Medium;
 use crate::storage::overlay::{Overlay, OverlayError};
+use crate::storage::raw::RawDisk;
 use crate::vmm::memory::GuestMemory;
+use crate::wire::Fields;
 
 /// Guest-physical start of the first virtio-mmio window; the others follow.
 pub const MMIO_BASE: u64 = 0xd000_0000;
@@ -34,6 +38,8 @@ pub const FIRST_GSI: u32 = 5;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Interrupt of COM1.
 pub const SERIAL_GSI: u32 = 4;
+/// Name of the root disk.
+pub const ROOT: &str = "root";
 
 /// What the devices work on. All descriptors come from the supervisor.
 #[derive(Debug)]
@@ -42,17 +48,42 @@ pub struct DeviceConfig {
     pub base: File,
     /// The sandbox's overlay, readable and writable.
     pub overlay: File,
+    /// Further disks, in the guest's order.
+    pub disks: Vec<ExtraDisk>,
+    /// For all disks together.
+    pub disk_limits: Limits,
     /// The console log, opened `O_RDWR | O_APPEND`.
     pub serial: File,
     /// The guest's vsock context identifier, 3 to 2^32 - 2.
     pub cid: u32,
 }
 
+/// A disk beside the root disk.
+#[derive(Debug)]
+pub struct ExtraDisk {
+    /// Its serial number in the guest, at most `block::ID_LEN` octets.
+    pub name: String,
+    /// A regular file or a block device; readable, and writable unless `read_only`.
+    pub file: File,
+    /// The guest must not change it.
+    pub read_only: bool,
+}
+
+/// Most disks beside the root disk.
+pub const MAX_EXTRA_DISKS: usize = 8;
+
 /// Why the devices could not be made.
 #[derive(Debug)]
 pub enum DeviceError {
-    /// The disk.
+    /// The root disk.
     Overlay(OverlayError),
+    /// Another disk.
+    Disk {
+        /// Its name.
+        name: String,
+        /// Why it cannot be served.
+        cause: io::Error,
+    },
     /// A context identifier that is not a guest's.
     Cid {
         /// As given.
@@ -71,6 +102,7 @@ impl fmt::Display for DeviceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Overlay(cause) => cause.fmt(f),
+            Self::Disk { name, cause } => write!(f, "disk {name}: {cause}"),
             Self::Cid { cid } => write!(f, "vsock cid {cid}: must be from 3 to {}", u32::MAX - 1),
             Self::Io { doing, cause } => write!(f, "{doing}: {cause}"),
         }
@@ -175,14 +207,24 @@ impl DeviceSet {
         let vsock = Vsock::new(u64::from(config.cid)).map_err(while_doing("making the vsock device"))?;
         let vsock_counters = vsock.counters();
         let transport = "making a virtio-mmio transport";
-        let disk = Disk::start(memory.clone(), "root", Block::new(overlay, "root"));
-        let disks = vec![disk.map_err(while_doing("starting a disk's thread"))?];
+        let limiter = Arc::new(Mutex::new(Limiter::new(config.disk_limits, Instant::now())));
+        let start = |name: &str, medium| {
+            let started = Disk::start(memory.clone(), name, Block::new(medium, name).limited(&limiter));
+            started.map_err(while_doing("starting a disk's thread"))
+        };
+        let mut disks = vec![start(ROOT, Medium::Overlay(overlay))?];
+        for ExtraDisk { name, file, read_only } in config.disks {
+            match RawDisk::open(file, read_only) {
+                Ok(disk) => disks.push(start(&name, Medium::Raw(disk))?),
+                Err(cause) => return Err(DeviceError::Disk { name, cause }),
+            }
+        }
         let vsock = Arc::new(MmioTransport::new(memory.clone(), vsock).map_err(while_doing(transport))?);
         let rng = Arc::new(MmioTransport::new(memory.clone(), Rng).map_err(while_doing(transport))?);
-        let vsock_timer = Timer::new().map_err(while_doing("making a timer"))?;
         let balloon = Balloon::new(memory.size());
         let balloon_counters = balloon.counters();
         let balloon = Arc::new(MmioTransport::new(memory.clone(), balloon).map_err(while_doing(transport))?);
+        let vsock_timer = Timer::new().map_err(while_doing("making a timer"))?;
         let serial = Serial::new(config.serial).map_err(while_doing("making the serial port"))?;
         let shared: [Arc<dyn Window>; 3] = [vsock.clone(), rng, balloon.clone()];
         // Linux names disks in the order of their windows: the root disk is the first, others follow at the end.
@@ -397,6 +439,12 @@ impl DeviceSet {
         let until = Instant::now() + DISK_END;
         let ends: Vec<io::Result<()>> = self.disks.iter().map(|disk| disk.wait(until)).collect();
         ends.into_iter().collect()
+    }
+
+    /// Counters of each disk, as rows: the root disk first.
+    pub fn disk_rows(&self) -> Vec<Fields> {
+        let row = |disk: &Disk| disk.counters().fields(Fields::new().with("disk", disk.name()));
+        self.disks.iter().map(row).collect()
     }
 
     /// Counters of all devices.

@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixStream;
 
 use super::disk;
+use crate::storage::medium::Medium;
 use crate::storage::overlay::Overlay;
 use crate::vmm::devices::balloon::Balloon;
 use crate::vmm::devices::block::Block;
@@ -62,7 +63,7 @@ fn garbage_in_registers_and_rings_costs_at_most_the_device() {
     for seed in 0..40 {
         let memory = GuestMemory::new(RAM).unwrap();
         let (base, overlay) = disk(4);
-        let block = Block::new(Overlay::open(overlay, base).unwrap(), "attacked");
+        let block = Block::new(Medium::Overlay(Overlay::open(overlay, base).unwrap()), "attacked");
         attack(&memory, &MmioTransport::new(memory.clone(), block).unwrap(), features, 1, seed);
         attack(&memory, &MmioTransport::new(memory.clone(), Rng).unwrap(), 0, 1, seed);
         let balloon = MmioTransport::new(memory.clone(), Balloon::new(RAM)).unwrap();
