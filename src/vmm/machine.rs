@@ -123,8 +123,8 @@ impl Machine {
         F: Fn(End) + Send + Sync + 'static,
     {
         let memory = GuestMemory::new(config.memory_bytes)?;
-        let StartConfig { base, overlay, disks, disk_limits, serial, cid, .. } = config;
-        let devices = DeviceConfig { base, overlay, disks, disk_limits, serial, cid };
+        let StartConfig { base, overlay, disks, disk_limits, net, serial, cid, .. } = config;
+        let devices = DeviceConfig { base, overlay, disks, disk_limits, net, serial, cid };
         let devices = Arc::new(DeviceSet::new(&memory, devices)?);
         let windows = devices.windows();
         let places: Vec<MmioDevice> = windows.iter().map(|w| MmioDevice { addr: w.base, gsi: w.gsi }).collect();
@@ -183,6 +183,7 @@ impl Machine {
             .with("balloon_kib", devices.balloon_bytes >> 10)
             .with("balloon_reported_kib", devices.balloon_reported_bytes >> 10)
             .with("balloon_refused", devices.balloon_refused);
+        let fields = self.devices.with_net_counters(fields);
         let Some((memory, taken)) = devices.memory else { return fields };
         let kib = |octets: Option<u64>| octets.map(|octets| octets >> 10);
         [
