@@ -1,4 +1,5 @@
-//! What the tests ask of the node from inside: `processes`, `state`, `talk SOCKET`, `disk OVERLAY BASE`.
+//! What the tests ask of the node from inside: `processes`, `state`, `talk SOCKET`, `disk OVERLAY BASE`; and what they
+//! run in a sandbox: `registers ROUNDS`.
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -36,8 +37,15 @@ fn main() -> ExitCode {
                 return ExitCode::FAILURE;
             }
         }
+        ["registers", rounds] => match rounds.parse().map_err(Into::into).and_then(registers) {
+            Ok(kind) => println!("{kind} kept"),
+            Err(e) => {
+                eprintln!("node-tool: {e}");
+                return ExitCode::FAILURE;
+            }
+        },
         _ => {
-            eprintln!("usage: node-tool processes | state | talk SOCKET | disk OVERLAY BASE");
+            eprintln!("usage: node-tool processes | state | talk SOCKET | disk OVERLAY BASE | registers ROUNDS");
             return ExitCode::from(2);
         }
     }
@@ -140,3 +148,70 @@ fn tree(kind: &str, directory: &Path, only_directories: bool, lines: &mut Vec<St
         }
     }
 }
+
+/// Holds values of this process' own in all vector registers, gives the processor away `rounds` times, and compares.
+/// Gives the kind of registers.
+fn registers(rounds: u64) -> Result<&'static str, Box<dyn Error>> {
+    let own = u64::from(std::process::id());
+    let mut values = [0u64; 64];
+    for (value, n) in values.iter_mut().zip(1..) {
+        *value = own.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_mul(n);
+    }
+    let wide = std::arch::is_x86_feature_detected!("avx");
+    let mut after = [0u64; 64];
+    // SAFETY: the buffers hold 16 registers of 32 octets, more than the narrow ones need; AVX is used only where there is.
+    unsafe { if wide { hold_ymm(&values, &mut after, rounds) } else { hold_xmm(&values, &mut after, rounds) } };
+    let used = if wide { 64 } else { 32 };
+    if values[..used] != after[..used] {
+        return Err(format!("registers came back changed: {values:x?} are {after:x?}").into());
+    }
+    Ok(if wide { "ymm" } else { "xmm" })
+}
+
+macro_rules! hold {
+    ($name:ident, $move:literal, $register:literal, $size:literal) => {
+        /// # Safety
+        /// The processor has these registers.
+        unsafe fn $name(from: &[u64; 64], to: &mut [u64; 64], rounds: u64) {
+            // SAFETY: reads and writes the two buffers only; the system call is sched_yield, which keeps all registers
+            // but those named; the stack is not used.
+            unsafe {
+                std::arch::asm!(
+                    ".macro all_registers copy",
+                    ".irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
+                    "\\copy \\n",
+                    ".endr",
+                    ".endm",
+                    ".macro load_one n",
+                    concat!($move, " ", $register, "\\n, [{from} + ", $size, " * \\n]"),
+                    ".endm",
+                    ".macro store_one n",
+                    concat!($move, " [{to} + ", $size, " * \\n], ", $register, "\\n"),
+                    ".endm",
+                    "all_registers load_one",
+                    "2:",
+                    "mov eax, 24", // sched_yield
+                    "syscall",
+                    "dec {rounds}",
+                    "jnz 2b",
+                    "all_registers store_one",
+                    ".purgem all_registers",
+                    ".purgem load_one",
+                    ".purgem store_one",
+                    from = in(reg) from.as_ptr(),
+                    to = in(reg) to.as_mut_ptr(),
+                    rounds = inout(reg) rounds.max(1) => _,
+                    out("rax") _, out("rcx") _, out("r11") _,
+                    out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
+                    out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
+                    out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+                    out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
+}
+
+hold!(hold_xmm, "movdqu", "xmm", "16");
+hold!(hold_ymm, "vmovdqu", "ymm", "32");

@@ -14,8 +14,10 @@ use super::layout::COMMAND_LINE_MAX;
 /// * `random.trust_cpu=on`: no wait for entropy.
 /// * `noreplace-smp`: a guest with one processor would take 6,000 lock prefixes out of its code, one at a time: 4 ms.
 /// * `no_timer_check tsc=reliable`: the clocks are KVM's; there is no PIT to compare them with.
+/// * `swiotlb=noforce`: virtio takes any address; a guest with memory beyond 4 GiB would set 64 MiB of it aside for
+///   devices that cannot reach it.
 const BASE: &str = "console=ttyS0 quiet pci=off 8250.nr_uarts=1 panic=-1 random.trust_cpu=on no_timer_check tsc=reliable \
-     noreplace-smp rdinit=/init";
+     noreplace-smp swiotlb=noforce rdinit=/init";
 
 /// Why a command line cannot be used.
 #[derive(Debug, PartialEq, Eq)]

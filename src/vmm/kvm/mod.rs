@@ -5,6 +5,8 @@
 //! TSC, and never looks for one. That saves a kernel thread for each guest and the guest its calibration.
 
 mod cpuid;
+mod msr;
+mod registers;
 mod run;
 mod vcpu;
 
@@ -15,7 +17,7 @@ use std::fmt;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
+    KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
@@ -79,7 +81,7 @@ pub struct Vm {
     /// Keeps the guest's memory mapped for as long as KVM may use it.
     _memory: GuestMemory,
     /// What KVM and this host's processor offer.
-    supported: CpuId,
+    offer: cpuid::Offer,
     has_tsc_deadline: bool,
 }
 
@@ -96,6 +98,7 @@ impl Vm {
         }
         let has_tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("the supported CPUID"))?;
+        let offer = cpuid::Offer::new(supported.as_slice().to_vec());
 
         let fd = create(&kvm)?;
         // Both are outside of RAM; Intel processors without unrestricted guest mode use them (api.rst 4.35, 4.33).
@@ -118,7 +121,7 @@ impl Vm {
         let mut no_pmu = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
         no_pmu.args[0] = u64::from(KVM_PMU_CAP_DISABLE);
         let _ = fd.enable_cap(&no_pmu);
-        Ok(Self { fd, _memory: memory, supported, has_tsc_deadline })
+        Ok(Self { fd, _memory: memory, offer, has_tsc_deadline })
     }
 
     /// Lets writes to `event` raise a global system interrupt.

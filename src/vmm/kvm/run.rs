@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{KvmError, Vcpu};
+use super::{KvmError, Vcpu, registers};
 use crate::vmm::last_words::{End, Reason};
 use crate::vmm::platform;
 
@@ -191,7 +191,8 @@ fn run<B: Bus, F>(vcpu: &mut Vcpu, shared: &Shared<B, F>) -> Option<End> {
             Ok(VcpuExit::Intr) => count(&exits.interrupted),
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => count(&exits.interrupted),
             Ok(VcpuExit::Shutdown) => {
-                return Some(End::new(Reason::GuestReset, format!("triple fault on processor {id}")));
+                let state = registers::describe(&vcpu.fd);
+                return Some(End::new(Reason::GuestReset, format!("triple fault on processor {id}: {state}")));
             }
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
                 let detail = format!("processor {id} could not be entered on host CPU {cpu}: reason {reason:#x}");
@@ -215,7 +216,7 @@ fn run<B: Bus, F>(vcpu: &mut Vcpu, shared: &Shared<B, F>) -> Option<End> {
 fn internal_error(vcpu: &mut Vcpu) -> End {
     // SAFETY: the exit reason says that this is the member of the union in use.
     let error = unsafe { vcpu.fd.get_kvm_run().__bindgen_anon_1.internal };
-    let rip = vcpu.fd.get_regs().map_or(0, |r| r.rip);
-    let detail = format!("KVM internal error {} on processor {} at {rip:#x}", error.suberror, vcpu.id);
+    let state = registers::describe(&vcpu.fd);
+    let detail = format!("KVM internal error {} on processor {}: {state}", error.suberror, vcpu.id);
     End::new(Reason::KvmError, detail)
 }

@@ -1,17 +1,11 @@
 //! One processor: its CPUID, boot MSRs and the registers of the PVH entry.
 
-use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_bindings::{CpuId, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 
-use super::cpuid::{self, Processor};
-use super::{KvmError, Vm, refused};
+use super::cpuid::Processor;
+use super::{KvmError, Vm, msr, refused};
 use crate::vmm::boot::layout::START_INFO;
-
-const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
-const MISC_ENABLE_FAST_STRING: u64 = 1;
-const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
-/// Memory ranges on, everything write-back: without it a guest may take its RAM for uncacheable.
-const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 
 const CR0_PROTECTED_MODE: u64 = 1;
 const CR0_EXTENSION_TYPE: u64 = 1 << 4;
@@ -31,21 +25,13 @@ impl Vcpu {
         // Unknown on hosts with an unstable TSC: then the guest is not told a frequency.
         let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
         let processor = Processor { id, count, has_tsc_deadline: vm.has_tsc_deadline, tsc_khz };
-        let entries = cpuid::filter(vm.supported.as_slice(), &processor);
+        let entries = vm.offer.filter(&processor);
         let entries = CpuId::from_entries(&entries)
             .map_err(|_| KvmError::Lacks(format!("room for {} CPUID entries", entries.len())))?;
         fd.set_cpuid2(&entries).map_err(refused(format!("the CPUID of processor {id}")))?;
 
-        // KVM resets FPU, local APIC (LINT0 = ExtINT on processor 0) and the other MSRs to what is wanted here.
-        let msrs = [
-            kvm_msr_entry { index: MSR_IA32_MISC_ENABLE, data: MISC_ENABLE_FAST_STRING, ..Default::default() },
-            kvm_msr_entry { index: MSR_MTRR_DEF_TYPE, data: MTRR_ENABLED_WRITE_BACK, ..Default::default() },
-        ];
-        let msrs = Msrs::from_entries(&msrs).map_err(|_| KvmError::Lacks("room for two MSRs".to_string()))?;
-        let set = fd.set_msrs(&msrs).map_err(refused(format!("the MSRs of processor {id}")))?;
-        if set != msrs.as_slice().len() {
-            return Err(KvmError::Lacks(format!("MSR {:#x}", msrs.as_slice()[set].index)));
-        }
+        // KVM resets FPU and local APIC (LINT0 = ExtINT on processor 0) to what is wanted here.
+        msr::set_boot(&fd, id)?;
         if id == 0 {
             set_entry(&fd, entry)?;
         }
