@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use qemu_tests::bench::{Row, median};
 use qemu_tests::connection::Connection;
+use qemu_tests::rig::overhead_kib;
 use warren::wire::{FRAME, Fields, INITIAL_CREDIT, Message, Request};
 
 const CONTROL: &str = "/run/warren/control.sock";
@@ -146,28 +147,6 @@ fn block(connection: &mut Connection, sandbox: Option<&str>) -> io::Result<(f64,
     Ok((BLOCK_MIB as f64 / write.as_secs_f64(), BLOCK_MIB as f64 / read.as_secs_f64()))
 }
 
-/// Private memory of a process outside of its guest's memory (which is its largest mapping), in KiB.
-fn overhead(pid: u32) -> io::Result<f64> {
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let mut mappings: Vec<(u64, u64)> = Vec::new();
-    for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        let (Some(key), value) = (words.next(), words.next().and_then(|word| word.parse::<u64>().ok())) else {
-            continue;
-        };
-        match (key, value, mappings.last_mut()) {
-            ("Size:", Some(size), _) => mappings.push((size, 0)),
-            ("Private_Clean:" | "Private_Dirty:", Some(kib), Some(last)) => last.1 += kib,
-            _ => {}
-        }
-    }
-    let guest = mappings.iter().max().copied().unwrap_or_default();
-    if guest.0 < MEMORY_MIB * 1024 {
-        return Err(io::Error::other(format!("process {pid} maps no guest memory")));
-    }
-    Ok((mappings.iter().map(|mapping| mapping.1).sum::<u64>() - guest.1) as f64)
-}
-
 fn first_line(path: &str) -> io::Result<String> {
     Ok(fs::read_to_string(path)?.lines().next().unwrap_or_default().to_string())
 }
@@ -203,7 +182,7 @@ fn measure() -> io::Result<()> {
     let worker = worker.parse().map_err(|_| io::Error::other(format!("sandbox {id} has no worker")))?;
     print(
         "worker_overhead_kib",
-        overhead(worker)?,
+        overhead_kib(worker, MEMORY_MIB)? as f64,
         "KiB",
         "private pages outside guest memory; idle after boot and execs",
     );
@@ -331,7 +310,12 @@ impl Peer {
         // As the supervisor does for a sandbox: the root file system is as large as its disk.
         ask(&mut agent, Request::new("g", "system.configure").set("grow", true))?;
         ask(&mut agent, exec(None, &["true"]))?;
-        print("peer_worker_overhead_kib", overhead(peer.process.id())?, "KiB", "private pages outside guest memory");
+        print(
+            "peer_worker_overhead_kib",
+            overhead_kib(peer.process.id(), MEMORY_MIB)? as f64,
+            "KiB",
+            "private pages outside guest memory",
+        );
         let mut times = Vec::new();
         for _ in 0..EXECS {
             times.push(milliseconds(exec_time(&mut agent, exec(None, &["true"]))?));
