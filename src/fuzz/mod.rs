@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)] // a failure is the finding
 
 mod block;
+mod elf;
 mod net;
 mod overlay;
 mod virtqueue;
@@ -11,6 +12,7 @@ mod vsock;
 mod wire;
 
 pub use block::block;
+pub use elf::elf;
 pub use net::net;
 pub use overlay::overlay;
 pub use virtqueue::virtqueue;
@@ -55,9 +57,10 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 6] = [
-        ("net", net),
+    const TARGETS: [Target; 7] = [
         ("block", block),
+        ("elf", elf),
+        ("net", net),
         ("overlay", overlay),
         ("virtqueue", virtqueue),
         ("vsock", vsock),

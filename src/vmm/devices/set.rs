@@ -162,6 +162,12 @@ pub struct DeviceStats {
     pub balloon_reported_bytes: u64,
     /// Pages and ranges that could not be let go.
     pub balloon_refused: u64,
+    /// Octets that the guest was sent on its serial port.
+    pub serial_in_bytes: u64,
+    /// Octets that there was no room for.
+    pub serial_overruns: u64,
+    /// Octets that the guest printed too fast to be logged.
+    pub serial_dropped_bytes: u64,
     /// What the guest's kernel said last of its memory, and when.
     pub memory: Option<(MemoryStatistics, Instant)>,
 }
@@ -169,11 +175,11 @@ pub struct DeviceStats {
 /// What a token of the device thread stands for.
 #[derive(Debug, Clone, Copy)]
 enum Source {
-    SerialTimer,
     VsockLinks,
     VsockTimer,
     Tap,
     NetTimer,
+    RngTimer,
     Queue { window: usize, queue: usize },
 }
 
@@ -189,10 +195,12 @@ pub struct DeviceSet {
     /// The root disk first.
     disks: Vec<Disk>,
     vsock: Arc<MmioTransport<Vsock>>,
+    rng: Arc<MmioTransport<Rng>>,
     balloon: Arc<MmioTransport<Balloon>>,
     net: Option<Arc<MmioTransport<Net>>>,
     serial: Serial,
     vsock_timer: Mutex<Timer>,
+    rng_timer: Mutex<Timer>,
     vsock_counters: Arc<VsockCounters>,
     balloon_counters: Arc<BalloonCounters>,
     net_counters: Option<Arc<NetCounters>>,
@@ -201,8 +209,9 @@ pub struct DeviceSet {
     first_token: Mutex<usize>,
 }
 
-/// Index of the vsock device in `windows`.
+/// Indices of devices in `windows`.
 const VSOCK_WINDOW: usize = 1;
+const RNG_WINDOW: usize = 2;
 
 impl DeviceSet {
     /// Makes the devices: block, vsock, rng, balloon, net where there is one, and the serial port.
@@ -227,7 +236,7 @@ impl DeviceSet {
             }
         }
         let vsock = Arc::new(MmioTransport::new(memory.clone(), vsock).map_err(while_doing(transport))?);
-        let rng = Arc::new(MmioTransport::new(memory.clone(), Rng).map_err(while_doing(transport))?);
+        let rng = Arc::new(MmioTransport::new(memory.clone(), Rng::new()).map_err(while_doing(transport))?);
         let balloon = Balloon::new(memory.size());
         let balloon_counters = balloon.counters();
         let balloon = Arc::new(MmioTransport::new(memory.clone(), balloon).map_err(while_doing(transport))?);
@@ -242,8 +251,9 @@ impl DeviceSet {
         let net = net.map(|net| MmioTransport::new(memory.clone(), net)).transpose();
         let net = net.map_err(while_doing(transport))?.map(Arc::new);
         let vsock_timer = Timer::new().map_err(while_doing("making a timer"))?;
+        let rng_timer = Timer::new().map_err(while_doing("making a timer"))?;
         let serial = Serial::new(config.serial).map_err(while_doing("making the serial port"))?;
-        let mut shared: Vec<Arc<dyn Window>> = vec![vsock.clone(), rng, balloon.clone()];
+        let mut shared: Vec<Arc<dyn Window>> = vec![vsock.clone(), rng.clone(), balloon.clone()];
         shared.extend(net.iter().map(|net| net.clone() as Arc<dyn Window>));
         // Linux names disks in the order of their windows: the root disk is the first, others follow at the end.
         let (root, extra) = disks.split_at(1);
@@ -251,9 +261,9 @@ impl DeviceSet {
             root.iter().map(Disk::window).chain(shared.clone()).chain(extra.iter().map(Disk::window)).collect();
 
         let mut sources = vec![
-            (serial.timer_fd(), Source::SerialTimer),
             (vsock.with_device(|vsock| vsock.epoll_fd()), Source::VsockLinks),
             (vsock_timer.fd(), Source::VsockTimer),
+            (rng_timer.fd(), Source::RngTimer),
         ];
         if let Some(net) = &net {
             let (tap, timer) = net.with_device(|net| (net.tap_fd(), net.timer_fd()));
@@ -269,10 +279,12 @@ impl DeviceSet {
             windows,
             disks,
             vsock,
+            rng,
             balloon,
             net,
             serial,
             vsock_timer: Mutex::new(vsock_timer),
+            rng_timer: Mutex::new(rng_timer),
             vsock_counters,
             balloon_counters,
             net_counters,
@@ -319,7 +331,6 @@ impl DeviceSet {
         let Some(index) = token.0.checked_sub(first) else { return false };
         let Some(&(_, source)) = self.sources.get(index) else { return false };
         match source {
-            Source::SerialTimer => self.serial.timer_event(),
             Source::VsockLinks => {
                 self.vsock.with_device(Vsock::link_events);
                 self.pump_vsock();
@@ -338,10 +349,16 @@ impl DeviceSet {
                     self.receive_frames();
                 }
             }
+            Source::RngTimer => {
+                self.rng_timer.lock().unwrap_or_else(PoisonError::into_inner).went_off();
+                self.rng.kick(0);
+            }
             Source::Queue { window, queue } => {
                 self.windows[window].queue_event(queue);
-                if window == VSOCK_WINDOW {
-                    self.arm_vsock_timer();
+                match window {
+                    VSOCK_WINDOW => self.arm_vsock_timer(),
+                    RNG_WINDOW => self.arm_rng_timer(),
+                    _ => {}
                 }
             }
         }
@@ -411,6 +428,11 @@ impl DeviceSet {
         }
     }
 
+    /// Sends octets to the guest's console; gives how many there was room for. From the device thread.
+    pub fn serial_input(&self, octets: &[u8]) -> usize {
+        self.serial.input(octets)
+    }
+
     // ---- Links, from the device thread ----
 
     /// Connects a link to a port of the guest. Its client gets `ok` under `tag` when the guest accepts, and from
@@ -447,6 +469,12 @@ impl DeviceSet {
             && net.with_queues(|device, context| device.receive(context)) == Some(Progress::More)
         {
             net.kick(net::RX);
+        }
+    }
+
+    fn arm_rng_timer(&self) {
+        if let Some(wake) = self.rng.with_device(|rng| rng.wake()) {
+            self.rng_timer.lock().unwrap_or_else(PoisonError::into_inner).arm(wake, Instant::now());
         }
     }
 
@@ -504,6 +532,7 @@ impl DeviceSet {
         let blocks = |counter: fn(&BlockCounters) -> &AtomicU64| {
             self.disks.iter().map(|disk| counter(disk.counters()).load(Ordering::Relaxed)).sum()
         };
+        let serial = self.serial.input_counters();
         DeviceStats {
             block_read_bytes: blocks(|block| &block.read_bytes),
             block_written_bytes: blocks(|block| &block.written_bytes),
@@ -519,6 +548,9 @@ impl DeviceSet {
             balloon_bytes: actual,
             balloon_reported_bytes: balloon.reported_bytes.load(Ordering::Relaxed),
             balloon_refused: balloon.refused.load(Ordering::Relaxed),
+            serial_in_bytes: serial.taken,
+            serial_overruns: serial.overruns,
+            serial_dropped_bytes: self.serial.output_dropped(),
             memory: statistics,
         }
     }

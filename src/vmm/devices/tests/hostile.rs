@@ -68,7 +68,7 @@ fn garbage_in_registers_and_rings_costs_at_most_the_device() {
         let (base, overlay) = disk(4);
         let block = Block::new(Medium::Overlay(Overlay::open(overlay, base).unwrap()), "attacked");
         attack(&memory, &MmioTransport::new(memory.clone(), block).unwrap(), features, 1, seed);
-        attack(&memory, &MmioTransport::new(memory.clone(), Rng).unwrap(), 0, 1, seed);
+        attack(&memory, &MmioTransport::new(memory.clone(), Rng::new()).unwrap(), 0, 1, seed);
         let limits = Limits::default();
         let net = NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: 1500, ipv4: None, offloads: true, rx: limits, tx: limits };
         let (tap, mut host) = Tap::stand_in().unwrap();
