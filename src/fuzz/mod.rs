@@ -4,12 +4,14 @@
 #![allow(clippy::unwrap_used)] // a failure is the finding
 
 mod block;
+mod mmio;
 mod overlay;
 mod virtqueue;
 mod vsock;
 mod wire;
 
 pub use block::block;
+pub use mmio::mmio;
 pub use overlay::overlay;
 pub use virtqueue::virtqueue;
 pub use vsock::vsock;
@@ -53,8 +55,14 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 5] =
-        [("block", block), ("overlay", overlay), ("virtqueue", virtqueue), ("vsock", vsock), ("wire", wire)];
+    const TARGETS: [Target; 6] = [
+        ("block", block),
+        ("mmio", mmio),
+        ("overlay", overlay),
+        ("virtqueue", virtqueue),
+        ("vsock", vsock),
+        ("wire", wire),
+    ];
 
     #[test]
     fn every_input_of_the_corpus_passes() {
