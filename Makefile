@@ -26,7 +26,7 @@ help:
 	make image                         build/warren.img: a disk image that boots under UEFI
 	make bench [PEER=/path/firecracker] build/bench.tsv: how fast, how big
 	make fuzz MINUTES=10               every fuzz target with coverage feedback and AddressSanitizer
-	make sanitize                      devices, memory and parsers under AddressSanitizer and ThreadSanitizer
+	make sanitize                      devices, memory and parsers under AddressSanitizer
 	make build                         all parts: binaries, kernels, templates
 	make kernels, templates, binaries  one kind of part
 	make fmt, lint                     format, and check, the Rust code
@@ -128,7 +128,7 @@ fuzz: deps
 	fuzz/run target/fuzz/x86_64-unknown-linux-gnu/release $(B)/fuzz $(MINUTES)
 
 sanitize: deps
-	@fuzz/sanitize "$$PWD/target"
+	@fuzz/sanitize "$$PWD/target/sanitize"
 
 bench: build
 	@cargo build --release --locked -q -p qemu-tests --bins
