@@ -1,4 +1,4 @@
-//! Measures the node from inside, where the virtual clock runs: `node-bench boot | measure [PEER]`.
+//! Measures the node from inside, where the virtual clock runs: `node-bench boot | measure | wall | peer PROGRAM`.
 //!
 //! Rows go to standard output, tab-separated. All files are in RAM: a disk's speed has no meaning in virtual time.
 
@@ -18,6 +18,8 @@ use warren::wire::{FRAME, Fields, INITIAL_CREDIT, Message, Request};
 
 const CONTROL: &str = "/run/warren/control.sock";
 const BOOTS: usize = 5;
+/// Wall time scatters.
+const WALL_BOOTS: usize = 11;
 const EXECS: usize = 21;
 const REQUESTS: u32 = 2000;
 const STREAM_MIB: usize = 64;
@@ -33,8 +35,9 @@ fn main() -> ExitCode {
     let result = match arguments.as_slice() {
         ["boot"] => boot(),
         ["measure"] => measure(),
+        ["wall"] => wall(),
         ["peer", program] => Peer::measure(program),
-        _ => Err(io::Error::other("usage: node-bench boot | measure | peer PROGRAM")),
+        _ => Err(io::Error::other("usage: node-bench boot | measure | wall | peer PROGRAM")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -151,26 +154,40 @@ fn first_line(path: &str) -> io::Result<String> {
     Ok(fs::read_to_string(path)?.lines().next().unwrap_or_default().to_string())
 }
 
-fn measure() -> io::Result<()> {
-    let mut control = Connection::open(Path::new(CONTROL))?;
-    let create = || {
-        let request = Request::new("c", "sandbox.create").set("template", "base").set("vcpus", 1);
-        request.set("memory_mib", MEMORY_MIB).set("disk_mib", 512)
-    };
+/// Creates sandboxes one after the other and prints the median of the times; gives the last one's id.
+fn boots(control: &mut Connection, row: &str, vcpus: u64, count: usize) -> io::Result<String> {
     let mut times = Vec::new();
     let mut id = String::new();
-    for run in 0..BOOTS {
+    for run in 0..count {
+        let create = Request::new("c", "sandbox.create").set("template", "base").set("vcpus", vcpus);
+        let create = create.set("memory_mib", MEMORY_MIB).set("disk_mib", 512);
         let start = Instant::now();
-        let (_, fields) = ask(&mut control, create())?;
+        let (_, fields) = ask(control, create)?;
         times.push(milliseconds(start.elapsed()));
         id = fields.get("id").unwrap_or_default().to_string();
-        if run + 1 < BOOTS {
-            ask(&mut control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
+        if run + 1 < count {
+            ask(control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
         }
     }
     let all = times.iter().map(|ms| format!("{ms:.1}")).collect::<Vec<_>>().join(" ");
-    let condition = format!("create received to agent ready; base, 1 vCPU, {MEMORY_MIB} MiB; median of {all}");
-    print("cold_boot_ms", median(&mut times), "ms", &condition);
+    let condition = format!("create received to agent ready; base, {vcpus} vCPU, {MEMORY_MIB} MiB; median of {all}");
+    print(row, median(&mut times), "ms", &condition);
+    Ok(id)
+}
+
+/// What needs several processors of the node, by wall time. The rows of one processor are for comparison.
+fn wall() -> io::Result<()> {
+    let mut control = Connection::open(Path::new(CONTROL))?;
+    for (row, vcpus) in [("boot_smp1_ms", 1), ("boot_smp4_ms", 4)] {
+        let id = boots(&mut control, row, vcpus, WALL_BOOTS)?;
+        ask(&mut control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
+    }
+    Ok(())
+}
+
+fn measure() -> io::Result<()> {
+    let mut control = Connection::open(Path::new(CONTROL))?;
+    let id = boots(&mut control, "cold_boot_ms", 1, BOOTS)?;
 
     let mut times = Vec::new();
     for _ in 0..EXECS {
