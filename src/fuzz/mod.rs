@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)] // a failure is the finding
 
 mod block;
+mod elf;
 mod mmio;
 mod overlay;
 mod virtqueue;
@@ -11,6 +12,7 @@ mod vsock;
 mod wire;
 
 pub use block::block;
+pub use elf::elf;
 pub use mmio::mmio;
 pub use overlay::overlay;
 pub use virtqueue::virtqueue;
@@ -55,8 +57,9 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 6] = [
+    const TARGETS: [Target; 7] = [
         ("block", block),
+        ("elf", elf),
         ("mmio", mmio),
         ("overlay", overlay),
         ("virtqueue", virtqueue),
