@@ -37,7 +37,7 @@ pub fn mmio(data: &[u8]) {
         }
         1 => drive(&mut input, &memory, &MmioTransport::new(memory.clone(), Vsock::new(3).unwrap()).unwrap()),
         2 => drive(&mut input, &memory, &MmioTransport::new(memory.clone(), Balloon::new(RAM)).unwrap()),
-        _ => drive(&mut input, &memory, &MmioTransport::new(memory.clone(), Rng).unwrap()),
+        _ => drive(&mut input, &memory, &MmioTransport::new(memory.clone(), Rng::new()).unwrap()),
     }
 }
 
