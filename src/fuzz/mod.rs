@@ -5,16 +5,24 @@
 
 mod block;
 mod elf;
+mod http_response;
 mod mmio;
+mod node;
 mod overlay;
+mod sentinel_log;
+mod snmp;
 mod virtqueue;
 mod vsock;
 mod wire;
 
 pub use block::block;
 pub use elf::elf;
+pub use http_response::http_response;
 pub use mmio::mmio;
+pub use node::node;
 pub use overlay::overlay;
+pub use sentinel_log::sentinel_log;
+pub use snmp::snmp;
 pub use virtqueue::virtqueue;
 pub use vsock::vsock;
 pub use wire::wire;
@@ -57,11 +65,15 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 7] = [
+    const TARGETS: [Target; 11] = [
         ("block", block),
         ("elf", elf),
+        ("http_response", http_response),
+        ("node", node),
         ("mmio", mmio),
         ("overlay", overlay),
+        ("sentinel_log", sentinel_log),
+        ("snmp", snmp),
         ("virtqueue", virtqueue),
         ("vsock", vsock),
         ("wire", wire),
