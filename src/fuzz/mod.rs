@@ -6,6 +6,7 @@
 mod block;
 mod elf;
 mod http_response;
+mod mmio;
 mod net;
 mod node;
 mod overlay;
@@ -18,6 +19,7 @@ mod wire;
 pub use block::block;
 pub use elf::elf;
 pub use http_response::http_response;
+pub use mmio::mmio;
 pub use net::net;
 pub use node::node;
 pub use overlay::overlay;
@@ -65,12 +67,13 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 11] = [
+    const TARGETS: [Target; 12] = [
         ("block", block),
         ("elf", elf),
         ("http_response", http_response),
         ("net", net),
         ("node", node),
+        ("mmio", mmio),
         ("overlay", overlay),
         ("sentinel_log", sentinel_log),
         ("snmp", snmp),
