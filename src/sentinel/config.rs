@@ -390,6 +390,28 @@ impl Default for Metrics {
     }
 }
 
+/// What the core may set: tables of the file, in the same form. Neither where samples go nor what proves who we are.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Overlay {
+    /// `[buffer]`, its mode as in the file.
+    pub buffer: Option<Buffer>,
+    /// `[sender]`, its mode as in the file.
+    pub sender: Option<Sender>,
+    /// `[log]`
+    pub log: Option<LogSettings>,
+    /// `[[rule]]`
+    pub rule: Option<Vec<Rule>>,
+}
+
+impl Overlay {
+    /// Reads what a core gave.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let place = Place { text, path: Path::new("the core's configuration") };
+        toml::from_str(text).map_err(|e| place.of_error(&e).to_string())
+    }
+}
+
 /// Why a value is not taken: its key and a sentence.
 type Wrong = (String, String);
 
@@ -423,6 +445,24 @@ impl Config {
         let config: Self = toml::from_str(text).map_err(|e| place.of_error(&e))?;
         config.validate().map_err(|(key, message)| place.of_key(&key, message))?;
         Ok(config)
+    }
+
+    /// With what the core sets in the place of what the file says. All rules hold for the result.
+    pub fn overlaid(mut self, overlay: &Overlay) -> Result<Self, String> {
+        if let Some(buffer) = &overlay.buffer {
+            self.buffer = Buffer { mode: self.buffer.mode, ..buffer.clone() };
+        }
+        if let Some(sender) = &overlay.sender {
+            self.sender = Sender { mode: self.sender.mode, ..sender.clone() };
+        }
+        if let Some(log) = &overlay.log {
+            self.log = log.clone();
+        }
+        if let Some(rules) = &overlay.rule {
+            self.rule = rules.clone();
+        }
+        self.validate().map_err(|(key, message)| format!("the core's configuration: {key}: {message}"))?;
+        Ok(self)
     }
 
     /// The key of a secret that stands in the file itself.

@@ -2,7 +2,7 @@
 //! the samples, which go to a file, one JSON object a line.
 //!
 //! Besides what `control::core` says a core answers, it has for whoever plays the centre:
-//! `PUT /api/v1/tasks` with `{version, tasks}`, and `GET /api/v1/state`.
+//! `PUT /api/v1/tasks` with `{version, tasks}`, `PUT /api/v1/config` with `{version, config}`, and `GET /api/v1/state`.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -40,6 +40,8 @@ struct Core {
     sentinels: BTreeMap<String, Sentinel>,
     version: String,
     tasks: Value,
+    config_version: String,
+    config: Value,
     out: Option<File>,
 }
 
@@ -82,6 +84,7 @@ impl Core {
                 }
                 json_answer(&json!({"version": self.version, "tasks": self.tasks}))
             }
+            ("GET", "/api/v1/config") => json_answer(&json!({"version": self.config_version, "config": self.config})),
             ("PUT" | "POST", _) => self.take(path, request).unwrap_or_else(Answer::status),
             _ => Answer::status(404),
         }
@@ -100,6 +103,11 @@ impl Core {
             self.tasks = body["tasks"].clone();
             return Ok(Answer::status(204));
         }
+        if (&*request.method, path) == ("PUT", "/api/v1/config") {
+            self.config_version = body["version"].as_str().ok_or(400u16)?.to_string();
+            self.config = body["config"].clone();
+            return Ok(Answer::status(204));
+        }
         let id = body["id"].as_str().or(body["sentinel"].as_str()).ok_or(400u16)?.to_string();
         match path {
             "/api/v1/register" => {
@@ -114,7 +122,7 @@ impl Core {
                 let sentinel = self.sentinels.get_mut(&id).ok_or(404u16)?;
                 sentinel.heartbeats += 1;
                 sentinel.last_heartbeat = body;
-                Ok(json_answer(&json!({"tasks_version": self.version})))
+                Ok(json_answer(&json!({"tasks_version": self.version, "config_version": self.config_version})))
             }
             "/api/v1/reports" => {
                 let sentinel = self.sentinels.get_mut(&id).ok_or(404u16)?;

@@ -139,3 +139,33 @@ fn registration_works_from_the_command_line() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(core.state("s1")["registration"]["os"], "linux");
 }
+
+#[test]
+fn the_cores_configuration_is_taken_over_or_refused_and_survives_a_restart() {
+    let mut sentinel = Sentinel::new("");
+    let core = Core::new(sentinel.scratch.path("samples"));
+    let set = |version: &str, config: &str| {
+        core.ask("PUT", "/api/v1/config", &json!({"version": version, "config": config}));
+    };
+    let beat = |key: &str, value: &str| (core.state("s1")["last_heartbeat"][key] == value).then_some(());
+    set("c1", "[[rule]]\naction = \"rename\"\nregex = \"(.*)\"\nreplacement = \"core_$1\"\n");
+    sentinel.configure(&format!("{}{}", config(&core, "core"), crate::process::NODE));
+    sentinel.start();
+    until("the first version", || beat("config_version", "c1"));
+    let renamed = || std::fs::read_to_string(&core.out).unwrap().contains("{\"name\":\"core_node_");
+    until("renamed samples", || renamed().then_some(()));
+    // One that may not be set, one that is wrong: the first stays.
+    for (version, wrong) in [("c2", "[core]\nurl = \"https://evil.example\""), ("c3", "[sender]\nbatch = 0")] {
+        set(version, wrong);
+        until("a refusal", || {
+            let beat = core.state("s1")["last_heartbeat"].clone();
+            (beat["config_refused"]["version"] == version && beat["config_version"] == "c1").then_some(())
+        });
+    }
+    assert_eq!(sentinel.stop(), 0);
+    std::fs::write(&core.out, "").unwrap();
+    set("", "");
+    sentinel.start();
+    until("renamed samples", || renamed().then_some(()));
+    assert!(!std::fs::read_to_string(&core.out).unwrap().contains("{\"name\":\"node_"));
+}

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! POST /api/v1/register   {id, name, region, labels, version, os, arch}        → 2xx (or 409: known already)
-//! POST /api/v1/heartbeat  {id, state, uptime_s, cpu_percent, …}                → 2xx {tasks_version?}
+//! POST /api/v1/heartbeat  {id, state, uptime_s, cpu_percent, …}                → 2xx {tasks_version?, config_version?}
+//! GET  /api/v1/config?id=ID                                                    → 200 {version, config}
 //! GET  /api/v1/tasks?id=ID&version=VERSION                                     → 200 {version, tasks}, 304: unchanged
 //! POST /api/v1/reports    {id, reports: [{task, started, duration_ms, samples, status, error?}]} → 2xx
 //! ```
@@ -144,6 +145,10 @@ impl Control {
     }
 }
 
+/// Puts a configuration of the core's in force, or says why it cannot be and leaves everything as it was. Gets its version
+/// and its text; comes back soon after the last argument says so.
+pub type Configure = dyn Fn(&str, &str, &dyn Fn() -> bool) -> Result<(), String> + Send;
+
 /// The thread that speaks to the core; ends when this is dropped.
 pub struct CoreLink {
     control: Arc<Control>,
@@ -152,15 +157,31 @@ pub struct CoreLink {
 }
 
 impl CoreLink {
-    /// Starts it. The cached tasks are in force when this returns.
-    pub fn start(options: CoreOptions, book: Arc<TaskBook>, state: Arc<Shared>) -> Result<Self, HttpError> {
+    /// Starts it. The cached tasks are in force when this returns. `config_version`: of the core's configuration in force.
+    pub fn start(
+        options: CoreOptions,
+        book: Arc<TaskBook>,
+        state: Arc<Shared>,
+        config_version: String,
+        configure: Box<Configure>,
+    ) -> Result<Self, HttpError> {
         let control =
             Arc::new(Control { stop: AtomicBool::new(false), stats: Mutex::default(), changed: Condvar::new() });
         let abort = options.client.abort_handle();
         book.keep_reports(true);
         let key = seal::key(&options.directory, &options.token).map_err(HttpError::Io)?;
-        let mut work =
-            Work { options, key, book, state, control: Arc::clone(&control), started: Instant::now(), cpu: None };
+        let mut work = Work {
+            options,
+            key,
+            book,
+            state,
+            control: Arc::clone(&control),
+            started: Instant::now(),
+            cpu: None,
+            config_version,
+            config_refused: None,
+            configure,
+        };
         work.recall();
         let thread = thread::Builder::new().name("core".into()).spawn(move || work.run()).map_err(HttpError::Io)?;
         Ok(Self { control, abort, thread: Some(thread) })
@@ -194,6 +215,11 @@ struct Work {
     started: Instant,
     /// CPU seconds at some time before.
     cpu: Option<(Instant, f64)>,
+    /// In force; empty: none of the core's is.
+    config_version: String,
+    /// The last one that could not be put in force, and why.
+    config_refused: Option<(String, String)>,
+    configure: Box<Configure>,
 }
 
 impl Work {
@@ -253,6 +279,9 @@ impl Work {
                     self.succeed();
                     self.control.stats().heartbeats += 1;
                     let answer: Value = serde_json::from_slice(&answer.body).unwrap_or(Value::Null);
+                    if let Some(version) = answer["config_version"].as_str() {
+                        self.configure(version);
+                    }
                     let version = answer["tasks_version"].as_str();
                     return version.is_some_and(|version| version != self.book.core_version());
                 }
@@ -265,6 +294,39 @@ impl Work {
         }
         self.control.stats().heartbeats_failed += 1;
         false
+    }
+
+    /// Fetches the core's configuration, unless its version is in force or was refused.
+    fn configure(&mut self, version: &str) {
+        let refused = self.config_refused.as_ref().is_some_and(|(refused, _)| refused == version);
+        if version.is_empty() || version == self.config_version || refused {
+            return;
+        }
+        let result = match self.options.ask("GET", &format!("/api/v1/config?id={}", self.options.id), None) {
+            Ok(answer) if answer.status == 200 => {
+                serde_json::from_slice::<Value>(&answer.body).map_err(|e| e.to_string())
+            }
+            // Asked again with the next heartbeat.
+            Ok(answer) => return self.fail(format!("{}: config: status {}", self.options.url, answer.status)),
+            Err(e) => return self.fail(format!("{}: config: {e}", self.options.url)),
+        };
+        let result = result.and_then(|answer| {
+            let version = answer["version"].as_str().filter(|text| text.len() <= 256).ok_or("no version")?.to_string();
+            let text = answer["config"].as_str().ok_or("no text")?;
+            let control = &self.control;
+            (self.configure)(&version, text, &|| control.stop.load(Ordering::Acquire))?;
+            Ok(version)
+        });
+        match result {
+            Ok(version) => {
+                log::info!("core: configuration {version:?} is in force");
+                (self.config_version, self.config_refused) = (version, None);
+            }
+            Err(message) => {
+                log::error!("core: configuration {version:?} is refused, the one before stays: {message}");
+                self.config_refused = Some((version.to_string(), message));
+            }
+        }
     }
 
     fn vital_signs(&mut self) -> Value {
@@ -285,6 +347,10 @@ impl Work {
             "disk_bytes": disk, "disk_free_bytes": free,
             "tasks": self.book.current().tasks.len(),
             "tasks_version": self.book.core_version(),
+            "config_version": self.config_version,
+            "config_refused": self.config_refused.as_ref().map(|(version, message)| {
+                json!({"version": version, "error": message})
+            }),
         })
     }
 

@@ -22,7 +22,7 @@ use super::system;
 use super::taskbook::TaskBook;
 use crate::sentinel::collect::{Collector, Settings};
 use crate::sentinel::collectors::BUILT_IN;
-use crate::sentinel::config::{BufferMode, Config};
+use crate::sentinel::config::{BufferMode, Config, Overlay};
 use crate::sentinel::http::{Answer, Server};
 use crate::sentinel::log::files::{Disk, Files, Memory};
 use crate::sentinel::log::{Fsync, Log};
@@ -46,10 +46,16 @@ enum Event {
     Stop,
     /// With where to say what became of it.
     Reload(Option<Sender<Result<(), String>>>),
+    /// The core's configuration: version, text, and where to say what became of it.
+    Overlay(String, String, Sender<Result<(), String>>),
 }
+
+/// What the core set the last time, in the data directory: a line with its version, then its text.
+const OVERLAY: &str = "core-config";
 
 /// The parts that run, shared with those who show them.
 struct Parts {
+    events: Mutex<Sender<Event>>,
     state: Arc<Shared>,
     started: Instant,
     unclean: bool,
@@ -63,7 +69,10 @@ struct Parts {
 
 /// Those that a reload changes.
 struct Live {
+    /// The file's, with what the core set.
     config: Config,
+    /// What the core set, and its version.
+    overlay: (String, Overlay),
     lanes: Vec<Lane>,
     core: Option<CoreLink>,
     collector: Option<Collector>,
@@ -78,9 +87,8 @@ pub fn run(path: &Path) -> Result<(), String> {
     signals.thread_block().map_err(|e| format!("signals: {e}"))?;
     no_core_dumps();
     let config = Config::load(path).map_err(|e| e.to_string())?;
-    crate::node::logging::set_level(config.log.level.into());
-    let parts = Arc::new(start(config)?);
     let (events, inbox) = channel();
+    let parts = Arc::new(start(config, &events)?);
     watch_signals(signals, events.clone()).map_err(|e| format!("signals: {e}"))?;
     serve_socket(&parts, &events)?;
     let server = serve_metrics(&parts)?;
@@ -106,9 +114,43 @@ fn no_core_dumps() {
     }
 }
 
-fn start(config: Config) -> Result<Parts, String> {
+/// What the core set the last time. What cannot be used any more is left out: the core will say it again.
+fn recall(config: Config) -> (Config, (String, Overlay)) {
+    let none = (String::new(), Overlay::default());
+    let Ok(text) = fs::read_to_string(config.paths.data.join(OVERLAY)) else { return (config, none) };
+    let recalled = text.split_once('\n').ok_or_else(|| "no version".to_string()).and_then(|(version, text)| {
+        let overlay = Overlay::parse(text)?;
+        Ok((config.clone().overlaid(&overlay)?, (version.to_string(), overlay)))
+    });
+    recalled.unwrap_or_else(|message| {
+        log::warn!("what the core set the last time cannot be used: {message}");
+        (config, none)
+    })
+}
+
+/// Lets the main thread put a configuration of the core's in force.
+fn configure(events: &Sender<Event>) -> Box<super::core::Configure> {
+    let events = events.clone();
+    Box::new(move |version, text, stop| {
+        let (sender, receiver) = channel();
+        let event = Event::Overlay(version.to_string(), text.to_string(), sender);
+        events.send(event).map_err(|_| "stopping".to_string())?;
+        loop {
+            match receiver.recv_timeout(Duration::from_millis(100)) {
+                Ok(result) => return result,
+                Err(RecvTimeoutError::Timeout) if !stop() => {}
+                Err(_) => return Err("stopping".into()),
+            }
+        }
+    })
+}
+
+fn start(config: Config, events: &Sender<Event>) -> Result<Parts, String> {
     let data = config.paths.data.clone();
     let failed = |what: &str, e: &dyn std::fmt::Display| format!("{what}: {e}");
+    let (config, overlay) =
+        if config.core.url.is_empty() { (config, (String::new(), Overlay::default())) } else { recall(config) };
+    crate::node::logging::set_level(config.log.level.into());
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -143,7 +185,9 @@ fn start(config: Config) -> Result<Parts, String> {
         .map_err(|e| failed("sender", &e))?;
     state.go(if core.is_some() { State::Registering } else { State::Running });
     let core = core
-        .map(|options| CoreLink::start(options, Arc::clone(&book), Arc::clone(&state)))
+        .map(|options| {
+            CoreLink::start(options, Arc::clone(&book), Arc::clone(&state), overlay.0.clone(), configure(events))
+        })
         .transpose()
         .map_err(|e| failed("core", &e))?;
     let intake = Arc::new(Intake::new(processor, Arc::clone(&log)));
@@ -155,8 +199,20 @@ fn start(config: Config) -> Result<Parts, String> {
         Arc::clone(&table),
     )
     .map_err(|e| failed("collector", &e))?;
-    let live = Live { config, lanes, core, collector: Some(collector), reloads: (0, 0, true) };
-    Ok(Parts { state, started: Instant::now(), unclean, id, log, table, intake, book, live: Mutex::new(live) })
+    let live = Live { config, overlay, lanes, core, collector: Some(collector), reloads: (0, 0, true) };
+    let events = events.clone();
+    Ok(Parts {
+        events: Mutex::new(events),
+        state,
+        started: Instant::now(),
+        unclean,
+        id,
+        log,
+        table,
+        intake,
+        book,
+        live: Mutex::new(live),
+    })
 }
 
 /// The id of the configuration; else the one chosen at the first start.
@@ -291,6 +347,9 @@ fn wait(parts: &Parts, path: &Path, inbox: &Receiver<Event>) {
                     let _ = reply.send(result);
                 }
             }
+            Ok(Event::Overlay(version, text, reply)) => {
+                let _ = reply.send(parts.set_overlay(path, version, &text));
+            }
             Err(RecvTimeoutError::Timeout) => {
                 let now = modified(path);
                 if now != seen && now.is_some() {
@@ -351,9 +410,27 @@ impl Parts {
         result
     }
 
+    /// Puts what the core says over what the file says, for this and the next lives.
+    fn set_overlay(&self, path: &Path, version: String, text: &str) -> Result<(), String> {
+        if version.contains('\n') {
+            return Err("a version with a line end".into());
+        }
+        let overlay = Overlay::parse(text)?;
+        let data = self.live().config.paths.data.clone();
+        let before = std::mem::replace(&mut self.live().overlay, (version.clone(), overlay));
+        let kept = self.try_reload(path).and_then(|()| {
+            let file = data.join(OVERLAY);
+            replace(&file, format!("{version}\n{text}").as_bytes()).map_err(|e| format!("{}: {e}", file.display()))
+        });
+        if kept.is_err() {
+            self.live().overlay = before;
+        }
+        kept
+    }
+
     fn try_reload(&self, path: &Path) -> Result<(), String> {
-        let config = Config::load(path).map_err(|e| e.to_string())?;
         let live = &mut *self.live();
+        let config = Config::load(path).map_err(|e| e.to_string())?.overlaid(&live.overlay.1)?;
         let old = &live.config;
         for (key, changed) in [
             ("id", config.id != old.id),
@@ -389,7 +466,9 @@ impl Parts {
             }
             if let Some(options) = core {
                 self.state.go(State::Registering);
-                let link = CoreLink::start(options, Arc::clone(&self.book), Arc::clone(&self.state));
+                let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+                let (book, state, version) = (Arc::clone(&self.book), Arc::clone(&self.state), live.overlay.0.clone());
+                let link = CoreLink::start(options, book, state, version, configure(&events));
                 live.core = Some(link.map_err(|e| format!("core: {e}"))?);
             }
         }
