@@ -5,14 +5,22 @@
 
 mod block;
 mod elf;
+mod http_response;
+mod node;
 mod overlay;
+mod sentinel_log;
+mod snmp;
 mod virtqueue;
 mod vsock;
 mod wire;
 
 pub use block::block;
 pub use elf::elf;
+pub use http_response::http_response;
+pub use node::node;
 pub use overlay::overlay;
+pub use sentinel_log::sentinel_log;
+pub use snmp::snmp;
 pub use virtqueue::virtqueue;
 pub use vsock::vsock;
 pub use wire::wire;
@@ -55,10 +63,14 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 6] = [
+    const TARGETS: [Target; 10] = [
         ("block", block),
         ("elf", elf),
+        ("http_response", http_response),
+        ("node", node),
         ("overlay", overlay),
+        ("sentinel_log", sentinel_log),
+        ("snmp", snmp),
         ("virtqueue", virtqueue),
         ("vsock", vsock),
         ("wire", wire),

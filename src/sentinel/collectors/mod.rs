@@ -1,0 +1,58 @@
+//! The kinds of collection, each a [`Service`] of the collecting loop. What each wants to know of a task is its
+//! `plugin.toml`, built into the binary.
+
+pub mod node;
+pub mod snmp;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::sentinel::collect::{Service, Settings, Stats};
+use crate::sentinel::plugin::{FieldError, Manifest, Values};
+use crate::sentinel::task::Task;
+
+/// Every built-in plugin's manifest, as text.
+pub const BUILT_IN: [(&str, &str); 2] =
+    [("node", include_str!("node/plugin.toml")), ("snmp", include_str!("snmp/plugin.toml"))];
+
+/// The manifest of a built-in plugin.
+pub fn manifest(name: &str) -> Manifest {
+    let text = BUILT_IN.iter().find(|(built_in, _)| *built_in == name).map_or("", |(_, text)| text);
+    // Every one of them is parsed by a test.
+    Manifest::parse(text).unwrap_or_else(|e| panic!("the manifest of {name} is part of this program: {e}"))
+}
+
+/// Checks a task's device and config fields against a manifest.
+pub fn checked(manifest: &Manifest, task: &Task) -> Result<(Values, Values), FieldError> {
+    Ok((manifest.device.check("device", &task.device)?, manifest.config.check("config", &task.config)?))
+}
+
+/// All services of one loop.
+pub struct Services {
+    /// In the order of their numbers.
+    pub all: Vec<Box<dyn Service>>,
+    /// Which one runs a built-in plugin.
+    pub built_in: HashMap<&'static str, usize>,
+    /// Which one runs all the others.
+    pub external: Option<usize>,
+}
+
+/// All services.
+pub fn services(_settings: &Settings, _stats: &Arc<Stats>) -> Services {
+    let all: Vec<Box<dyn Service>> = vec![Box::new(node::Node::new()), Box::new(snmp::Snmp::new())];
+    Services { all, built_in: HashMap::from([("node", 0), ("snmp", 1)]), external: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_built_in_manifest_is_one() {
+        for (name, _) in BUILT_IN {
+            let manifest = manifest(name);
+            assert_eq!(manifest.name, name);
+            assert!(manifest.program.is_none() && !manifest.description.is_empty());
+        }
+    }
+}
