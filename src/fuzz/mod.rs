@@ -6,6 +6,8 @@
 mod block;
 mod elf;
 mod http_response;
+mod mmio;
+mod net;
 mod node;
 mod overlay;
 mod sentinel_log;
@@ -17,6 +19,8 @@ mod wire;
 pub use block::block;
 pub use elf::elf;
 pub use http_response::http_response;
+pub use mmio::mmio;
+pub use net::net;
 pub use node::node;
 pub use overlay::overlay;
 pub use sentinel_log::sentinel_log;
@@ -63,11 +67,13 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 10] = [
+    const TARGETS: [Target; 12] = [
         ("block", block),
         ("elf", elf),
         ("http_response", http_response),
+        ("net", net),
         ("node", node),
+        ("mmio", mmio),
         ("overlay", overlay),
         ("sentinel_log", sentinel_log),
         ("snmp", snmp),
