@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used)] // a failure is the finding
 
 mod block;
+mod exposition;
+mod influx;
+mod modbus;
 mod node;
 mod overlay;
 mod snmp;
@@ -12,6 +15,9 @@ mod vsock;
 mod wire;
 
 pub use block::block;
+pub use exposition::exposition;
+pub use influx::influx;
+pub use modbus::modbus;
 pub use node::node;
 pub use overlay::overlay;
 pub use snmp::snmp;
@@ -57,8 +63,11 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 7] = [
+    const TARGETS: [Target; 10] = [
         ("block", block),
+        ("exposition", exposition),
+        ("influx", influx),
+        ("modbus", modbus),
         ("node", node),
         ("overlay", overlay),
         ("snmp", snmp),

@@ -7,6 +7,7 @@
 
 pub mod collect;
 pub mod collectors;
+pub mod formats;
 pub mod model;
 pub mod plugin;
 pub mod schedule;
