@@ -50,7 +50,7 @@ impl Artefact {
     /// When it has not been built; the message says how to build it.
     pub fn path(self) -> PathBuf {
         let (file, variable, target) = self.names();
-        let path = std::env::var_os(variable).map_or_else(|| build_directory().join(file), PathBuf::from);
+        let path = named(variable).unwrap_or_else(|| build_directory().join(file));
         assert!(
             path.exists(),
             "{} is missing: run `make {target}`, or name another file by {variable}",
@@ -62,8 +62,18 @@ impl Artefact {
 
 /// `build/` of the repository, or `WARREN_BUILD`.
 pub fn build_directory() -> PathBuf {
-    let default = || Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(|root| root.join("build")).unwrap_or_default();
-    std::env::var_os("WARREN_BUILD").map_or_else(default, PathBuf::from)
+    named("WARREN_BUILD").unwrap_or_else(|| repository().join("build"))
+}
+
+/// The path that a variable names; a relative one counts from the top of the repository, because tests run in their
+/// package's directory.
+fn named(variable: &str) -> Option<PathBuf> {
+    std::env::var_os(variable).map(|path| repository().join(path))
+}
+
+fn repository() -> &'static Path {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    package.parent().unwrap_or(package)
 }
 
 /// A program of this package that runs on the node: built by cargo beside the program that asks.

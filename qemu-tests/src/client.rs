@@ -139,19 +139,29 @@ impl Client {
     }
 
     /// Waits for a message under a tag that no call uses (`hello` of an agent, `-` for a bad line).
+    ///
+    /// # Panics
+    /// When the connection closes, or nothing comes for `timing::hang()`.
     pub fn stray(&self, tag: &str) -> Message {
+        self.stray_within(tag, timing::hang()).unwrap_or_else(|| match self.closed() {
+            Some(why) => panic!("waited for a message tagged {tag}, but {why}"),
+            None => panic!("no message tagged {tag} came in {:?}", timing::hang()),
+        })
+    }
+
+    /// The same, or `None` after `time` without one, or when the connection closed.
+    pub fn stray_within(&self, tag: &str, time: Duration) -> Option<Message> {
         let routes = &self.shared.routes;
-        let end = Instant::now() + timing::hang();
+        let end = Instant::now() + time;
         let mut state = routes.lock();
         loop {
             if let Some(at) = state.strays.iter().position(|message| message.tag() == tag) {
-                return state.strays.remove(at);
-            }
-            if let Some(why) = &state.closed {
-                panic!("waited for a message tagged {tag}, but {why}");
+                return Some(state.strays.remove(at));
             }
             let left = end.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "no message tagged {tag} came in {:?}", timing::hang());
+            if state.closed.is_some() || left.is_zero() {
+                return None;
+            }
             state = routes.changed.wait_timeout(state, left).expect("no thread panics with this lock").0;
         }
     }

@@ -14,8 +14,13 @@ pub struct TempDir(PathBuf);
 impl TempDir {
     /// Makes one. Its path is short: a Unix socket's address takes 107 octets.
     pub fn new() -> io::Result<Self> {
+        Self::below(&std::env::temp_dir())
+    }
+
+    /// Makes one in `parent`.
+    pub fn below(parent: &Path) -> io::Result<Self> {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("warren-test-{}-{number}", std::process::id()));
+        let path = parent.join(format!("warren-test-{}-{number}", std::process::id()));
         fs::create_dir(&path)?;
         Ok(Self(path))
     }

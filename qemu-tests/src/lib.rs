@@ -17,6 +17,7 @@ pub mod machine;
 pub mod node;
 pub mod process;
 pub mod qmp;
+pub mod rig;
 pub mod sandbox;
 pub mod shared;
 pub mod state;

@@ -190,12 +190,18 @@ fn socket(id: &str, path: &Path) -> String {
     format!("socket,id={id},path={},server=on,wait=off", path.display())
 }
 
-/// What stands in the condition column of a measurement: QEMU's version and the CPU model.
-pub fn description() -> String {
+/// What stands in the condition column of a measurement: QEMU's version, how it runs and keeps time, the CPU model.
+pub fn description(clock: Clock) -> String {
     let version = Command::new("qemu-system-x86_64").arg("--version").output();
     let text = version.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
     let version = text.split_whitespace().nth(3).unwrap_or("unknown").to_string();
-    format!("QEMU {version} TCG icount, {EMULATED_CPU}, 1 CPU")
+    match clock {
+        Clock::Virtual => format!("QEMU {version} TCG icount, {EMULATED_CPU}, 1 CPU"),
+        Clock::Wall if timing::hardware_virtualization() => {
+            format!("QEMU {version} KVM, wall time, host's CPU, 2 CPUs")
+        }
+        Clock::Wall => format!("QEMU {version} TCG, wall time, {EMULATED_CPU}, 2 CPUs"),
+    }
 }
 
 /// The kernel that boots the node directly, and the end of its command line that every boot shares.

@@ -163,8 +163,17 @@ impl Boot {
         let console = Mutex::new(machine.console());
         let bridge = start_bridge(&machine);
         let root = self.root_port.then(|| Client::open(&machine.port("test")).expect("QEMU listens for the test port"));
-        let root_greeted = OnceLock::new();
-        Node { control: OnceLock::new(), root, root_greeted, bridge, machine, disks, console, allowed: self.allowed }
+        Node {
+            control: OnceLock::new(),
+            root,
+            root_greeted: OnceLock::new(),
+            rig_there: OnceLock::new(),
+            bridge,
+            machine,
+            disks,
+            console,
+            allowed: self.allowed,
+        }
     }
 
     /// The node's initramfs with the tests' archive behind it.
@@ -234,6 +243,8 @@ pub struct Node {
     control: OnceLock<Client>,
     root: Option<Client>,
     root_greeted: OnceLock<()>,
+    /// Where vm-rig was put, once it was.
+    rig_there: OnceLock<String>,
     bridge: Process,
     machine: Machine,
     disks: Vec<Disk>,
@@ -308,12 +319,47 @@ impl Node {
     /// Puts a program of this machine on the node and runs it there as root: how tests that need /dev/kvm,
     /// cgroups or network devices are run. The whole reply is for the caller to judge.
     pub fn run_program(&self, program: &Path, arguments: &[&str]) -> Reply {
-        let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let path = format!("/test/{name}");
-        self.write_file(&path, 0o755, &read(program));
+        let path = self.put_program(program);
         let mut argv = vec![path.as_str()];
         argv.extend(arguments);
         self.root().ok(root_exec(&argv))
+    }
+
+    fn put_program(&self, program: &Path) -> String {
+        let path = format!("/test/{}", program.file_name().unwrap_or_default().to_string_lossy());
+        self.write_file(&path, 0o755, &read(program));
+        path
+    }
+
+    /// Runs a scenario of `vm-rig` on the node (see docs/testing.md) and gives what it printed.
+    ///
+    /// # Panics
+    /// When it fails; the message is its standard error.
+    pub fn rig(&self, arguments: &[&str]) -> String {
+        let path = self.rig_there.get_or_init(|| {
+            self.put_program(&artefacts::node_tool("guest-tool"));
+            self.put_program(&artefacts::node_tool("hostile-guest"));
+            self.put_program(&artefacts::node_tool("vm-rig"))
+        });
+        let mut argv = vec![path.as_str()];
+        argv.extend(arguments);
+        let factor = format!("WARREN_TEST_TIME_FACTOR={}", timing::factor());
+        let mut call = self.root().start(root_exec(&argv).set("env", factor));
+        // A scenario may be silent for longer than a node may be; its own limits hold.
+        let mut reply = Reply::default();
+        let end = Instant::now() + timing::hang() * 10;
+        loop {
+            match call.message_within(end.saturating_duration_since(Instant::now())) {
+                Some(Message::Ok { fields, .. }) => break reply.fields = fields,
+                Some(Message::Data { channel, payload, .. }) => reply.data.entry(channel).or_default().extend(payload),
+                Some(Message::Err { error, .. }) => panic!("vm-rig {arguments:?} does not start: {error}"),
+                Some(_) => {}
+                None => panic!("vm-rig {arguments:?} does not end; it said {:?}", reply.text("stderr")),
+            }
+        }
+        let (out, err) = (reply.text("stdout"), reply.text("stderr"));
+        assert_eq!(reply.field("exit"), "0", "vm-rig {arguments:?} failed:\n{err}\n{out}");
+        out
     }
 
     /// Writes a file on the node.

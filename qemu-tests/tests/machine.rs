@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use qemu_tests::state::NodeState;
-use qemu_tests::{Code, Node, Sandbox, shared, timing};
+use qemu_tests::{Code, Message, Node, Sandbox, shared, timing};
+use warren::wire::{Decoded, Decoder, Fields};
 
 /// Guests of several processors say this, rather than the default of 128 MiB.
 const SMP_MEMORY: &str = "256";
@@ -248,4 +249,39 @@ fn sizes_out_of_range_are_refused_by_name() {
         assert!(error.is(Code::OutOfRange), "{error}");
         assert!(known.iter().any(|name| error.message.contains(name.as_str())), "{error}");
     }
+}
+
+/// What a sandbox's worker counts.
+fn stats(node: &Node, sandbox: &Sandbox) -> Fields {
+    let script = format!("echo '1 vm.stats' | node-tool talk /run/warren/sandboxes/{}.sock", sandbox.id);
+    let mut decoder = Decoder::new();
+    decoder.push(node.sh(&script).as_bytes());
+    loop {
+        match decoder.next() {
+            Some(Decoded::Message(Message::Ok { fields, .. })) => return fields,
+            Some(Decoded::Message(Message::Item { .. })) => {}
+            other => panic!("vm.stats is answered by {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn exits_are_counted_by_reason() {
+    let node = shared::node();
+    let sandbox = guest(&node, 2);
+    let before = stats(&node, &sandbox);
+    // Doorbells and interrupts end in KVM; each character of the console comes to the worker.
+    sandbox.sh("echo on the console > /dev/console; sleep 0.2");
+    let after = stats(&node, &sandbox);
+    let grew = |key: &str| {
+        let number = |fields: &Fields| fields.number(key).unwrap_or_else(|| panic!("{key} is no number: {fields:?}"));
+        number(&after).checked_sub(number(&before)).unwrap_or_else(|| panic!("{key} fell"))
+    };
+    for key in ["exits", "exits_io", "kvm_exits", "kvm_exits_halt", "kvm_exits_io"] {
+        assert!(grew(key) > 0, "{key} did not grow: {after:?}");
+    }
+    assert!(grew("kvm_exits") > grew("exits"), "{after:?}");
+    assert!(grew("exits_io") >= "on the console".len() as u64, "{after:?}");
+    let parts: u64 = ["halt", "interrupt", "io", "mmio"].iter().map(|part| grew(&format!("kvm_exits_{part}"))).sum();
+    assert!(parts <= grew("kvm_exits"), "{after:?}");
 }

@@ -154,9 +154,16 @@ pub struct Shape {
     /// Memory, such as 512M or 2G; a bare number is MiB
     #[arg(short, long, value_name = "SIZE", value_parser = parse_mib)]
     pub memory: Option<u64>,
-    /// Disk, such as 4G; a bare number is MiB
-    #[arg(long, value_name = "SIZE", value_parser = parse_mib)]
-    pub disk: Option<u64>,
+    /// Size of the root disk, such as 4G (a bare number is MiB), or a further disk: NAME:new:SIZE,
+    /// NAME:file:FILE[:ro] or NAME:device:DEVICE[:ro], with the node's names of files and devices
+    #[arg(long, value_name = "SIZE|DISK", value_parser = parse_disk)]
+    pub disk: Vec<Disk>,
+    /// Most requests a second to all disks together
+    #[arg(long, value_name = "N")]
+    pub disk_iops: Option<u64>,
+    /// Most megabytes (10^6) a second to and from all disks together
+    #[arg(long, value_name = "N")]
+    pub disk_mbps: Option<u64>,
     /// An environment variable for commands; without =VALUE it is taken from here
     #[arg(short, long, value_name = "NAME[=VALUE]", action = ArgAction::Append)]
     pub env: Vec<String>,
@@ -286,6 +293,24 @@ pub fn parse_mib(text: &str) -> Result<u64, String> {
     scaled.ok_or_else(|| format!("{text:?} is too large"))
 }
 
+/// What `--disk` says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Disk {
+    /// Size of the root disk in MiB.
+    Root(u64),
+    /// A further disk, as the node is asked for it.
+    Extra(String),
+}
+
+/// A size is the root disk's; anything with a colon is a further disk, and the node's to check. Its size has units here.
+fn parse_disk(text: &str) -> Result<Disk, String> {
+    match text.split_once(":new:") {
+        Some((name, size)) => parse_mib(size).map(|mib| Disk::Extra(format!("{name}:new:{mib}"))),
+        None if text.contains(':') => Ok(Disk::Extra(text.to_string())),
+        None => parse_mib(text).map(Disk::Root),
+    }
+}
+
 /// A time: a bare number is seconds; units are ms, s, m, h. At most a year.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     const YEAR_MS: u64 = 366 * 24 * 3600 * 1000;
@@ -399,6 +424,18 @@ mod tests {
         assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
         for bad in ["", "s", "1d", "99999999h", "1.5s"] {
             assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_disk_is_a_size_or_a_further_disk() {
+        let line = ["create", "--disk", "4G", "--disk", "d:new:1G", "--disk", "m:file:m.img:ro", "--disk-iops", "5"];
+        let Verb::Create(create) = parse(&line).unwrap().verb else { panic!("not create") };
+        let extra = |text: &str| Disk::Extra(text.to_string());
+        assert_eq!(create.shape.disk, [Disk::Root(4096), extra("d:new:1024"), extra("m:file:m.img:ro")]);
+        assert_eq!(create.shape.disk_iops, Some(5));
+        for bad in ["x", "", "d:new:", "d:new:1X"] {
+            assert!(parse(&["create", "--disk", bad]).is_err(), "{bad}");
         }
     }
 

@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant};
 
 use super::Failure;
-use super::args::{Cli, CreateArgs, ExecArgs, HowArgs, RunArgs, Shape, resolve_env};
+use super::args::{Cli, CreateArgs, Disk, ExecArgs, HowArgs, RunArgs, Shape, resolve_env};
 use super::client::{Call, Client, Event, INTERRUPTED, PROTOCOL_ERROR, local};
 use super::exec::{Mode, OWN_FAILURE, Session, take_signals};
 use super::output::{StatusLine, complain, json_object, print, print_error, print_json};
@@ -144,9 +144,21 @@ fn make(client: &mut Client, shape: &Shape, template: Option<&str>) -> Result<Fi
     for (key, value) in named.into_iter().filter_map(|(key, value)| Some((key, value?))) {
         request = request.set(key, value);
     }
-    let numbers = [("vcpus", shape.vcpus), ("memory_mib", shape.memory), ("disk_mib", shape.disk)];
+    let numbers = [
+        ("vcpus", shape.vcpus),
+        ("memory_mib", shape.memory),
+        ("disk_iops", shape.disk_iops),
+        ("disk_mbps", shape.disk_mbps),
+    ];
     for (key, value) in numbers.into_iter().filter_map(|(key, value)| Some((key, value?))) {
         request = request.set(key, value);
+    }
+    for disk in &shape.disk {
+        request = match disk {
+            // Given twice, the node says so.
+            Disk::Root(mib) => request.set("disk_mib", mib),
+            Disk::Extra(disk) => request.set("disk", disk),
+        };
     }
     for entry in resolve_env(&shape.env) {
         request = request.set_bytes("env", &entry);

@@ -122,7 +122,7 @@ verbs! {
         done(args, Command::TemplateInspect(name))
     };
     "sandbox.create",
-    "[template=base] [name=NAME] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [env=K=V]* [label=K=V]* [progress=true]",
+    "[template=base] [name=NAME] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [env=K=V]* [label=K=V]* [progress=true]",
     "create a sandbox and wait until it answers", sandbox_create;
     "sandbox.list", "[state=STATE]", "the sandboxes", sandbox_list;
     "sandbox.inspect", "SANDBOX", "one sandbox", |_, mut args, _| {

@@ -1,6 +1,7 @@
 //! The node's one configuration file. Every key has a default; the shipped example (rootfs/host/etc/warren/warren.toml)
 //! shows them all. A mistake is an error that names file, line and key: nothing is ignored or guessed.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -8,6 +9,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
+
+use crate::sandbox::disk::is_file_name;
 
 /// Where the node keeps the file.
 pub const DEFAULT_PATH: &str = "/etc/warren/warren.toml";
@@ -26,6 +29,8 @@ pub struct Config {
     pub paths: Paths,
     /// `[sandbox]`
     pub sandbox: Sandbox,
+    /// `[disks]`
+    pub disks: Disks,
     /// `[log]`
     pub log: Log,
 }
@@ -82,6 +87,16 @@ pub struct Sandbox {
     pub exec_ring_kib: u64,
 }
 
+/// Disks that sandboxes may be given beside their own.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Disks {
+    /// Directory of image files.
+    pub directory: PathBuf,
+    /// Absolute paths of block devices by the names that requests use.
+    pub devices: BTreeMap<String, PathBuf>,
+}
+
 /// The log.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -130,6 +145,12 @@ impl Default for Control {
 impl Default for Paths {
     fn default() -> Self {
         Self { data: "/data".into(), run: "/run/warren".into(), share: "/usr/share/warren".into() }
+    }
+}
+
+impl Default for Disks {
+    fn default() -> Self {
+        Self { directory: "/data/disks".into(), devices: BTreeMap::new() }
     }
 }
 
@@ -222,7 +243,15 @@ impl Config {
         within("sandbox.max_sandboxes", self.sandbox.max_sandboxes, 1..=65_536)?;
         within("sandbox.boot_timeout_s", self.sandbox.boot_timeout_s, 1..=600)?;
         within("sandbox.stop_timeout_s", self.sandbox.stop_timeout_s, 0..=600)?;
-        within("sandbox.exec_ring_kib", self.sandbox.exec_ring_kib, 16..=1_048_576)
+        within("sandbox.exec_ring_kib", self.sandbox.exec_ring_kib, 16..=1_048_576)?;
+        absolute("disks.directory", &self.disks.directory)?;
+        for (name, path) in &self.disks.devices {
+            if !is_file_name(name) {
+                return Err(("disks.devices", format!("{name:?} is not a name of letters, digits, . _ and -")));
+            }
+            absolute("disks.devices", path)?;
+        }
+        Ok(())
     }
 }
 
@@ -392,6 +421,11 @@ mod tests {
             "w.toml:2: sandbox.default_memory_mib: 63 is out of range: 64 to 32768"
         );
         assert_eq!(fails("[paths]\ndata = \"data\""), "w.toml:2: paths.data: \"data\" is not an absolute path");
+        assert_eq!(
+            fails("[disks]\ndevices = { a = \"/dev/vdc\", b = \"vdd\" }"),
+            "w.toml:2: disks.devices: \"vdd\" is not an absolute path"
+        );
+        assert!(fails("[disks]\ndevices = { \"a/b\" = \"/dev/vdc\" }").contains("is not a name"));
         for name in ["", "Node", "-a", "a-", "a..b", "a_b", "a b", &"a".repeat(64), &["a"; 33].join(".")] {
             let error = parse(&format!("[node]\nname = {name:?}")).unwrap_err();
             assert_eq!((error.line, error.key.as_deref()), (Some(2), Some("node.name")), "{name}");

@@ -8,6 +8,7 @@ use mio::net::UnixStream;
 
 use crate::init::ChildStatus;
 use crate::sandbox::agent::Agent;
+use crate::sandbox::disk::DiskSpec;
 use crate::sandbox::exec::Exec;
 use crate::sandbox::home::Home;
 use crate::sandbox::id::SandboxId;
@@ -156,6 +157,9 @@ impl Sandbox {
             vcpus: row.vcpus.try_into().ok()?,
             memory_mib: row.memory_mib.try_into().ok()?,
             disk_mib: Some(row.disk_mib),
+            disks: row.disks.iter().map(|disk| DiskSpec::parse(disk).ok()).collect::<Option<_>>()?,
+            disk_iops: row.disk_iops,
+            disk_mbps: row.disk_mbps,
             env: row.env.clone(),
             labels: row.labels.iter().map(|(k, v)| (k.clone(), v.clone())).collect(),
         };
@@ -182,6 +186,9 @@ impl Sandbox {
             vcpus: self.spec.vcpus.into(),
             memory_mib: self.spec.memory_mib.into(),
             disk_mib: self.spec.disk_mib.unwrap_or(0),
+            disks: self.spec.disks.iter().map(ToString::to_string).collect(),
+            disk_iops: self.spec.disk_iops,
+            disk_mbps: self.spec.disk_mbps,
             env: self.spec.env.clone(),
             labels: self.spec.labels.iter().cloned().collect(),
             created_ms: self.created_ms,

@@ -10,6 +10,7 @@ use mio::net::UnixStream;
 use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
 use super::supervisor::{Done, Supervisor, Timer, now_ms};
 use crate::sandbox::agent::{Agent, Approach};
+use crate::sandbox::disk::Shelf;
 use crate::sandbox::home::Opened;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
@@ -173,12 +174,15 @@ impl Supervisor {
             sandbox.home.make().map_err(no_room("the sandbox's places cannot be made"))?;
         overlay::create(&overlay, disk_bytes, template.manifest.size_bytes, template.manifest.sha256)
             .map_err(|e| Error::new(Code::NoCapacity, format!("overlay: {e}")))?;
+        let shelf = Shelf { directory: &self.config.disks.directory, devices: &self.config.disks.devices };
+        let disks = sandbox.spec.disks.iter().map(|disk| shelf.open(disk, &sandbox.home));
+        let disks = disks.collect::<Result<Vec<File>, Error>>()?;
         let Spawned { pid, pidfd } =
             self.spawner.spawn(&cgroup, listener.as_fd(), &last_words).map_err(no_room("worker cannot be started"))?;
 
         let joined = (|| -> std::io::Result<(UnixStream, Agent)> {
             let stream = worker::connect(sandbox.home.socket())?;
-            let request = Request::new("start", "vm.start")
+            let mut request = Request::new("start", "vm.start")
                 .set("vcpus", sandbox.spec.vcpus)
                 .set("memory_mib", sandbox.spec.memory_mib)
                 .set("cid", GUEST_CID)
@@ -188,7 +192,20 @@ impl Supervisor {
                 .set("serial", "fd:3")
                 .set("base", "fd:4")
                 .set("overlay", "fd:5");
-            let descriptors = [&kvm, &kernel, &initramfs, &serial, &base, &overlay].map(AsFd::as_fd);
+            let mut descriptors = [&kvm, &kernel, &initramfs, &serial, &base, &overlay].map(AsFd::as_fd).to_vec();
+            for (spec, file) in sandbox.spec.disks.iter().zip(&disks) {
+                let mode = if spec.read_only { "ro" } else { "rw" };
+                request = request.set("disk", format!("{}:{mode}:fd:{}", spec.name, descriptors.len()));
+                descriptors.push(file.as_fd());
+            }
+            for (key, limit) in [
+                ("disk_iops", sandbox.spec.disk_iops),
+                ("disk_bytes_per_s", sandbox.spec.disk_mbps.map(|mbps| mbps * 1_000_000)),
+            ] {
+                if let Some(limit) = limit {
+                    request = request.set(key, limit);
+                }
+            }
             worker::send_with_descriptors(&stream, request, &descriptors)?;
             stream.set_nonblocking(true)?;
             Ok((UnixStream::from_std(stream), Agent::open(sandbox.home.socket(), Approach::Accept)?))

@@ -155,6 +155,9 @@ impl Supervisor {
             cgroups: std::path::PathBuf::from("/sys/fs/cgroup/sandboxes"),
         };
         places.prepare().map_err(failed("directories of the sandboxes"))?;
+        if let Err(e) = std::fs::create_dir_all(&config.disks.directory) {
+            log::warn!("disks.directory {}: {e}", config.disks.directory.display());
+        }
         let database_path = config.paths.data.join("state.db");
         let state_waker = Arc::clone(&waker);
         let (database, snapshot) = Database::open(&database_path, move || {

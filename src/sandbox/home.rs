@@ -73,6 +73,25 @@ impl Home {
         self.dir.join("overlay")
     }
 
+    /// Makes an empty disk of that size, in octets, that goes with the sandbox.
+    pub fn make_disk(&self, name: &str, bytes: u64) -> io::Result<File> {
+        let disks = self.disks();
+        match fs::DirBuilder::new().mode(0o700).create(&disks) {
+            Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let file = options.open(disks.join(name))?;
+        file.set_len(bytes)?;
+        Ok(file)
+    }
+
+    /// Its own disks beside the private one.
+    fn disks(&self) -> PathBuf {
+        self.dir.join("disks")
+    }
+
     /// The serial log.
     pub fn serial_log(&self) -> PathBuf {
         self.dir.join("serial.log")
@@ -122,15 +141,16 @@ impl Home {
         absent_is_fine(fs::write(self.cgroup.join("cgroup.kill"), "1"))
     }
 
-    /// Takes down socket, cgroup and overlay; log and outputs stay to be read. Blocks until the cgroup is empty,
+    /// Takes down socket, cgroup and disks; log and outputs stay to be read. Blocks until the cgroup is empty,
     /// 10 s at most: not for the supervisor's loop.
     pub fn release(&self) -> io::Result<()> {
         absent_is_fine(fs::remove_file(&self.socket))?;
         absent_is_fine(fs::remove_file(self.overlay()))?;
+        absent_is_fine(fs::remove_dir_all(self.disks()))?;
         self.release_cgroup()
     }
 
-    /// Takes down socket and cgroup and keeps the disk. Blocks like `release`.
+    /// Takes down socket and cgroup and keeps the disks. Blocks like `release`.
     pub fn release_worker(&self) -> io::Result<()> {
         absent_is_fine(fs::remove_file(&self.socket))?;
         self.release_cgroup()

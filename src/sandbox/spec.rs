@@ -2,6 +2,7 @@
 
 use crate::wire::{Args, Code, Error, Fields};
 
+use super::disk::DiskSpec;
 use super::id::check_name;
 
 /// Fewest and most virtual CPUs.
@@ -10,6 +11,10 @@ pub const VCPUS: std::ops::RangeInclusive<u64> = 1..=16;
 pub const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=32 * 1024;
 /// Largest disk, in MiB (1 TiB).
 pub const MAX_DISK_MIB: u64 = 1024 * 1024;
+/// Limit of requests to all disks together, for each second.
+pub const DISK_IOPS: std::ops::RangeInclusive<u64> = 1..=10_000_000;
+/// Limit of octets to and from all disks together, in 10^6 for each second.
+pub const DISK_MBPS: std::ops::RangeInclusive<u64> = 1..=1_000_000;
 /// Most env entries and labels, each.
 const MAX_ENTRIES: usize = 256;
 
@@ -26,6 +31,12 @@ pub struct Spec {
     pub memory_mib: u32,
     /// Size of the root disk; the template's size and the node's default on top when not said.
     pub disk_mib: Option<u64>,
+    /// Disks beside the root disk, at most 8.
+    pub disks: Vec<DiskSpec>,
+    /// Requests to all disks together for each second; no limit when not said.
+    pub disk_iops: Option<u64>,
+    /// Octets to and from all disks together, in 10^6 for each second; no limit when not said.
+    pub disk_mbps: Option<u64>,
     /// `KEY=value` for every program in the sandbox.
     pub env: Vec<String>,
     /// For people and programs to find it by.
@@ -55,6 +66,9 @@ impl Spec {
             .number("memory_mib", MEMORY_MIB)?
             .map_or(defaults.memory_mib, |n| u32::try_from(n).unwrap_or(u32::MAX));
         let disk_mib = args.number("disk_mib", 1..=MAX_DISK_MIB)?;
+        let disk_iops = args.number("disk_iops", DISK_IOPS)?;
+        let disk_mbps = args.number("disk_mbps", DISK_MBPS)?;
+        let disks = DiskSpec::take(args)?;
         let mut env = Vec::new();
         for entry in args.all("env") {
             env.push(check_env(entry)?);
@@ -74,7 +88,7 @@ impl Spec {
                     .with("max", MAX_ENTRIES));
             }
         }
-        Ok(Self { template, name, vcpus, memory_mib, disk_mib, env, labels })
+        Ok(Self { template, name, vcpus, memory_mib, disk_mib, disks, disk_iops, disk_mbps, env, labels })
     }
 
     /// The spec as fields of a reply.
@@ -84,6 +98,10 @@ impl Spec {
             .with("vcpus", self.vcpus)
             .with("memory_mib", self.memory_mib)
             .with("disk_mib", self.disk_mib.unwrap_or(0));
+        let fields = self.disks.iter().fold(fields, |fields, disk| fields.with("disk", disk));
+        let limits = [("disk_iops", self.disk_iops), ("disk_mbps", self.disk_mbps)];
+        let limits = limits.into_iter().filter_map(|(key, limit)| Some((key, limit?)));
+        let fields = limits.fold(fields, |fields, (key, limit)| fields.with(key, limit));
         let fields = self.env.iter().fold(fields, |fields, entry| fields.with("env", entry));
         self.labels.iter().fold(fields, |fields, (key, value)| fields.with("label", format!("{key}={value}")))
     }
@@ -125,6 +143,8 @@ mod tests {
             ("vcpus", "17", "1", "16"),
             ("memory_mib", "1", "64", "32768"),
             ("memory_mib", "1073741824", "64", "32768"),
+            ("disk_iops", "0", "1", "10000000"),
+            ("disk_mbps", "1000001", "1", "1000000"),
         ] {
             let error = take(Request::new("1", "sandbox.create").set(key, value)).expect_err("out of range");
             assert!(error.is(Code::OutOfRange), "{error}");

@@ -11,7 +11,8 @@ use super::state::StateError;
 pub const SCHEMA_VERSION: u64 = MIGRATIONS.len() as u64;
 
 /// Migration n leads from version n to n + 1. Never edit one that was released; add another.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE meta (
         key   TEXT PRIMARY KEY,
         value TEXT NOT NULL
@@ -56,7 +57,13 @@ const MIGRATIONS: &[&str] = &["
         peak_kib   INTEGER,
         PRIMARY KEY (sandbox_id, exec_id)
     ) STRICT, WITHOUT ROWID;
-"];
+",
+    "
+    ALTER TABLE sandboxes ADD COLUMN disks TEXT NOT NULL DEFAULT '[]';  -- JSON array of strings
+    ALTER TABLE sandboxes ADD COLUMN disk_iops INTEGER;
+    ALTER TABLE sandboxes ADD COLUMN disk_mbps INTEGER;
+",
+];
 
 /// Rows that a table may bring at start: more than a node can ever have made is not read.
 const MAX_ROWS: u64 = 1_000_000;
@@ -82,6 +89,12 @@ pub struct SandboxRow {
     pub memory_mib: u64,
     /// Disk in MiB.
     pub disk_mib: u64,
+    /// Further disks, as requests write them.
+    pub disks: Vec<String>,
+    /// Limit of requests to disks for each second.
+    pub disk_iops: Option<u64>,
+    /// Limit of octets to and from disks, in 10^6 for each second.
+    pub disk_mbps: Option<u64>,
     /// `KEY=value` each.
     pub env: Vec<String>,
     /// Metadata.
@@ -206,7 +219,7 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
     rows(
         connection,
         "SELECT id, name, template, template_sha256, state, reason, vcpus, memory_mib, disk_mib, env, labels,
-                created_ms, started_ms, ended_ms, pid FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
+                created_ms, started_ms, ended_ms, pid, disks, disk_iops, disk_mbps FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
         |row| {
             Ok(SandboxRow {
                 id: row.get(0)?,
@@ -224,6 +237,9 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
                 started_ms: maybe_unsigned(row, 12)?,
                 ended_ms: maybe_unsigned(row, 13)?,
                 pid: row.get(14)?,
+                disks: json(row, 15)?,
+                disk_iops: maybe_unsigned(row, 16)?,
+                disk_mbps: maybe_unsigned(row, 17)?,
             })
         },
     )
@@ -276,14 +292,16 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
         Change::PutSandbox(row) => connection
             .prepare(
                 "INSERT INTO sandboxes (id, name, template, template_sha256, state, reason, vcpus, memory_mib,
-                                        disk_mib, env, labels, created_ms, started_ms, ended_ms, pid)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)
+                                        disk_mib, env, labels, created_ms, started_ms, ended_ms, pid, disks,
+                                        disk_iops, disk_mbps)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)
                  ON CONFLICT (id) DO UPDATE SET
                      name = excluded.name, template = excluded.template, template_sha256 = excluded.template_sha256,
                      state = excluded.state, reason = excluded.reason, vcpus = excluded.vcpus,
                      memory_mib = excluded.memory_mib, disk_mib = excluded.disk_mib, env = excluded.env,
                      labels = excluded.labels, created_ms = excluded.created_ms, started_ms = excluded.started_ms,
-                     ended_ms = excluded.ended_ms, pid = excluded.pid",
+                     ended_ms = excluded.ended_ms, pid = excluded.pid, disks = excluded.disks,
+                     disk_iops = excluded.disk_iops, disk_mbps = excluded.disk_mbps",
             )?
             .execute(params![
                 row.id,
@@ -301,6 +319,9 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 row.started_ms.map(signed),
                 row.ended_ms.map(signed),
                 row.pid,
+                to_json(&row.disks)?,
+                row.disk_iops.map(signed),
+                row.disk_mbps.map(signed),
             ])?,
         Change::RemoveSandbox { id } => connection.prepare("DELETE FROM sandboxes WHERE id = ?1")?.execute([id])?,
         Change::PutTemplate(row) => connection

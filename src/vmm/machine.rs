@@ -162,13 +162,18 @@ impl Machine {
     /// How the microVM used the worker so far, and what the guest said last of its memory.
     pub fn stats(&self) -> Fields {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let kvm = self.processors.guest_exits();
         let devices = self.devices.stats();
         let fields = Fields::new()
             .with("exits", self.exits.total())
             .with("exits_io", load(&self.exits.io))
             .with("exits_mmio", load(&self.exits.mmio))
             .with("exits_interrupted", load(&self.exits.interrupted))
-            .with("exits_other", load(&self.exits.other))
+            .with("kvm_exits", kvm.total)
+            .with("kvm_exits_halt", kvm.halt)
+            .with("kvm_exits_interrupt", kvm.interrupt)
+            .with("kvm_exits_io", kvm.io)
+            .with("kvm_exits_mmio", kvm.mmio)
             .with("block_read_bytes", devices.block_read_bytes)
             .with("block_written_bytes", devices.block_written_bytes)
             .with("block_requests", devices.block_requests)

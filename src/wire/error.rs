@@ -56,6 +56,8 @@ codes! {
     NotFound = "NOT_FOUND",
     /// An object of that name is there already.
     AlreadyExists = "ALREADY_EXISTS",
+    /// Another has what is asked for, and it can have one user only.
+    InUse = "IN_USE",
     /// The object's state does not allow this.
     BadState = "BAD_STATE",
     /// A template's image or the guest kernel is damaged or not of the expected form.

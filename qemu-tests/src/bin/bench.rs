@@ -1,7 +1,8 @@
 //! `make bench`: boots the node in virtual time, measures inside, writes build/bench.tsv and shows it.
 //!
 //! One instruction is one virtual nanosecond, so that rows repeat within a percent on any machine. Exits, caches
-//! and TLB misses cost nothing there: rows compare with each other and with `PEER`, not with real hardware.
+//! and TLB misses cost nothing there: rows compare with each other and with `PEER`, not with real hardware. A guest of
+//! several processors runs on a second node, by wall time: virtual time has one CPU.
 
 use std::fs;
 use std::io;
@@ -12,13 +13,13 @@ use std::time::{Duration, Instant};
 use qemu_tests::artefacts::{self, Artefact, node_tool};
 use qemu_tests::bench::{Row, table, verdicts};
 use qemu_tests::files::TempDir;
-use qemu_tests::machine::{self, EMULATED_CPU};
+use qemu_tests::machine::{self, Clock, EMULATED_CPU};
 use qemu_tests::node::{Boot, root_exec};
 use qemu_tests::{Node, timing};
 
 fn main() -> ExitCode {
     let mut rows = Vec::new();
-    let condition = machine::description();
+    let condition = machine::description(Clock::Virtual);
     let warren = Artefact::Warren.path();
     match fs::metadata(&warren) {
         Ok(meta) => rows.push(Row::new("binary_bytes", meta.len() as f64, "octets", &warren.display().to_string())),
@@ -43,6 +44,11 @@ fn main() -> ExitCode {
     }
     node.power_cut();
 
+    let mut by_wall = Vec::new();
+    let node = Boot::diskless().file("/test/bin/node-bench", 0o755, bytes(&node_tool("node-bench"))).start();
+    complete &= measure(&node, &["node-bench", "wall"], &mut by_wall);
+    node.power_cut();
+
     for row in &mut rows {
         row.condition = if row.name == "binary_bytes" {
             "release build, static, stripped".to_string()
@@ -50,6 +56,8 @@ fn main() -> ExitCode {
             format!("{condition}; {}", row.condition)
         };
     }
+    let condition = machine::description(Clock::Wall);
+    rows.extend(by_wall.into_iter().map(|row| Row { condition: format!("{condition}; {}", row.condition), ..row }));
     let file = artefacts::build_directory().join("bench.tsv");
     let text: String = rows.iter().map(|row| row.to_tsv() + "\n").collect();
     if let Err(e) = fs::write(&file, format!("name\tvalue\tunit\tcondition\n{text}")) {

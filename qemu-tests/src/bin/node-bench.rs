@@ -1,4 +1,4 @@
-//! Measures the node from inside, where the virtual clock runs: `node-bench boot | measure [PEER]`.
+//! Measures the node from inside, where the virtual clock runs: `node-bench boot | measure | wall | peer PROGRAM`.
 //!
 //! Rows go to standard output, tab-separated. All files are in RAM: a disk's speed has no meaning in virtual time.
 
@@ -13,10 +13,13 @@ use std::time::{Duration, Instant};
 
 use qemu_tests::bench::{Row, median};
 use qemu_tests::connection::Connection;
+use qemu_tests::rig::overhead_kib;
 use warren::wire::{FRAME, Fields, INITIAL_CREDIT, Message, Request};
 
 const CONTROL: &str = "/run/warren/control.sock";
 const BOOTS: usize = 5;
+/// Wall time scatters.
+const WALL_BOOTS: usize = 11;
 const EXECS: usize = 21;
 const REQUESTS: u32 = 2000;
 const STREAM_MIB: usize = 64;
@@ -32,8 +35,9 @@ fn main() -> ExitCode {
     let result = match arguments.as_slice() {
         ["boot"] => boot(),
         ["measure"] => measure(),
+        ["wall"] => wall(),
         ["peer", program] => Peer::measure(program),
-        _ => Err(io::Error::other("usage: node-bench boot | measure | peer PROGRAM")),
+        _ => Err(io::Error::other("usage: node-bench boot | measure | wall | peer PROGRAM")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -146,52 +150,44 @@ fn block(connection: &mut Connection, sandbox: Option<&str>) -> io::Result<(f64,
     Ok((BLOCK_MIB as f64 / write.as_secs_f64(), BLOCK_MIB as f64 / read.as_secs_f64()))
 }
 
-/// Private memory of a process outside of its guest's memory (which is its largest mapping), in KiB.
-fn overhead(pid: u32) -> io::Result<f64> {
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let mut mappings: Vec<(u64, u64)> = Vec::new();
-    for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        let (Some(key), value) = (words.next(), words.next().and_then(|word| word.parse::<u64>().ok())) else {
-            continue;
-        };
-        match (key, value, mappings.last_mut()) {
-            ("Size:", Some(size), _) => mappings.push((size, 0)),
-            ("Private_Clean:" | "Private_Dirty:", Some(kib), Some(last)) => last.1 += kib,
-            _ => {}
-        }
-    }
-    let guest = mappings.iter().max().copied().unwrap_or_default();
-    if guest.0 < MEMORY_MIB * 1024 {
-        return Err(io::Error::other(format!("process {pid} maps no guest memory")));
-    }
-    Ok((mappings.iter().map(|mapping| mapping.1).sum::<u64>() - guest.1) as f64)
-}
-
 fn first_line(path: &str) -> io::Result<String> {
     Ok(fs::read_to_string(path)?.lines().next().unwrap_or_default().to_string())
 }
 
-fn measure() -> io::Result<()> {
-    let mut control = Connection::open(Path::new(CONTROL))?;
-    let create = || {
-        let request = Request::new("c", "sandbox.create").set("template", "base").set("vcpus", 1);
-        request.set("memory_mib", MEMORY_MIB).set("disk_mib", 512)
-    };
+/// Creates sandboxes one after the other and prints the median of the times; gives the last one's id.
+fn boots(control: &mut Connection, row: &str, vcpus: u64, count: usize) -> io::Result<String> {
     let mut times = Vec::new();
     let mut id = String::new();
-    for run in 0..BOOTS {
+    for run in 0..count {
+        let create = Request::new("c", "sandbox.create").set("template", "base").set("vcpus", vcpus);
+        let create = create.set("memory_mib", MEMORY_MIB).set("disk_mib", 512);
         let start = Instant::now();
-        let (_, fields) = ask(&mut control, create())?;
+        let (_, fields) = ask(control, create)?;
         times.push(milliseconds(start.elapsed()));
         id = fields.get("id").unwrap_or_default().to_string();
-        if run + 1 < BOOTS {
-            ask(&mut control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
+        if run + 1 < count {
+            ask(control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
         }
     }
     let all = times.iter().map(|ms| format!("{ms:.1}")).collect::<Vec<_>>().join(" ");
-    let condition = format!("create received to agent ready; base, 1 vCPU, {MEMORY_MIB} MiB; median of {all}");
-    print("cold_boot_ms", median(&mut times), "ms", &condition);
+    let condition = format!("create received to agent ready; base, {vcpus} vCPU, {MEMORY_MIB} MiB; median of {all}");
+    print(row, median(&mut times), "ms", &condition);
+    Ok(id)
+}
+
+/// What needs several processors of the node, by wall time. The rows of one processor are for comparison.
+fn wall() -> io::Result<()> {
+    let mut control = Connection::open(Path::new(CONTROL))?;
+    for (row, vcpus) in [("boot_smp1_ms", 1), ("boot_smp4_ms", 4)] {
+        let id = boots(&mut control, row, vcpus, WALL_BOOTS)?;
+        ask(&mut control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
+    }
+    Ok(())
+}
+
+fn measure() -> io::Result<()> {
+    let mut control = Connection::open(Path::new(CONTROL))?;
+    let id = boots(&mut control, "cold_boot_ms", 1, BOOTS)?;
 
     let mut times = Vec::new();
     for _ in 0..EXECS {
@@ -203,7 +199,7 @@ fn measure() -> io::Result<()> {
     let worker = worker.parse().map_err(|_| io::Error::other(format!("sandbox {id} has no worker")))?;
     print(
         "worker_overhead_kib",
-        overhead(worker)?,
+        overhead_kib(worker, MEMORY_MIB)? as f64,
         "KiB",
         "private pages outside guest memory; idle after boot and execs",
     );
@@ -331,7 +327,12 @@ impl Peer {
         // As the supervisor does for a sandbox: the root file system is as large as its disk.
         ask(&mut agent, Request::new("g", "system.configure").set("grow", true))?;
         ask(&mut agent, exec(None, &["true"]))?;
-        print("peer_worker_overhead_kib", overhead(peer.process.id())?, "KiB", "private pages outside guest memory");
+        print(
+            "peer_worker_overhead_kib",
+            overhead_kib(peer.process.id(), MEMORY_MIB)? as f64,
+            "KiB",
+            "private pages outside guest memory",
+        );
         let mut times = Vec::new();
         for _ in 0..EXECS {
             times.push(milliseconds(exec_time(&mut agent, exec(None, &["true"]))?));

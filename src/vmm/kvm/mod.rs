@@ -8,9 +8,11 @@ mod cpuid;
 mod msr;
 mod registers;
 mod run;
+mod stats;
 mod vcpu;
 
 pub use run::{Bus, ExitCounts, Processors};
+pub use stats::GuestExits;
 pub use vcpu::Vcpu;
 
 use std::fmt;

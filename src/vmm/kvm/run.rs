@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use super::stats::{Counters, GuestExits};
 use super::{KvmError, Vcpu, registers};
 use crate::vmm::last_words::{End, Reason};
 use crate::vmm::platform;
@@ -28,7 +29,7 @@ pub trait Bus: Send + Sync {
     fn let_go(&self);
 }
 
-/// How often the guest left for the worker, by reason.
+/// How often processors came back to the worker, by reason.
 #[derive(Debug, Default)]
 pub struct ExitCounts {
     /// Port accesses.
@@ -37,14 +38,12 @@ pub struct ExitCounts {
     pub mmio: AtomicU64,
     /// Interrupted by a signal of the host.
     pub interrupted: AtomicU64,
-    /// Everything else.
-    pub other: AtomicU64,
 }
 
 impl ExitCounts {
     /// All of them.
     pub fn total(&self) -> u64 {
-        [&self.io, &self.mmio, &self.interrupted, &self.other].iter().map(|c| c.load(Ordering::Relaxed)).sum()
+        [&self.io, &self.mmio, &self.interrupted].iter().map(|c| c.load(Ordering::Relaxed)).sum()
     }
 }
 
@@ -59,6 +58,7 @@ struct Shared<B, F> {
 /// The running processors. Dropping it stops them.
 pub struct Processors {
     threads: Vec<Running>,
+    counters: Vec<Counters>,
     stop: Arc<dyn Fn() + Send + Sync>,
 }
 
@@ -75,8 +75,9 @@ struct Running {
     immediate_exit: *const AtomicU8,
 }
 
-// SAFETY: the pointer is to a field in a page of KVM that is mapped until `handle` was joined, and it is only used for
-// atomic stores.
+// SAFETY: the pointer is to a field in a page of KVM that is mapped until `handle` was joined (the thread gives back the
+// descriptor whose mapping it is), and it is only used for atomic stores. The thread itself never touches that octet: it
+// is the kernel that reads it, at the next KVM_RUN.
 unsafe impl Send for Running {}
 
 /// The signal that makes KVM_RUN return.
@@ -111,8 +112,9 @@ impl Processors {
                 shared.bus.let_go();
             })
         };
-        let mut all = Self { threads: Vec::with_capacity(vcpus.len()), stop };
+        let mut all = Self { threads: Vec::with_capacity(vcpus.len()), counters: Vec::new(), stop };
         for mut vcpu in vcpus {
+            all.counters.extend(vcpu.counters.take());
             let field: *mut u8 = &raw mut vcpu.fd.get_kvm_run().immediate_exit;
             let shared = shared.clone();
             let name = format!("vcpu{}", vcpu.id);
@@ -129,6 +131,13 @@ impl Processors {
             all.threads.push(Running { handle, immediate_exit: field.cast::<AtomicU8>() });
         }
         Ok(all)
+    }
+
+    /// How often the processors left the guest, by KVM's own count; nothing where this kernel does not count.
+    pub fn guest_exits(&self) -> GuestExits {
+        let mut sum = GuestExits::default();
+        self.counters.iter().for_each(|counters| counters.add_to(&mut sum));
+        sum
     }
 
     /// Makes all processors leave the guest and waits until they did.
@@ -190,6 +199,7 @@ fn run<B: Bus, F>(vcpu: &mut Vcpu, shared: &Shared<B, F>) -> Option<End> {
             }
             Ok(VcpuExit::Intr) => count(&exits.interrupted),
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => count(&exits.interrupted),
+            // Each other exit is the guest's end.
             Ok(VcpuExit::Shutdown) => {
                 let state = registers::describe(&vcpu.fd);
                 return Some(End::new(Reason::GuestReset, format!("triple fault on processor {id}: {state}")));

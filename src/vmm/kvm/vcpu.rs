@@ -4,6 +4,7 @@ use kvm_bindings::{CpuId, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 
 use super::cpuid::Processor;
+use super::stats::Counters;
 use super::{KvmError, Vm, msr, refused};
 use crate::vmm::boot::layout::START_INFO;
 
@@ -17,6 +18,8 @@ const RFLAGS_RESERVED: u64 = 1 << 1;
 pub struct Vcpu {
     pub(super) fd: VcpuFd,
     pub(super) id: u8,
+    /// KVM's counters, where it has them.
+    pub(super) counters: Option<Counters>,
 }
 
 impl Vcpu {
@@ -35,7 +38,8 @@ impl Vcpu {
         if id == 0 {
             set_entry(&fd, entry)?;
         }
-        Ok(Self { fd, id })
+        let counters = Counters::open(&fd);
+        Ok(Self { fd, id, counters })
     }
 }
 

@@ -1,0 +1,398 @@
+//! A worker of the test's own, on the node and without the supervisor: what `warren vmm` does with its descriptors,
+//! its requests and its guest, down to its last words.
+//!
+//! Runs on the node as root (`vm-rig` does, see docs/testing.md). Everything here panics when it fails, as a test
+//! does: the message is what the test outside shows.
+//!
+//! ```no_run
+//! let vm = qemu_tests::rig::Setup::new().vcpus(2).start();
+//! assert_eq!(vm.sh("nproc"), "2\n");
+//! assert_eq!(vm.stop().reason, "stopped");
+//! ```
+
+mod process;
+mod tap;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use warren::sandbox::worker::{AGENT_PORT, LastWords, send_with_descriptors};
+use warren::storage::overlay;
+use warren::wire::{Error, Fields, Message, Request};
+
+use crate::client::{Client, Reply};
+use crate::connection::Connection;
+use crate::files::TempDir;
+use crate::timing;
+
+pub use process::{Worker, overhead_kib};
+pub use tap::{Tap, TapFlags, forward_packets};
+
+/// What the node's image has for its guests.
+const SHARE: &str = "/usr/share/warren";
+const MIB: u64 = 1 << 20;
+
+/// A microVM to be started: base template, 1 processor, 128 MiB, a disk of 512 MiB, unless told otherwise.
+#[derive(Debug)]
+pub struct Setup {
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    base: PathBuf,
+    places: Option<PathBuf>,
+    disk_mib: u64,
+    vcpus: u8,
+    memory_mib: u64,
+    command_line: String,
+    keys: Vec<(String, String)>,
+    /// Key, what stands before `fd:N` in its value, descriptor.
+    descriptors: Vec<(String, String, OwnedFd)>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Setup {
+    /// The node's own guest.
+    pub fn new() -> Self {
+        let share = Path::new(SHARE);
+        Self {
+            kernel: share.join("vmlinux"),
+            initramfs: share.join("initramfs.img"),
+            base: share.join("templates/base/rootfs.img"),
+            places: None,
+            disk_mib: 512,
+            vcpus: 1,
+            memory_mib: 128,
+            command_line: String::new(),
+            keys: Vec::new(),
+            descriptors: Vec::new(),
+        }
+    }
+
+    /// With that many processors.
+    pub fn vcpus(mut self, vcpus: u8) -> Self {
+        self.vcpus = vcpus;
+        self
+    }
+
+    /// With that much memory.
+    pub fn memory_mib(mut self, memory_mib: u64) -> Self {
+        self.memory_mib = memory_mib;
+        self
+    }
+
+    /// With a root disk of that size.
+    pub fn disk_mib(mut self, disk_mib: u64) -> Self {
+        self.disk_mib = disk_mib;
+        self
+    }
+
+    /// With its overlay, log and socket in a new directory below this one (on the data disk, say) instead of in memory.
+    pub fn places_below(mut self, directory: &Path) -> Self {
+        self.places = Some(directory.to_path_buf());
+        self
+    }
+
+    /// With these kernel parameters after the worker's own.
+    pub fn command_line(mut self, text: &str) -> Self {
+        self.command_line = text.to_string();
+        self
+    }
+
+    /// With another kernel and no initramfs: a guest without Linux, which has no agent.
+    pub fn bare_kernel(mut self, kernel: &Path) -> Self {
+        self.kernel = kernel.to_path_buf();
+        self.initramfs = PathBuf::from("/dev/null");
+        self
+    }
+
+    /// With another base image under the root disk.
+    pub fn base(mut self, base: &Path) -> Self {
+        self.base = base.to_path_buf();
+        self
+    }
+
+    /// With one more key of `vm.start`.
+    pub fn set(mut self, key: &str, value: impl ToString) -> Self {
+        self.keys.push((key.to_string(), value.to_string()));
+        self
+    }
+
+    /// With one more descriptor: `key=fd:N` in `vm.start`, N being its place.
+    pub fn descriptor(self, key: &str, descriptor: impl Into<OwnedFd>) -> Self {
+        self.descriptor_with(key, "", descriptor)
+    }
+
+    /// The same with something before `fd:N`: `descriptor_with("disk", "data:rw:", file)`.
+    pub fn descriptor_with(mut self, key: &str, prefix: &str, descriptor: impl Into<OwnedFd>) -> Self {
+        self.descriptors.push((key.to_string(), prefix.to_string(), descriptor.into()));
+        self
+    }
+
+    /// Starts it; the guest runs when this returns. `Vm::agent` waits for more.
+    ///
+    /// # Panics
+    /// When the worker refuses.
+    pub fn start(self) -> Vm {
+        self.try_start().unwrap_or_else(|(error, words)| panic!("vm.start failed: {error}; last words: {words:?}"))
+    }
+
+    /// The same for a start that may be refused: gives the worker's error and last words (`stopped`, by the rig, when
+    /// it did not understand the request).
+    pub fn try_start(self) -> Result<Vm, (Error, Option<LastWords>)> {
+        let home = match &self.places {
+            Some(parent) => TempDir::below(parent),
+            None => TempDir::new(),
+        };
+        let home = home.expect("a directory can be made");
+        let path = |name: &str| home.path().join(name);
+        let create = |name: &str| {
+            let file = File::options().read(true).write(true).create_new(true).open(path(name));
+            file.unwrap_or_else(|e| panic!("{name} cannot be made: {e}"))
+        };
+        let base = open(&self.base);
+        let base_bytes = base.metadata().expect("an open file has a size").len();
+        let overlay = create("overlay");
+        overlay::create(&overlay, self.disk_mib * MIB, base_bytes, [0; 32]).expect("an overlay can be made");
+        create("serial");
+        let serial = File::options().read(true).append(true).open(path("serial")).expect("it was just made");
+        let listener = UnixListener::bind(path("socket")).expect("a socket can be bound");
+        listener.set_nonblocking(true).expect("a socket takes flags");
+        let last_words = create("last-words");
+        let process = Worker::spawn(&listener, &last_words, &path("log"));
+
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("the node has KVM");
+        let mut descriptors: Vec<(String, String, OwnedFd)> = [
+            ("kvm", kvm),
+            ("kernel", open(&self.kernel)),
+            ("initramfs", open(&self.initramfs)),
+            ("serial", serial),
+            ("base", base),
+            ("overlay", overlay),
+        ]
+        .map(|(key, file)| (key.to_string(), String::new(), file.into()))
+        .into();
+        descriptors.extend(self.descriptors);
+        let mut request = Request::new("start", "vm.start")
+            .set("vcpus", self.vcpus)
+            .set("memory_mib", self.memory_mib)
+            .set("cid", 3)
+            .set("cmdline", &self.command_line);
+        for (index, (key, prefix, _)) in descriptors.iter().enumerate() {
+            request = request.set(key, format!("{prefix}fd:{index}"));
+        }
+        for (key, value) in &self.keys {
+            request = request.set(key, value);
+        }
+        let stream = UnixStream::connect(path("socket")).expect("the worker's socket exists");
+        stream.set_read_timeout(Some(timing::hang())).expect("a socket takes a time limit");
+        let raw: Vec<_> = descriptors.iter().map(|(_, _, descriptor)| descriptor.as_fd()).collect();
+        send_with_descriptors(&stream, request, &raw).expect("vm.start can be sent");
+        let answer = Connection::over(stream).receive();
+        let vm = Vm { home, process, control: OnceLock::new(), agent: OnceLock::new(), next_exec: AtomicU64::new(1) };
+        match answer.unwrap_or_else(|e| panic!("no answer to vm.start ({e}); the worker's log: {}", vm.log())) {
+            Message::Ok { .. } => Ok(vm),
+            // A request that it does not understand leaves the worker waiting for another one.
+            Message::Err { error, .. } => Err((error, vm.stop().words)),
+            other => panic!("{other:?} is no answer to vm.start"),
+        }
+    }
+}
+
+fn open(path: &Path) -> File {
+    File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// How a worker ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its exit status: 0 for an orderly end.
+    pub status: std::process::ExitStatus,
+    /// What it left in its last-words file.
+    pub words: Option<LastWords>,
+    /// The word of its last words, "" where there are none.
+    pub reason: String,
+    /// What the guest wrote to its serial port.
+    pub serial: String,
+    /// What the worker wrote to its standard error.
+    pub log: String,
+}
+
+/// A running microVM. Dropping it kills its worker.
+#[derive(Debug)]
+pub struct Vm {
+    process: Worker,
+    control: OnceLock<Client>,
+    agent: OnceLock<Client>,
+    next_exec: AtomicU64,
+    home: TempDir,
+}
+
+impl Vm {
+    /// A new connection to the worker's socket.
+    pub fn connect(&self) -> Client {
+        Client::open(&self.home.path().join("socket")).expect("the worker listens")
+    }
+
+    /// The connection to the worker that this value uses itself.
+    pub fn control(&self) -> &Client {
+        self.control.get_or_init(|| self.connect())
+    }
+
+    /// The worker's process.
+    pub fn process(&self) -> &Worker {
+        &self.process
+    }
+
+    /// The link to the guest's agent; the first call waits for it and configures the guest as the supervisor does.
+    ///
+    /// # Panics
+    /// When the agent does not come; the message has the console's end.
+    pub fn agent(&self) -> &Client {
+        self.agent.get_or_init(|| {
+            let link = self.connect();
+            link.ok(Request::new("", "vsock.accept").set("port", AGENT_PORT));
+            let end = Instant::now() + timing::hang() * 2;
+            let greeting = loop {
+                if let Some(message) = link.stray_within("hello", Duration::from_millis(200)) {
+                    break message;
+                }
+                let why = if let Some(why) = link.closed() {
+                    why
+                } else if Instant::now() > end {
+                    "it is silent".to_string()
+                } else {
+                    continue;
+                };
+                panic!("no agent: {why}; the console ends with:\n{}", tail(&self.serial(), 30));
+            };
+            assert!(matches!(greeting, Message::Ok { .. }), "the agent greets with {greeting:?}");
+            let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+            let configure = Request::new("", "system.configure").set("hostname", "rig").set("clock_ns", clock);
+            link.ok(configure.set("grow", true));
+            link
+        })
+    }
+
+    /// The request that runs a command in the guest as root.
+    pub fn exec_request(&self, argv: &[&str]) -> Request {
+        let id = self.next_exec.fetch_add(1, Ordering::Relaxed);
+        let request = argv.iter().fold(Request::new("", "exec.start"), |request, word| request.arg(word));
+        request.set("id", id).set("user", 0).set("cwd", "/")
+    }
+
+    /// Runs a command in the guest as root; the whole reply is for the caller to judge.
+    pub fn exec(&self, argv: &[&str]) -> Reply {
+        self.agent().ok(self.exec_request(argv))
+    }
+
+    /// Runs a line of shell in the guest as root and gives what it printed.
+    ///
+    /// # Panics
+    /// When it does not end with 0.
+    pub fn sh(&self, script: &str) -> String {
+        let reply = self.exec(&["sh", "-c", script]);
+        let (out, err) = (reply.text("stdout"), reply.text("stderr"));
+        assert_eq!(reply.field("exit"), "0", "in the guest `{script}` said {out:?} and {err:?}");
+        out
+    }
+
+    /// Writes a file in the guest.
+    pub fn write_file(&self, path: &str, mode: u32, content: &[u8]) {
+        let request = Request::new("", "file.write").set("path", path).set("mode", format!("{mode:04o}"));
+        let call = self.agent().start(request.set("user", 0));
+        assert!(call.writer().write("content", content), "writing {path} in the guest broke off");
+        call.writer().end("content");
+        call.finish_ok();
+    }
+
+    /// Reads a file of the guest.
+    pub fn read_file(&self, path: &str) -> Vec<u8> {
+        let mut reply = self.agent().ok(Request::new("", "file.read").set("path", path));
+        reply.data.remove("content").unwrap_or_default()
+    }
+
+    /// Puts `guest-tool` into the guest as /run/guest-tool (see docs/testing.md) and gives that path.
+    pub fn put_guest_tool(&self) -> &'static str {
+        let own = std::env::current_exe().expect("a running program has a path");
+        let tool = fs::read(own.with_file_name("guest-tool")).expect("guest-tool lies beside this program");
+        self.write_file("/run/guest-tool", 0o755, &tool);
+        "/run/guest-tool"
+    }
+
+    /// `vm.stats`.
+    pub fn stats(&self) -> Fields {
+        self.control().ok(Request::new("", "vm.stats")).fields
+    }
+
+    /// One number of `vm.stats`.
+    pub fn stat(&self, key: &str) -> u64 {
+        let stats = self.stats();
+        stats.number(key).unwrap_or_else(|| panic!("vm.stats has no {key}: {stats:?}"))
+    }
+
+    /// What the guest wrote to its serial port so far.
+    pub fn serial(&self) -> String {
+        text(&self.home.path().join("serial"))
+    }
+
+    /// What the worker wrote to its standard error so far.
+    pub fn log(&self) -> String {
+        text(&self.home.path().join("log"))
+    }
+
+    /// Whether its worker has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.process.wait(Duration::ZERO).is_some()
+    }
+
+    /// A connection for messages, which gives errors where `connect` panics; reads give up after `timing::hang()`.
+    pub fn open(&self) -> io::Result<Connection> {
+        let connection = Connection::open(&self.home.path().join("socket"))?;
+        connection.stream().set_read_timeout(Some(timing::hang()))?;
+        Ok(connection)
+    }
+
+    /// Ends it by `vm.stop`.
+    pub fn stop(self) -> Ended {
+        // It may end by itself meanwhile, and its socket with it.
+        let control = Client::open(&self.home.path().join("socket"));
+        let _call = control.map(|control| control.start(Request::new("", "vm.stop")));
+        self.wait(timing::hang())
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// When it does not end in time.
+    pub fn wait(mut self, limit: Duration) -> Ended {
+        let Some(status) = self.process.wait(limit) else {
+            panic!(
+                "the worker runs on after {limit:?}; its log: {}\nthe console ends with:\n{}",
+                self.log(),
+                tail(&self.serial(), 30)
+            );
+        };
+        let words = LastWords::read(&self.home.path().join("last-words"));
+        let reason = words.as_ref().map(|words| words.reason.clone()).unwrap_or_default();
+        Ended { status, reason, words, serial: self.serial(), log: self.log() }
+    }
+}
+
+fn text(path: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).replace('\r', "")
+}
+
+fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
