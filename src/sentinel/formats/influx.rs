@@ -36,7 +36,7 @@ pub fn point(line: &str) -> Option<Result<Point<'_>, PointError>> {
 }
 
 fn parse(line: &str) -> Result<Point<'_>, PointError> {
-    let (measurement, mut rest) = token(line, &[b',', b' ']);
+    let (measurement, mut rest) = token(line, b", ");
     if measurement.is_empty() {
         return Err(PointError("a line has no measurement"));
     }

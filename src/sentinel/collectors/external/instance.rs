@@ -225,10 +225,10 @@ impl Instance {
         };
         match (asked, message) {
             (Asked::Schema, Message::Item { fields, .. }) => {
-                if let (Some(section), Some(name)) = (fields.get("section"), fields.get("name")) {
-                    if self.schema.len() < 1024 {
-                        self.schema.push((section.to_string(), name.to_string()));
-                    }
+                if let (Some(section), Some(name)) = (fields.get("section"), fields.get("name"))
+                    && self.schema.len() < 1024
+                {
+                    self.schema.push((section.to_string(), name.to_string()));
                 }
             }
             (Asked::Collect(run), Message::Item { fields, .. }) => {
