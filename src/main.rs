@@ -8,6 +8,7 @@ fn main() -> ExitCode {
     match role.to_str() {
         _ if std::process::id() == 1 && role != "vmm" => warren::init::main(),
         Some("vmm") => warren::vmm::main(),
+        Some("sentinel") => warren::sentinel::main(args.collect()),
         Some("supervise") => warren::node::main(args.collect()),
         _ => warren::cli::main(),
     }

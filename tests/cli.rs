@@ -140,6 +140,34 @@ fn ps_is_a_table_of_what_is_not_stopped() {
 }
 
 #[test]
+fn top_is_a_table_of_what_running_sandboxes_use() {
+    let node = Node::start();
+    let text = stdout(&run(&node, &["top"]));
+    let lines: Vec<&str> = text.lines().collect();
+    let heading = "ID             CPU TIME   USED    CACHE   MEMORY    HOST   DISK   READ    WRITTEN";
+    assert_eq!(lines[0], heading, "{text}");
+    assert_eq!(lines[1], "abcdefghijkl   1.23 s     2 MiB           512 MiB                 4 KiB", "{text}");
+    assert_eq!(lines.len(), 2, "what ended while it was looked at is left out: {text}");
+    // Who is asked for by name and does not run is an error.
+    let output = run(&node, &["top", "--json", "abcdefghijkl", "mnopqrstuvwx"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).starts_with("error: BAD_STATE: "), "{}", stderr(&output));
+    let document: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!((document.as_array().unwrap().len(), &document[0]["cpu_ms"]), (1, &1234.into()));
+}
+
+#[test]
+fn update_says_what_it_changed() {
+    let node = Node::start();
+    assert_eq!(stdout(&run(&node, &["update", "--memory-target", "1G", "sb"])), "sb\n");
+    node.await_seen("sandbox.update sb memory_target_mib=1024");
+    let output = run(&node, &["--json", "update", "sb", "--memory-target", "64"]);
+    let document: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(document["memory_target_mib"], 64);
+    assert_eq!(run(&node, &["update", "sb"]).status.code(), Some(2));
+}
+
+#[test]
 fn rm_goes_on_after_a_failure() {
     let node = Node::start();
     let output = run(&node, &["rm", "-f", "a", "nobody", "b"]);

@@ -72,6 +72,8 @@ pub enum Target {
     AtMost(f64),
     /// No more than this part of another row, where that one was measured.
     AtMostOf(f64, &'static str),
+    /// No less than this part of another row, where that one was measured.
+    AtLeastOf(f64, &'static str),
 }
 
 /// The targets, by row.
@@ -82,6 +84,10 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("worker_overhead_kib", Target::AtMost(3072.0)),
     ("binary_bytes", Target::AtMost(8.0 * 1024.0 * 1024.0)),
     ("host_boot_ms", Target::AtMost(2500.0)),
+    ("block_write_mib_per_s", Target::AtLeastOf(1.0, "peer_block_write_mib_per_s")),
+    ("block_read_mib_per_s", Target::AtLeastOf(1.0, "peer_block_read_mib_per_s")),
+    ("block_4k_iops", Target::AtLeastOf(1.0, "peer_block_4k_iops")),
+    ("block_4k_write_iops", Target::AtLeastOf(1.0, "peer_block_4k_write_iops")),
 ];
 
 /// One line for each target that can be judged.
@@ -91,12 +97,19 @@ pub fn verdicts(rows: &[Row]) -> Vec<String> {
         .iter()
         .filter_map(|(name, target)| {
             let measured = value(name)?;
-            let (limit, of) = match target {
-                Target::AtMost(limit) => (*limit, String::new()),
-                Target::AtMostOf(part, other) => (part * value(other)?, format!(" ({part} × {other})")),
+            let (met, sign, limit, of) = match target {
+                Target::AtMost(limit) => (measured <= *limit, '≤', *limit, String::new()),
+                Target::AtMostOf(part, other) | Target::AtLeastOf(part, other) => {
+                    let limit = part * value(other)?;
+                    let of = format!(" ({part} × {other})");
+                    match target {
+                        Target::AtLeastOf(..) => (measured >= limit, '≥', limit, of),
+                        _ => (measured <= limit, '≤', limit, of),
+                    }
+                }
             };
-            let word = if measured <= limit { "met" } else { "MISSED" };
-            Some(format!("{word:6}  {name} {} ≤ {}{of}", shown(measured), shown(limit)))
+            let word = if met { "met" } else { "MISSED" };
+            Some(format!("{word:6}  {name} {} {sign} {}{of}", shown(measured), shown(limit)))
         })
         .collect()
 }
@@ -118,6 +131,13 @@ mod tests {
         let both = verdicts(&[own, Row::new("peer_cold_boot_ms", 52.0, "ms", "")]);
         assert_eq!(both.len(), 2);
         assert!(both[1].starts_with("MISSED"));
+    }
+
+    #[test]
+    fn more_than_a_peer_is_met_where_more_is_better() {
+        let rows = |own| [Row::new("block_4k_iops", own, "1/s", ""), Row::new("peer_block_4k_iops", 10.0, "1/s", "")];
+        assert!(verdicts(&rows(11.0))[0].starts_with("met"));
+        assert!(verdicts(&rows(9.0))[0].starts_with("MISSED"));
     }
 
     #[test]

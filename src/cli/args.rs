@@ -58,6 +58,21 @@ pub enum Verb {
         #[arg(required = true, value_name = "SANDBOX")]
         ids: Vec<String>,
     },
+    /// Show what running sandboxes use
+    Top {
+        /// Ids or names; all that run when none is given
+        #[arg(value_name = "SANDBOX")]
+        ids: Vec<String>,
+    },
+    /// Change a running sandbox
+    Update {
+        /// Id or name
+        #[arg(value_name = "SANDBOX")]
+        id: String,
+        /// Memory it is asked to do with; what is above goes back to the node as far as the guest can spare it
+        #[arg(long, required = true, value_name = "SIZE", value_parser = parse_mib)]
+        memory_target: u64,
+    },
     /// Stop sandboxes; their disks stay
     Stop {
         /// Ids or names

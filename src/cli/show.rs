@@ -1,4 +1,4 @@
-//! `ps`, `inspect`, `stop`, `rm`, `logs`, `node`, `template`: what a node has, and how to end it.
+//! `ps`, `inspect`, `top`, `update`, `stop`, `rm`, `logs`, `node`, `template`: what a node has, and how to end it.
 
 use std::collections::VecDeque;
 use std::io;
@@ -68,6 +68,61 @@ pub fn inspect(client: &mut Client, verb: &str, names: &[String]) -> Result<u8, 
     Ok(code)
 }
 
+/// `warren top`: one look. Without names, what ended meanwhile is left out.
+pub fn top(client: &mut Client, names: &[String], json: bool) -> Result<u8, Failure> {
+    let mut listed = Vec::new();
+    if names.is_empty() {
+        let rows = client.call(Request::new("", "sandbox.list").set("state", "running"))?.items;
+        listed.extend(rows.iter().map(|row| text(row, "id")));
+    }
+    let mut rows = Vec::new();
+    let asked = if names.is_empty() { &listed } else { names };
+    let code = ask_each(
+        client,
+        asked,
+        |id| Request::new("", "sandbox.stats").arg(id),
+        |_, done| match done {
+            Err(error) if names.is_empty() && (error.is(Code::NotFound) || error.is(Code::BadState)) => Ok(()),
+            done => done.map(|fields| rows.push(fields)),
+        },
+    );
+    if json {
+        print_json(&rows.iter().map(json_object).collect())?;
+        return Ok(code);
+    }
+    let heading = ["ID", "CPU TIME", "USED", "CACHE", "MEMORY", "HOST", "DISK", "READ", "WRITTEN"];
+    print(table(&heading, &rows.iter().map(usage_row).collect::<Vec<_>>()))?;
+    Ok(code)
+}
+
+fn usage_row(row: &Fields) -> Vec<String> {
+    let cpu = row.number("cpu_ms").map(|ms| format!("{}.{:02} s", ms / 1000, ms % 1000 / 10)).unwrap_or_default();
+    let kib = |key| size(row, key, 1024);
+    vec![
+        text(row, "id"),
+        cpu,
+        kib("memory_used_kib"),
+        kib("memory_cache_kib"),
+        size(row, "memory_mib", MIB),
+        kib("memory_resident_kib"),
+        kib("disk_used_kib"),
+        size(row, "block_read_bytes", 1),
+        size(row, "block_written_bytes", 1),
+    ]
+}
+
+/// `warren update`.
+pub fn update(client: &mut Client, id: &str, memory_target_mib: u64, json: bool) -> Result<u8, Failure> {
+    let request = Request::new("", "sandbox.update").arg(id).set("memory_target_mib", memory_target_mib);
+    let reply = client.call(request)?;
+    if json {
+        print_json(&json_object(&reply.fields))?;
+    } else {
+        print(format!("{id}\n"))?;
+    }
+    Ok(0)
+}
+
 /// `warren stop`.
 pub fn stop(client: &mut Client, ids: &[String], time: Option<Duration>, json: bool) -> Result<u8, Failure> {
     change(client, ids, json, |id| {
@@ -89,16 +144,10 @@ pub fn rm(client: &mut Client, ids: &[String], force: bool, json: bool) -> Resul
 
 /// Asks for the same of every sandbox, several at once, and names those where it was done.
 fn change(client: &mut Client, ids: &[String], json: bool, request: impl Fn(&str) -> Request) -> Result<u8, Failure> {
-    let mut ahead: VecDeque<Result<Call, Error>> = VecDeque::new();
-    let mut next = ids.iter();
     let mut done = Vec::new();
     let mut output = Ok(());
-    let code = each(ids, |id| {
-        while let Some(id) = (ahead.len() < AHEAD).then(|| next.next()).flatten() {
-            ahead.push_back(client.start(request(id)));
-        }
-        let Some(call) = ahead.pop_front() else { return Ok(()) };
-        client.wait(&call?, None)?;
+    let code = ask_each(client, ids, request, |id, answer| {
+        answer?;
         if json {
             done.push(json!({ "id": id }));
         } else if output.is_ok() {
@@ -111,6 +160,24 @@ fn change(client: &mut Client, ids: &[String], json: bool, request: impl Fn(&str
         print_json(&Value::Array(done))?;
     }
     Ok(code)
+}
+
+/// Asks for something of every name, several at once, and hands the answers on in their order; gives the exit code.
+fn ask_each(
+    client: &mut Client,
+    names: &[String],
+    request: impl Fn(&str) -> Request,
+    mut take: impl FnMut(&str, Result<Fields, Error>) -> Result<(), Error>,
+) -> u8 {
+    let mut ahead: VecDeque<Result<Call, Error>> = VecDeque::new();
+    let mut next = names.iter();
+    each(names, |name| {
+        while let Some(name) = (ahead.len() < AHEAD).then(|| next.next()).flatten() {
+            ahead.push_back(client.start(request(name)));
+        }
+        let Some(call) = ahead.pop_front() else { return Ok(()) };
+        take(name, call.and_then(|call| client.wait(&call, None)).map(|reply| reply.fields))
+    })
 }
 
 /// Does something for every name and goes on after a failure; gives the exit code.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::init::StopMode;
 use crate::sandbox::lifecycle::State;
-use crate::sandbox::spec::{Defaults, Spec};
+use crate::sandbox::spec::{Defaults, MEMORY_MIB, MIN_MEMORY_TARGET_MIB, Spec, Update};
 use crate::wire::{Arg, Args, Code, Error, Request};
 
 /// A checked request.
@@ -46,6 +46,15 @@ pub enum Command {
         sandbox: String,
         /// Also when it runs.
         force: bool,
+    },
+    /// What a sandbox uses.
+    SandboxStats(String),
+    /// Changes a running sandbox.
+    SandboxUpdate {
+        /// Id, name or unique prefix.
+        sandbox: String,
+        /// What is to change.
+        update: Update,
     },
     /// The serial log.
     SandboxLogs {
@@ -131,6 +140,11 @@ verbs! {
     };
     "sandbox.stop", "SANDBOX [timeout_ms=0..600000]", "shut a sandbox down, by force after the timeout", sandbox_stop;
     "sandbox.remove", "SANDBOX [force=true]", "take a sandbox and its disk away", sandbox_remove;
+    "sandbox.stats", "SANDBOX", "what a running sandbox uses", |_, mut args, _| {
+        let sandbox = sandbox(&mut args)?;
+        done(args, Command::SandboxStats(sandbox))
+    };
+    "sandbox.update", "SANDBOX memory_target_mib=N", "change a running sandbox", sandbox_update;
     "sandbox.logs", "SANDBOX [follow=true]", "the serial log, on channel log", sandbox_logs;
     "exec.start",
     "SANDBOX ARG+ [env=K=V]* [cwd=PATH] [user=USER] [stdin=true] [tty=true cols=N rows=N] [timeout_ms=N] [detach=true]",
@@ -214,6 +228,13 @@ fn sandbox_remove(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error
     let sandbox = sandbox(&mut args)?;
     let force = args.flag("force")?;
     done(args, Command::SandboxRemove { sandbox, force })
+}
+
+fn sandbox_update(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let sandbox = sandbox(&mut args)?;
+    let target = args.number("memory_target_mib", MIN_MEMORY_TARGET_MIB..=*MEMORY_MIB.end())?;
+    let memory_target_mib = target.ok_or_else(|| missing("memory_target_mib"))?;
+    done(args, Command::SandboxUpdate { sandbox, update: Update { memory_target_mib } })
 }
 
 fn sandbox_logs(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {

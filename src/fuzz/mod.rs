@@ -4,22 +4,28 @@
 #![allow(clippy::unwrap_used)] // a failure is the finding
 
 mod block;
+mod elf;
 mod exposition;
+mod http_response;
 mod influx;
 mod modbus;
 mod node;
 mod overlay;
+mod sentinel_log;
 mod snmp;
 mod virtqueue;
 mod vsock;
 mod wire;
 
 pub use block::block;
+pub use elf::elf;
 pub use exposition::exposition;
+pub use http_response::http_response;
 pub use influx::influx;
 pub use modbus::modbus;
 pub use node::node;
 pub use overlay::overlay;
+pub use sentinel_log::sentinel_log;
 pub use snmp::snmp;
 pub use virtqueue::virtqueue;
 pub use vsock::vsock;
@@ -63,13 +69,16 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 10] = [
+    const TARGETS: [Target; 13] = [
         ("block", block),
+        ("elf", elf),
         ("exposition", exposition),
+        ("http_response", http_response),
         ("influx", influx),
         ("modbus", modbus),
         ("node", node),
         ("overlay", overlay),
+        ("sentinel_log", sentinel_log),
         ("snmp", snmp),
         ("virtqueue", virtqueue),
         ("vsock", vsock),

@@ -23,7 +23,6 @@ use super::port::{self, Port};
 use super::settings::Settings;
 use super::tasks::Tasks;
 use super::{boot, memory, report, socket, system};
-use crate::wire::Message;
 
 /// After so long without an event memory is given back.
 const IDLE: Duration = Duration::from_secs(1);
@@ -223,7 +222,7 @@ impl Agent {
 
     /// How long to wait for events.
     pub(super) fn patience(&self) -> Option<Duration> {
-        let at_once = !self.busy_links.is_empty() || !self.busy_execs.is_empty() || self.tasks.at_hand;
+        let at_once = !self.busy_links.is_empty() || !self.busy_execs.is_empty();
         if at_once || !self.chores_finished {
             return Some(Duration::ZERO);
         }
@@ -336,18 +335,20 @@ impl Agent {
         }
     }
 
+    /// Passes on what threads said. What belongs to a request that has ended is dropped.
     pub(super) fn collect_tasks(&mut self) {
-        self.tasks.at_hand = false;
         while let Some(report) = self.tasks.next() {
-            let Some(connection) = self.links.get_mut(&report.link) else { continue };
-            if !matches!(connection.job(&report.tag), Some(Job::Task)) {
-                continue; // cancelled meanwhile
-            }
-            connection.take(&report.tag);
-            connection.link.send(&match report.result {
-                Ok(fields) => Message::ok(&report.tag, fields),
-                Err(error) => Message::err(&report.tag, error),
+            let Some(Connection { link, jobs, .. }) = self.links.get_mut(&report.link) else { continue };
+            let task = jobs.iter_mut().enumerate().find_map(|(at, slot)| match &mut slot.job {
+                Job::Task(task) if task.number == report.number => Some((at, task)),
+                _ => None,
             });
+            let Some((at, task)) = task else { continue };
+            task.note(&report.message);
+            link.send(&report.message);
+            if report.message.is_final() {
+                jobs.swap_remove(at);
+            }
             self.busy_links.insert(report.link);
         }
     }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use super::files::{Listing, Reading, Writing};
+use super::tasks::Task;
 use crate::wire::{Code, Error, Fields, Link, Message, PROTOCOL_VERSION};
 
 /// Octets queued on a link from which on nothing more is produced for it, and none of its requests are read.
@@ -17,14 +17,8 @@ pub(super) enum Job {
     Exec(u64),
     /// The list of programs, from this number on.
     ExecList(u64),
-    /// `file.read`
-    Read(Reading),
-    /// `file.write`
-    Write(Writing),
-    /// `file.list`
-    List(Listing),
-    /// Something that may block is done on a thread.
-    Task,
+    /// A file operation, on a thread.
+    Task(Task),
 }
 
 /// A tag and its request.

@@ -1,4 +1,5 @@
-//! The file verbs: streams of any size in bounded memory.
+//! The file verbs: streams of any size in bounded memory. All of this runs on threads (`tasks`): it may block for as
+//! long as a file system likes.
 //!
 //! They act as root, and what they create belongs to the sandbox's user. Paths are the sandbox's and
 //! hostile: what is opened may be a FIFO or a device, so nothing is opened blocking and only regular files are
@@ -13,11 +14,13 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
-use super::connection::QUEUE_HIGH;
-use crate::wire::{Code, Error, FRAME, Fields, INITIAL_CREDIT, Link, Message};
+use super::tasks::{Desk, Order};
+use crate::wire::{Code, Error, FRAME, Fields, Message};
 
 /// Credit for content is given back in portions of this many octets.
 const CREDIT_PORTION: u64 = 64 * 1024;
+/// Content is read in pieces of this many octets.
+const CHUNK: usize = if FRAME < 64 * 1024 { FRAME } else { 64 * 1024 };
 /// Bits of a mode that can be asked for.
 pub(super) const MODE_MAX: u32 = 0o7777;
 
@@ -119,86 +122,58 @@ pub(super) fn relocate(from: &Path, to: &Path) -> Result<Fields, Error> {
     Ok(Fields::new())
 }
 
-/// What a visit to a stream found.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Visit {
-    /// It waits: for credit, for room in the link's queue, or for the client.
-    Idle,
-    /// There is more to do.
-    Progress,
-    /// The request has been answered.
-    Done,
-}
-
-/// `file.read` under way.
-#[derive(Debug)]
-pub(super) struct Reading {
-    file: File,
-    path: PathBuf,
-    left: u64,
-    sent: u64,
-    granted: u64,
-}
-
-impl Reading {
-    /// Opens a regular file to send `length` octets from `offset` on, or what there is of them.
-    pub(super) fn open(path: PathBuf, offset: u64, length: u64) -> Result<Self, Error> {
-        let open = || {
-            let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(&path)?;
-            let meta = file.metadata()?;
-            if meta.is_dir() {
-                return Err(errno(Errno::EISDIR));
+/// `file.read`: sends `length` octets from `offset` on, or what there is of them.
+pub(super) fn read(desk: &Desk, path: &Path, offset: u64, length: u64) -> Result<Fields, Error> {
+    let cannot = |e: io::Error| failed("read", path, &e);
+    let mut file = open_regular(path, offset).map_err(cannot)?;
+    let mut chunk = vec![0; CHUNK];
+    let (mut left, mut allowed, mut sent) = (length, 0u64, 0u64);
+    while left > 0 {
+        if allowed == 0 {
+            match desk.order() {
+                Some(Order::More(octets)) => allowed += octets,
+                Some(_) => {}
+                None => return Err(cancelled()),
             }
-            if !meta.is_file() {
-                return Err(errno(Errno::EINVAL));
-            }
-            if offset > 0 {
-                file.seek(SeekFrom::Start(offset))?;
-            }
-            Ok(file)
+            continue;
+        }
+        let room = usize::try_from(left.min(allowed)).unwrap_or(usize::MAX).min(CHUNK);
+        let read = match file.read(&mut chunk[..room]) {
+            Ok(0) => break,
+            Ok(read) => read,
+            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+            Err(e) => return Err(cannot(e)),
         };
-        match open() {
-            Ok(file) => Ok(Self { file, path, left: length, sent: 0, granted: INITIAL_CREDIT }),
-            Err(e) => Err(failed("read", &path, &e)),
-        }
+        desk.say(Message::data(&desk.tag, "content", &chunk[..read]));
+        sent += read as u64;
+        left -= read as u64;
+        allowed -= read as u64;
     }
-
-    /// The client has taken that many octets.
-    pub(super) fn credit(&mut self, octets: u64) {
-        self.granted = self.granted.saturating_add(octets);
-    }
-
-    /// Sends what may be sent.
-    pub(super) fn pump(&mut self, link: &mut Link<File>, tag: &str, scratch: &mut [u8]) -> Visit {
-        let mut visit = Visit::Idle;
-        while link.queued() < QUEUE_HIGH && (self.sent < self.granted || self.left == 0) {
-            let room = self.left.min(self.granted - self.sent);
-            let room = usize::try_from(room).unwrap_or(usize::MAX).min(scratch.len());
-            let read = match self.file.read(scratch.get_mut(..room).unwrap_or_default()) {
-                Ok(read) => read,
-                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-                Err(e) => {
-                    link.send(&Message::err(tag, failed("read", &self.path, &e)));
-                    return Visit::Done;
-                }
-            };
-            if read == 0 {
-                link.send(&Message::end(tag, "content"));
-                link.send(&Message::ok(tag, Fields::new().with("size", self.sent)));
-                return Visit::Done;
-            }
-            for frame in scratch.get(..read).unwrap_or_default().chunks(FRAME) {
-                link.send_data(tag, "content", frame);
-            }
-            self.sent += read as u64;
-            self.left -= read as u64;
-            visit = Visit::Progress;
-        }
-        visit
-    }
+    desk.say(Message::end(&desk.tag, "content"));
+    Ok(Fields::new().with("size", sent))
 }
 
-/// `file.write` under way.
+fn open_regular(path: &Path, offset: u64) -> io::Result<File> {
+    let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let meta = file.metadata()?;
+    if meta.is_dir() {
+        return Err(errno(Errno::EISDIR));
+    }
+    if !meta.is_file() {
+        return Err(errno(Errno::EINVAL));
+    }
+    if offset > 0 {
+        file.seek(SeekFrom::Start(offset))?;
+    }
+    Ok(file)
+}
+
+/// What a thread says whose request has ended: nobody hears it.
+fn cancelled() -> Error {
+    Error::new(Code::Cancelled, "cancelled by its client")
+}
+
+/// A file that is being written.
 #[derive(Debug)]
 pub(super) struct Writing {
     file: File,
@@ -206,8 +181,6 @@ pub(super) struct Writing {
     /// The file beside the target that will replace it; `None` when appending.
     temporary: Option<PathBuf>,
     received: u64,
-    granted: u64,
-    owed: u64,
 }
 
 impl Writing {
@@ -271,33 +244,34 @@ impl Writing {
         begin: impl FnOnce(&mut PathBuf) -> io::Result<(File, Option<PathBuf>)>,
     ) -> Result<Self, Error> {
         match begin(&mut path) {
-            Ok((file, temporary)) => Ok(Self { file, path, temporary, received: 0, granted: INITIAL_CREDIT, owed: 0 }),
+            Ok((file, temporary)) => Ok(Self { file, path, temporary, received: 0 }),
             Err(e) => Err(failed("write", &path, &e)),
         }
     }
 
-    /// Takes a chunk, and gives credit for more.
-    pub(super) fn push(&mut self, chunk: &[u8], link: &mut Link<File>, tag: &str) -> Result<(), Error> {
-        self.received += chunk.len() as u64;
-        if self.received > self.granted {
-            return Err(Error::new(
-                Code::CreditExceeded,
-                format!("content has {} octets, credit is for {}", self.received, self.granted),
-            )
-            .with("channel", "content"));
+    /// Takes the client's content until its end, and gives credit for more.
+    pub(super) fn take(mut self, desk: &Desk) -> Result<Fields, Error> {
+        let mut owed = 0;
+        loop {
+            match desk.order() {
+                Some(Order::Content(chunk)) => {
+                    self.file.write_all(&chunk).map_err(|e| failed("write", &self.path, &e))?;
+                    self.received += chunk.len() as u64;
+                    owed += chunk.len() as u64;
+                }
+                Some(Order::End) => return self.finish(),
+                Some(Order::More(_)) => {}
+                None => return Err(cancelled()),
+            }
+            if owed >= CREDIT_PORTION {
+                desk.say(Message::credit(&desk.tag, "content", owed));
+                owed = 0;
+            }
         }
-        self.file.write_all(chunk).map_err(|e| failed("write", &self.path, &e))?;
-        self.owed += chunk.len() as u64;
-        if self.owed >= CREDIT_PORTION {
-            link.send(&Message::credit(tag, "content", self.owed));
-            self.granted = self.granted.saturating_add(self.owed);
-            self.owed = 0;
-        }
-        Ok(())
     }
 
-    /// Puts the whole content into place, to last. May block for long.
-    pub(super) fn finish(mut self) -> Result<Fields, Error> {
+    /// Puts the whole content into place, to last.
+    fn finish(mut self) -> Result<Fields, Error> {
         let finish = |writing: &mut Self| {
             writing.file.sync_all()?;
             if let Some(temporary) = &writing.temporary {
@@ -353,45 +327,24 @@ fn create_beside(path: &Path) -> io::Result<(PathBuf, File)> {
     Err(errno(Errno::EEXIST))
 }
 
-/// `file.list` under way.
-#[derive(Debug)]
-pub(super) struct Listing {
-    path: PathBuf,
-    entries: fs::ReadDir,
-    count: u64,
-}
-
-impl Listing {
-    /// Opens a directory.
-    pub(super) fn open(path: PathBuf) -> Result<Self, Error> {
-        match fs::read_dir(&path) {
-            Ok(entries) => Ok(Self { path, entries, count: 0 }),
-            Err(e) => Err(failed("list", &path, &e)),
-        }
-    }
-
-    /// Sends as many rows as the link's queue takes, in the directory's own order.
-    pub(super) fn pump(&mut self, link: &mut Link<File>, tag: &str) -> Visit {
-        while link.queued() < QUEUE_HIGH {
-            match self.entries.next() {
-                None => {
-                    link.send(&Message::ok(tag, Fields::new().with("count", self.count)));
-                    return Visit::Done;
-                }
-                Some(Ok(entry)) => {
-                    // One that has gone meanwhile is left out.
-                    if let Ok(meta) = entry.metadata() {
-                        let name = entry.file_name();
-                        link.send(&Message::item(tag, describe(name.as_bytes(), &entry.path(), &meta)));
-                        self.count += 1;
-                    }
-                }
-                Some(Err(e)) => {
-                    link.send(&Message::err(tag, failed("list", &self.path, &e)));
-                    return Visit::Done;
-                }
+/// `file.list`: the rows in the directory's own order.
+pub(super) fn list(desk: &Desk, path: &Path) -> Result<Fields, Error> {
+    let cannot = |e: io::Error| failed("list", path, &e);
+    let (mut allowed, mut count) = (0u64, 0u64);
+    for entry in fs::read_dir(path).map_err(cannot)? {
+        let entry = entry.map_err(cannot)?;
+        // One that has gone meanwhile is left out.
+        let Ok(meta) = entry.metadata() else { continue };
+        while allowed == 0 {
+            match desk.order() {
+                Some(Order::More(rows)) => allowed += rows,
+                Some(_) => {}
+                None => return Err(cancelled()),
             }
         }
-        Visit::Idle
+        desk.say(Message::item(&desk.tag, describe(entry.file_name().as_bytes(), &entry.path(), &meta)));
+        allowed -= 1;
+        count += 1;
     }
+    Ok(Fields::new().with("count", count))
 }

@@ -9,12 +9,22 @@ use super::agent::{Agent, Door, Due};
 use super::children::start_error;
 use super::connection::{Connection, Job, QUEUE_HIGH};
 use super::exec::{Exec, Visit as ExecVisit};
-use super::files::Visit;
 use super::{port, socket};
 use crate::wire::{Decoded, Error, Fields, Filled, Link, Message};
 
 /// Rounds of reading and writing on one link before the others get their turn.
 const ROUNDS: usize = 16;
+
+/// What a visit to a request found.
+#[derive(Debug, PartialEq, Eq)]
+enum Visit {
+    /// It waits: for credit, for room in the link's queue, for a thread, or for the client.
+    Idle,
+    /// There is more to do.
+    Progress,
+    /// The request has been answered.
+    Done,
+}
 
 impl Agent {
     /// Visits what was marked, until nothing moves.
@@ -137,9 +147,10 @@ impl Agent {
                     },
                 },
                 Job::ExecList(next) => list_execs(execs, next, link, &slot.tag),
-                Job::Read(reading) => reading.pump(link, &slot.tag, scratch),
-                Job::List(listing) => listing.pump(link, &slot.tag),
-                Job::Write(_) | Job::Task => Visit::Idle,
+                Job::Task(task) => {
+                    task.pump(link.queued());
+                    Visit::Idle
+                }
             };
             progress |= visit != Visit::Idle;
             visit != Visit::Done

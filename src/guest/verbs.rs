@@ -11,8 +11,9 @@ use nix::sys::signal::Signal;
 use super::agent::{Agent, Due, EXEC_MAX};
 use super::connection::{Connection, Job, Slot, hello};
 use super::exec::{self, Attachment, Exec, Plan, Size};
-use super::files::{self, Listing, MODE_MAX, Reading, Writing};
+use super::files::{self, MODE_MAX, Writing};
 use super::settings::variable;
+use super::tasks::{Desk, Flow};
 use super::{remove, system};
 use crate::wire::{Args, Code, Error, Fields, Message, Request};
 
@@ -40,7 +41,7 @@ impl Agent {
             Message::Request(request) => self.begin(link, connection, request),
             Message::Cancel { tag } => self.cancel(connection, &tag),
             Message::Data { tag, channel, payload } => self.data(connection, &tag, &channel, payload),
-            Message::End { tag, channel } => self.end_of(link, connection, &tag, &channel),
+            Message::End { tag, channel } => self.end_of(connection, &tag, &channel),
             Message::Credit { tag, channel, octets } => self.credit(connection, &tag, &channel, octets),
             // Replies are nothing that a client sends.
             Message::Ok { .. } | Message::Err { .. } | Message::Item { .. } => {}
@@ -85,18 +86,18 @@ impl Agent {
             "exec.signal" => self.exec_signal(args),
             "exec.resize" => self.exec_resize(args),
             "exec.forget" => self.exec_forget(args),
-            "file.read" => self.file_read(args),
-            "file.write" => self.file_write(args),
+            "file.read" => self.file_read(link, &tag, args),
+            "file.write" => self.file_write(link, &tag, args),
             "file.list" => {
                 let path = self.path(args, "path")?;
-                Listing::open(path).map(|listing| Begun::Job(Job::List(listing)))
+                self.task(link, &tag, Flow::ROWS, move |desk| files::list(desk, &path))
             }
             "file.stat" => {
                 let path = self.path(args, "path")?;
-                files::stat(&path).map(Begun::Done)
+                self.task(link, &tag, Flow::Answer, move |_| files::stat(&path))
             }
-            "file.mkdir" => self.file_mkdir(args),
-            "file.move" => self.file_move(args),
+            "file.mkdir" => self.file_mkdir(link, &tag, args),
+            "file.move" => self.file_move(link, &tag, args),
             "file.remove" => self.file_remove(link, &tag, args),
             other => Err(Error::new(Code::UnknownVerb, format!("{other} is not a verb of the agent"))),
         }
@@ -130,14 +131,13 @@ impl Agent {
     fn data(&mut self, connection: &mut Connection, tag: &str, channel: &str, payload: Vec<u8>) {
         // What was under way when a request ended is dropped.
         let Some(at) = connection.position(tag) else { return };
-        let Connection { link, jobs, .. } = connection;
-        let Some(slot) = jobs.get_mut(at) else { return };
+        let Some(slot) = connection.jobs.get_mut(at) else { return };
         let taken = match (&mut slot.job, channel) {
             (Job::Exec(id), "stdin") => match self.execs.get_mut(id) {
                 Some(exec) => exec.stdin.push(payload),
                 None => Ok(()),
             },
-            (Job::Write(writing), "content") => writing.push(&payload, link, tag),
+            (Job::Task(task), "content") => task.content(payload),
             _ => Err(no_channel(channel)),
         };
         if let Err(error) = taken {
@@ -145,7 +145,7 @@ impl Agent {
         }
     }
 
-    fn end_of(&mut self, link: u64, connection: &mut Connection, tag: &str, channel: &str) {
+    fn end_of(&mut self, connection: &mut Connection, tag: &str, channel: &str) {
         match (connection.job(tag), channel) {
             (None, _) => {}
             (Some(Job::Exec(id)), "stdin") => {
@@ -153,9 +153,9 @@ impl Agent {
                     exec.stdin.end();
                 }
             }
-            (Some(job @ Job::Write(_)), "content") => {
-                if let Job::Write(writing) = std::mem::replace(job, Job::Task) {
-                    self.tasks.run(&self.poll, Self::TASKS, link, tag, move || writing.finish());
+            (Some(Job::Task(task)), "content") => {
+                if let Err(error) = task.end() {
+                    self.abandon(connection, tag, error);
                 }
             }
             _ => self.abandon(connection, tag, no_channel(channel)),
@@ -169,7 +169,7 @@ impl Agent {
                     exec.credit(channel, octets);
                 }
             }
-            (Some(Job::Read(reading)), "content") => reading.credit(octets),
+            (Some(Job::Task(task)), "content") => task.credit(octets),
             _ => {}
         }
     }
@@ -319,15 +319,26 @@ impl Agent {
         Ok(Begun::Done(Fields::new()))
     }
 
-    fn file_read(&mut self, mut args: Args) -> Result<Begun, Error> {
+    /// Begins a file operation on a thread of its own.
+    fn task(
+        &mut self,
+        link: u64,
+        tag: &str,
+        flow: Flow,
+        work: impl FnOnce(&Desk) -> Result<Fields, Error> + Send + 'static,
+    ) -> Result<Begun, Error> {
+        self.tasks.run(&self.poll, Self::TASKS, link, tag, flow, work).map(|task| Begun::Job(Job::Task(task)))
+    }
+
+    fn file_read(&mut self, link: u64, tag: &str, mut args: Args) -> Result<Begun, Error> {
         let path = self.path_of(&mut args, "path")?;
         let offset = args.number("offset", 0..=i64::MAX as u64)?.unwrap_or(0);
         let length = args.number("length", 0..=u64::MAX)?.unwrap_or(u64::MAX);
         args.finish()?;
-        Ok(Begun::Job(Job::Read(Reading::open(path, offset, length)?)))
+        self.task(link, tag, Flow::CONTENT, move |desk| files::read(desk, &path, offset, length))
     }
 
-    fn file_write(&mut self, mut args: Args) -> Result<Begun, Error> {
+    fn file_write(&mut self, link: u64, tag: &str, mut args: Args) -> Result<Begun, Error> {
         let path = self.path_of(&mut args, "path")?;
         let mode = mode(&mut args)?;
         let append = args.flag("append")?;
@@ -336,35 +347,31 @@ impl Agent {
         let user = self.settings.owner(given.as_deref())?;
         let owner = given.is_some().then_some(user);
         let begin = if append { Writing::append } else { Writing::replace };
-        Ok(Begun::Job(Job::Write(begin(path, mode, owner, user)?)))
+        self.task(link, tag, Flow::TAKING, move |desk| begin(path, mode, owner, user)?.take(desk))
     }
 
-    fn file_mkdir(&mut self, mut args: Args) -> Result<Begun, Error> {
+    fn file_mkdir(&mut self, link: u64, tag: &str, mut args: Args) -> Result<Begun, Error> {
         let path = self.path_of(&mut args, "path")?;
         let mode = mode(&mut args)?.unwrap_or(0o755);
         let parents = args.flag("parents")?;
         let user = args.text("user")?;
         args.finish()?;
         let owner = self.settings.owner(user.as_deref())?;
-        files::make_directory(&path, mode, owner, parents).map(Begun::Done)
+        self.task(link, tag, Flow::Answer, move |_| files::make_directory(&path, mode, owner, parents))
     }
 
-    fn file_move(&mut self, mut args: Args) -> Result<Begun, Error> {
+    fn file_move(&mut self, link: u64, tag: &str, mut args: Args) -> Result<Begun, Error> {
         let from = self.path_of(&mut args, "from")?;
         let to = self.path_of(&mut args, "to")?;
         args.finish()?;
-        files::relocate(&from, &to).map(Begun::Done)
+        self.task(link, tag, Flow::Answer, move |_| files::relocate(&from, &to))
     }
 
     fn file_remove(&mut self, link: u64, tag: &str, mut args: Args) -> Result<Begun, Error> {
         let path = self.path_of(&mut args, "path")?;
         let recursive = args.flag("recursive")?;
         args.finish()?;
-        if !recursive {
-            return remove::remove(&path, false).map(Begun::Done);
-        }
-        self.tasks.run(&self.poll, Self::TASKS, link, tag, move || remove::remove(&path, true));
-        Ok(Begun::Job(Job::Task))
+        self.task(link, tag, Flow::Answer, move |_| remove::remove(&path, recursive))
     }
 
     fn power_off(&mut self, mut args: Args) -> Result<Begun, Error> {

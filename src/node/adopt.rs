@@ -142,6 +142,8 @@ impl Supervisor {
                 link,
                 agent,
                 routes: std::collections::HashMap::new(),
+                inquiries: std::collections::HashMap::new(),
+                next_inquiry: 0,
                 tokens,
                 refusal: None,
                 status: None,

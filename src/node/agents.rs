@@ -16,14 +16,15 @@ use crate::wire::{Code, Decoded, Error, Fields, Filled, Message, Request};
 const FINISHED_KEPT: usize = 256;
 
 impl Supervisor {
-    /// The worker's control link: the answer to `vm.start` is all that comes.
+    /// The worker's control link: the answers to `vm.start` and to what clients ask of it.
     pub(super) fn read_worker(&mut self, id: &SandboxId, token: Token) {
         let mut budget = TURN;
         loop {
             let Some(worker) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut()) else { return };
             match worker.link.next() {
                 Some(Decoded::Message(Message::Err { tag, error })) if tag == "start" => worker.refusal = Some(error),
-                Some(_) => {}
+                Some(Decoded::Message(message)) => self.take_inquiry(id, &message),
+                Some(Decoded::Bad { .. }) => {}
                 None => match worker.link.fill() {
                     Ok(Filled::More) => {}
                     // A worker that closes its link is about to end: its process tells.

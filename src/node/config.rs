@@ -255,7 +255,8 @@ impl Config {
     }
 }
 
-fn within(key: &'static str, value: u64, limits: RangeInclusive<u64>) -> Result<(), (&'static str, String)> {
+/// A number that is out of range names its key, itself and the range.
+pub(crate) fn within(key: &'static str, value: u64, limits: RangeInclusive<u64>) -> Result<(), (&'static str, String)> {
     if limits.contains(&value) {
         return Ok(());
     }
@@ -283,9 +284,11 @@ fn host_name(key: &'static str, name: &str) -> Result<(), (&'static str, String)
 }
 
 /// Finds lines and keys in the text of a file.
-struct Place<'a> {
-    text: &'a str,
-    path: &'a Path,
+pub(crate) struct Place<'a> {
+    /// What is in it.
+    pub(crate) text: &'a str,
+    /// Its name, for errors.
+    pub(crate) path: &'a Path,
 }
 
 impl Place<'_> {
@@ -295,7 +298,7 @@ impl Place<'_> {
     }
 
     /// Of what the TOML parser or serde found: the key is the deepest one whose name or value it points at.
-    fn of_error(&self, error: &toml::de::Error) -> ConfigError {
+    pub(crate) fn of_error(&self, error: &toml::de::Error) -> ConfigError {
         let at = error.span().map(|span| span.start);
         let mut key = None;
         if let Some(at) = at {
@@ -309,7 +312,7 @@ impl Place<'_> {
         self.error(at, key, error.message().replace('\n', "; "))
     }
 
-    fn of_key(&self, wanted: &str, message: String) -> ConfigError {
+    pub(crate) fn of_key(&self, wanted: &str, message: String) -> ConfigError {
         let mut at = None;
         if let Ok(table) = DeTable::parse(self.text) {
             walk(table.get_ref(), "", &mut |path, name, _| {

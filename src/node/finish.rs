@@ -145,6 +145,10 @@ impl Supervisor {
             self.unwatch(token);
         }
         self.lose_routes(id, worker.routes, cause);
+        for inquiry in worker.inquiries.into_values() {
+            let error = Error::new(Code::LinkLost, format!("sandbox {id}: {cause}"));
+            self.finish(inquiry.client, &Message::err(&inquiry.tag, error));
+        }
         let running: Vec<u64> = match self.sandboxes.get(id) {
             Some(sandbox) => sandbox.execs.values().filter(|e| e.outcome.is_none()).map(|e| e.number).collect(),
             None => Vec::new(),

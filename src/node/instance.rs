@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use mio::Token;
 use mio::net::UnixStream;
 
+use super::stats::Inquiry;
 use crate::init::ChildStatus;
 use crate::sandbox::agent::Agent;
 use crate::sandbox::disk::DiskSpec;
@@ -52,6 +53,10 @@ pub struct Worker {
     pub agent: Agent,
     /// Requests under way on the agent link.
     pub routes: HashMap<String, Route>,
+    /// Requests of clients under way on the control link, by their tags there.
+    pub inquiries: HashMap<String, Inquiry>,
+    /// Number of the last of them.
+    pub next_inquiry: u64,
     /// Event sources to forget with the worker: process, control link, agent link.
     pub tokens: [Token; 3],
     /// Why the machine could not be started, from `vm.start`.

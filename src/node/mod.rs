@@ -14,6 +14,7 @@ mod logs;
 mod requests;
 mod settle;
 mod start;
+mod stats;
 mod supervisor;
 mod timers;
 

@@ -40,6 +40,13 @@ pub enum Job {
     },
     /// It reads a serial log.
     Logs(super::logs::Reader),
+    /// It waits for the worker's answer.
+    Inquiry {
+        /// Where.
+        sandbox: SandboxId,
+        /// The tag on the worker's control link.
+        route: String,
+    },
     /// It waits for the node to stop.
     NodeStop,
 }
@@ -213,6 +220,8 @@ impl Supervisor {
             }
             Command::SandboxStop { sandbox, timeout } => self.ask_stop(key, tag, &sandbox, timeout)?,
             Command::SandboxRemove { sandbox, force } => self.ask_remove(key, tag, &sandbox, force)?,
+            Command::SandboxStats(sandbox) => self.ask_stats(key, tag, &sandbox)?,
+            Command::SandboxUpdate { sandbox, update } => self.ask_update(key, tag, &sandbox, update)?,
             Command::SandboxLogs { sandbox, follow } => self.open_logs(key, tag, &sandbox, follow)?,
             Command::ExecStart { sandbox, argv, request, detach } => {
                 self.start_exec(key, tag, &sandbox, argv, request, detach)?;
@@ -385,6 +394,7 @@ impl Supervisor {
                     self.touched_sandboxes.insert(id);
                 }
             }
+            Job::Inquiry { sandbox, route } => self.forget_inquiry(&sandbox, &route),
             Job::Logs(_) | Job::NodeStop => {}
         }
     }

@@ -73,7 +73,12 @@ impl Supervisor {
         if self.catalogue.is_verified(&name)? {
             return self.build(id, &template);
         }
-        if self.catalogue.begin_verifying(&name) {
+        self.verify(template)
+    }
+
+    /// Begins to hash a template's image, unless that is under way.
+    fn verify(&mut self, template: Template) -> Result<(), Error> {
+        if self.catalogue.begin_verifying(&template.manifest.name) {
             let job = move || Done::Verified {
                 template: template.manifest.name.clone(),
                 result: templates::verify(&template),
@@ -81,6 +86,19 @@ impl Supervisor {
             self.background.run("verify", job).map_err(|e| Error::new(Code::NoCapacity, format!("no thread: {e}")))?;
         }
         Ok(())
+    }
+
+    /// Hashes the templates that came with the node before anybody asks for them: the first sandbox need not wait.
+    pub(super) fn verify_built_in(&mut self) {
+        for name in self.catalogue.built_in() {
+            let Ok(template) = self.catalogue.get(&name).cloned() else { continue };
+            if self.catalogue.is_verified(&name).unwrap_or(true) {
+                continue;
+            }
+            if let Err(error) = self.verify(template) {
+                log::warn!("template {name} is hashed when it is used: {error}");
+            }
+        }
     }
 
     /// A template's image was hashed: the sandboxes that wait for it go on, or fail.
@@ -220,6 +238,8 @@ impl Supervisor {
             link,
             agent,
             routes: std::collections::HashMap::new(),
+            inquiries: std::collections::HashMap::new(),
+            next_inquiry: 0,
             tokens: [mio::Token(0); 3],
             refusal: None,
             status: None,

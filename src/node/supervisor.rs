@@ -54,6 +54,10 @@ pub(super) enum Timer {
     Obituary(SandboxId),
     /// A worker whose agent link broke: link it again.
     Relink(SandboxId),
+    /// The worker must have answered a client's request by now.
+    Inquiry { sandbox: SandboxId, route: String },
+    /// The node has started: time to hash its own templates.
+    Verify,
     /// Followed logs may have grown.
     Logs,
     /// The control port was not there: look again.
@@ -127,6 +131,9 @@ pub(super) struct Stopping {
 const PORT_LOOKS: u32 = 8;
 /// Requests under way at once through the control port, which is one connection for all clients behind a bridge.
 const PORT_REQUESTS: usize = 4096;
+/// When the node's own templates are hashed: after its start, which must not wait for that, and before anybody had the
+/// time to ask for a sandbox.
+const HASH_AFTER: Duration = Duration::from_millis(200);
 /// Pause before rows that could not be written are put again.
 const RECORD_AGAIN: Duration = Duration::from_secs(5);
 
@@ -216,6 +223,7 @@ impl Supervisor {
         supervisor.take_up(&snapshot);
         supervisor.open_port();
         supervisor.import_templates();
+        supervisor.timers.after(HASH_AFTER, Timer::Verify);
         Ok(supervisor)
     }
 
@@ -414,6 +422,8 @@ impl Supervisor {
             Timer::Stop(id) => self.stop_expired(&id),
             Timer::Obituary(id) => self.bury_anyway(&id),
             Timer::Relink(id) => self.relink(&id),
+            Timer::Inquiry { sandbox, route } => self.inquiry_expired(&sandbox, &route),
+            Timer::Verify => self.verify_built_in(),
             Timer::Logs => self.logs_due(),
             Timer::Port => self.open_port(),
             Timer::Record => self.record_all(),

@@ -73,6 +73,11 @@ impl Home {
         self.dir.join("overlay")
     }
 
+    /// The cgroup's directory.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
     /// Makes an empty disk of that size, in octets, that goes with the sandbox.
     pub fn make_disk(&self, name: &str, bytes: u64) -> io::Result<File> {
         let disks = self.disks();

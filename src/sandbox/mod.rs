@@ -12,4 +12,5 @@ pub mod lifecycle;
 pub mod ring;
 pub mod spawn;
 pub mod spec;
+pub mod usage;
 pub mod worker;

@@ -9,6 +9,8 @@ use super::id::check_name;
 pub const VCPUS: std::ops::RangeInclusive<u64> = 1..=16;
 /// Least and most memory, in MiB.
 pub const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=32 * 1024;
+/// Least memory that a running sandbox can be asked to do with, in MiB.
+pub const MIN_MEMORY_TARGET_MIB: u64 = 32;
 /// Largest disk, in MiB (1 TiB).
 pub const MAX_DISK_MIB: u64 = 1024 * 1024;
 /// Limit of requests to all disks together, for each second.
@@ -41,6 +43,13 @@ pub struct Spec {
     pub env: Vec<String>,
     /// For people and programs to find it by.
     pub labels: Vec<(String, String)>,
+}
+
+/// What is to be changed of a running sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Update {
+    /// Memory that the guest is asked to do with, in MiB; at least `MIN_MEMORY_TARGET_MIB`.
+    pub memory_target_mib: u64,
 }
 
 /// What the node gives when a request does not say.

@@ -5,10 +5,22 @@
 //! [`task::Sink`], and from there on they are in the log until every destination has acknowledged them. Collection
 //! never waits for sending.
 
+mod cli;
 pub mod collect;
 pub mod collectors;
+pub mod config;
+pub mod control;
+pub mod core_sim;
 pub mod formats;
+pub mod http;
+mod inspect;
+pub mod log;
 pub mod model;
 pub mod plugin;
+pub mod process;
 pub mod schedule;
+pub mod secret;
+pub mod send;
 pub mod task;
+
+pub use cli::main;

@@ -15,6 +15,8 @@ pub const MAX_NAME: usize = 1024;
 pub const MAX_VALUE: usize = 64 * 1024;
 /// Most labels of one series, its name not counted.
 pub const MAX_LABELS: usize = 128;
+/// Most octets of one series, all names and values together.
+pub const MAX_SERIES_SIZE: usize = 256 * 1024;
 
 /// The NaN that says "this series ended here" (Prometheus, model/value/value.go: `StaleNaN`).
 pub const STALE_NAN_BITS: u64 = 0x7ff0_0000_0000_0002;
@@ -84,6 +86,8 @@ pub enum ModelError {
     DoubleLabel(String),
     /// More than [`MAX_LABELS`] labels.
     ManyLabels(usize),
+    /// More than [`MAX_SERIES_SIZE`] octets altogether.
+    Large(usize),
     /// The table holds as many series as it may.
     SeriesLimit(usize),
 }
@@ -96,6 +100,7 @@ impl fmt::Display for ModelError {
             Self::LongValue(name) => write!(f, "the value of label {name:?} is longer than {MAX_VALUE} octets"),
             Self::DoubleLabel(name) => write!(f, "label {name:?} occurs twice"),
             Self::ManyLabels(count) => write!(f, "{count} labels, the limit is {MAX_LABELS}"),
+            Self::Large(size) => write!(f, "a series of {size} octets, the limit is {MAX_SERIES_SIZE}"),
             Self::SeriesLimit(limit) => write!(f, "there are {limit} series, which is the limit"),
         }
     }
@@ -173,7 +178,11 @@ impl Identity {
         if let Some(pair) = sorted.windows(2).find(|pair| pair[0].0 == pair[1].0) {
             return Err(ModelError::DoubleLabel(pair[0].0.to_string()));
         }
-        Ok(Self { name: name.into(), kind, labels: sorted.into() })
+        let identity = Self { name: name.into(), kind, labels: sorted.into() };
+        match identity.size() {
+            size if size > MAX_SERIES_SIZE => Err(ModelError::Large(size)),
+            _ => Ok(identity),
+        }
     }
 
     /// The series' name.
@@ -296,6 +305,15 @@ impl SeriesTable {
         let series = Arc::new(Series { id, identity: Arc::clone(&identity) });
         known.insert(identity, Arc::clone(&series));
         Ok(series)
+    }
+
+    /// As [`SeriesTable::intern`], but a series that finds no room becomes one of its own that the table does not know.
+    /// For what is read back from the log, which must get out whatever is collected meanwhile.
+    pub fn adopt(&self, identity: Identity) -> Arc<Series> {
+        self.intern(identity.clone()).unwrap_or_else(|_| {
+            let id = SeriesId(self.next.fetch_add(1, Ordering::Relaxed));
+            Arc::new(Series { id, identity: Arc::new(identity) })
+        })
     }
 
     /// Forgets the series that nobody refers to; gives how many there were. The controller calls it now and then.

@@ -187,7 +187,10 @@ impl Machine {
             .with("memory_target_kib", (self.memory_bytes - devices.balloon_target_bytes) >> 10)
             .with("balloon_kib", devices.balloon_bytes >> 10)
             .with("balloon_reported_kib", devices.balloon_reported_bytes >> 10)
-            .with("balloon_refused", devices.balloon_refused);
+            .with("balloon_refused", devices.balloon_refused)
+            .with("serial_in_bytes", devices.serial_in_bytes)
+            .with("serial_overruns", devices.serial_overruns)
+            .with("serial_dropped_bytes", devices.serial_dropped_bytes);
         let Some((memory, taken)) = devices.memory else { return fields };
         let kib = |octets: Option<u64>| octets.map(|octets| octets >> 10);
         [

@@ -258,6 +258,14 @@ impl Worker {
                 machine.set_memory_target(target)?;
                 Ok(Outcome::Done(Fields::new()))
             }
+            "serial.input" => {
+                let mut args = Args::of(request);
+                let octets = args.next_bytes("octets")?;
+                args.finish()?;
+                let machine = self.machine.as_ref().ok_or_else(not_running)?;
+                let taken = machine.devices().serial_input(&octets);
+                Ok(Outcome::Done(Fields::new().with("taken", taken)))
+            }
             "vsock.connect" | "vsock.accept" => {
                 self.become_stream(token, request)?;
                 Ok(Outcome::Later)

@@ -1,13 +1,15 @@
 //! The file verbs.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, mkdirat};
 
 use crate::client::{Agent, Client};
-use crate::pattern;
+use crate::{pattern, until};
 use warren::wire::{Code, Error, FRAME, Fields, INITIAL_CREDIT, Message, Request};
 
 fn verb(verb: &str, path: &str) -> Request {
@@ -111,7 +113,7 @@ fn a_cancelled_write_leaves_the_old_content_and_nothing_else() {
     client.send(&Message::Cancel { tag: "f".to_string() });
     assert!(matches!(client.next(), Message::Err { error, .. } if error.is(Code::Cancelled)));
     assert_eq!(fs::read(agent.directory().join("f")).unwrap(), b"old");
-    assert_eq!(fs::read_dir(agent.directory()).unwrap().count(), 2);
+    until("the temporary file is gone", || fs::read_dir(agent.directory()).unwrap().count() == 2);
 }
 
 #[test]
@@ -235,4 +237,109 @@ fn failures_have_their_errno() {
         assert_eq!(error.fields.get("errno"), Some(errno), "{shown}: {error}");
     }
     assert!(client.refused(verb("file.read", "a\0b")).is(Code::BadArgument));
+}
+
+/// A file system whose server never answers: whoever touches it waits until it is taken down.
+struct Hung {
+    server: Option<File>,
+    at: PathBuf,
+}
+
+impl Hung {
+    /// `None` where this process may not mount.
+    fn mount(at: &Path) -> Option<Self> {
+        fs::create_dir(at).unwrap();
+        let server = File::options().read(true).write(true).open("/dev/fuse").ok()?;
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", server.as_raw_fd());
+        let flags = nix::mount::MsFlags::MS_NOSUID | nix::mount::MsFlags::MS_NODEV;
+        nix::mount::mount(Some("hung"), at, Some("fuse"), flags, Some(options.as_str())).ok()?;
+        Some(Self { server: Some(server), at: at.to_path_buf() })
+    }
+}
+
+impl Hung {
+    /// The server ends: every call ends with an error.
+    fn give_up(&mut self) {
+        self.server.take();
+    }
+}
+
+impl Drop for Hung {
+    fn drop(&mut self) {
+        self.give_up();
+        nix::mount::umount2(&self.at, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+#[test]
+fn a_hung_file_system_holds_up_nothing_but_its_own_requests() {
+    let agent = Agent::start();
+    let Some(mut hung) = Hung::mount(&agent.directory().join("hung")) else { return };
+    let mut client = agent.connect();
+    let stuck = [
+        Request::new("s1", "file.stat").set("path", "hung/f"),
+        Request::new("s2", "file.read").set("path", "hung/f"),
+        Request::new("s3", "file.write").set("path", "hung/f"),
+        Request::new("s4", "file.list").set("path", "hung"),
+        Request::new("s5", "file.mkdir").set("path", "hung/d").set("parents", true),
+        Request::new("s6", "file.move").set("from", "hung/f").set("to", "hung/g"),
+        Request::new("s7", "file.remove").set("path", "hung/f"),
+        Request::new("s8", "file.remove").set("path", "hung/d").set("recursive", true),
+    ];
+    for request in &stuck {
+        client.request(request.clone());
+    }
+    client.send(&Message::data("s3", "content", "x"));
+    // The same link, and another one, go on: programs, files, lists, themselves.
+    for client in [&mut client, &mut agent.connect()] {
+        write(client, verb("file.write", "f"), b"still here").unwrap();
+        assert_eq!(read(client, verb("file.read", "f")), b"still here");
+        let run = client.run(Request::new("r", "exec.start").arg("cat").arg("f"));
+        assert_eq!(run.stdout, b"still here");
+        client.done(Request::new("h", "hello"));
+    }
+    // What is cancelled is answered at once.
+    client.send(&Message::Cancel { tag: "s1".to_string() });
+    match client.next() {
+        Message::Err { tag, error } => assert!(tag == "s1" && error.is(Code::Cancelled), "{error}"),
+        other => panic!("unexpected: {other:?}"),
+    }
+    // A link that goes away does not wait either.
+    let mut gone = agent.connect();
+    gone.request(verb("file.stat", "hung/x"));
+    drop(gone);
+    client.done(Request::new("h", "hello"));
+    hung.give_up();
+    let mut ended: Vec<String> = (1..stuck.len())
+        .map(|_| match client.next() {
+            Message::Err { tag, error } => {
+                assert!(error.fields.get("errno").is_some(), "{error}");
+                tag
+            }
+            other => panic!("unexpected: {other:?}"),
+        })
+        .collect();
+    ended.sort();
+    assert_eq!(ended, ["s2", "s3", "s4", "s5", "s6", "s7", "s8"]);
+    client.done(Request::new("h", "hello"));
+}
+
+#[test]
+fn too_many_stuck_file_requests_are_refused_and_leave_room_again() {
+    const MOST: usize = 64;
+    let agent = Agent::start();
+    let Some(mut hung) = Hung::mount(&agent.directory().join("hung")) else { return };
+    let mut client = agent.connect();
+    for n in 0..MOST {
+        client.request(Request::new(format!("s{n}"), "file.stat").set("path", "hung/f"));
+    }
+    let error = client.refused(verb("file.stat", "."));
+    assert!(error.is(Code::NoCapacity), "{error}");
+    assert_eq!(error.fields.get("max"), Some("64"));
+    assert_eq!(client.run(Request::new("r", "exec.start").arg("echo").arg("on")).stdout, b"on\n");
+    hung.give_up();
+    for _ in 0..MOST {
+        assert!(matches!(client.next(), Message::Err { .. }));
+    }
+    client.done(verb("file.stat", "."));
 }

@@ -274,6 +274,18 @@ impl Connection {
             }
             "sandbox.inspect" => self.say(Message::ok(&tag, sandbox(&positional[0], "running"))),
             "sandbox.stop" | "sandbox.remove" => self.say(Message::ok(&tag, Fields::new())),
+            "sandbox.stats" if positional[0] == "mnopqrstuvwx" => {
+                return Err(Error::new(Code::BadState, "sandbox mnopqrstuvwx is stopped, not running"));
+            }
+            "sandbox.stats" => {
+                let fields = Fields::new().with("id", &positional[0]).with("cpu_ms", 1234).with("memory_mib", 512);
+                let fields = fields.with("memory_used_kib", 2048).with("block_read_bytes", 4096);
+                self.say(Message::ok(&tag, fields));
+            }
+            "sandbox.update" => {
+                let target = one("memory_target_mib").unwrap_or_default();
+                self.say(Message::ok(&tag, Fields::new().with("id", &positional[0]).with("memory_target_mib", target)));
+            }
             "sandbox.logs" => {
                 self.say(Message::data(&tag, "log", &b"[    0.0] Linux\n"[..]));
                 self.say(Message::end(&tag, "log"));

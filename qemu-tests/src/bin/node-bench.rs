@@ -24,6 +24,8 @@ const EXECS: usize = 21;
 const REQUESTS: u32 = 2000;
 const STREAM_MIB: usize = 64;
 const BLOCK_MIB: usize = 64;
+/// Requests of 4 KiB, one at a time.
+const SMALL: usize = 8192;
 const MEMORY_MIB: u64 = 128;
 
 /// Programs started without the supervisor.
@@ -141,13 +143,51 @@ fn stream(connection: &mut Connection, sandbox: Option<&str>) -> io::Result<f64>
     }
 }
 
-/// Writes and reads a file in the guest, past its page cache; MiB per second each.
-fn block(connection: &mut Connection, sandbox: Option<&str>) -> io::Result<(f64, f64)> {
+/// How fast a guest's disk is.
+struct BlockRates {
+    write_mib_per_s: f64,
+    read_mib_per_s: f64,
+    reads_4k_per_s: f64,
+    writes_4k_per_s: f64,
+}
+
+impl BlockRates {
+    /// Prints a row each.
+    fn print(&self, prefix: &str, below: &str) {
+        let row = |name: &str, value, unit, how: &str| {
+            print(&format!("{prefix}block_{name}"), value, unit, &format!("{how}, ext4, {below}"));
+        };
+        row("write_mib_per_s", self.write_mib_per_s, "MiB/s", "dd bs=1M conv=fsync in the guest");
+        row("read_mib_per_s", self.read_mib_per_s, "MiB/s", "dd bs=1M in the guest, cold guest cache");
+        row("4k_iops", self.reads_4k_per_s, "1/s", "dd bs=4k iflag=direct in the guest, one at a time");
+        row("4k_write_iops", self.writes_4k_per_s, "1/s", "dd bs=4k oflag=direct in the guest, one at a time");
+    }
+}
+
+/// Writes and reads a file in the guest, past its page cache.
+fn block(connection: &mut Connection, sandbox: Option<&str>) -> io::Result<BlockRates> {
     let write = format!("dd if=/dev/zero of=/bench bs=1M count={BLOCK_MIB} conv=fsync 2>/dev/null");
     let write = exec_time(connection, exec(sandbox, &["sh", "-c", &write]))?;
     exec_time(connection, exec(sandbox, &["sh", "-c", "echo 3 > /proc/sys/vm/drop_caches"]))?;
     let read = exec_time(connection, exec(sandbox, &["sh", "-c", "dd if=/bench of=/dev/null bs=1M 2>/dev/null"]))?;
-    Ok((BLOCK_MIB as f64 / write.as_secs_f64(), BLOCK_MIB as f64 / read.as_secs_f64()))
+    let small = format!("dd if=/bench of=/dev/null bs=4k count={SMALL} iflag=direct 2>/dev/null");
+    let small_read = exec_time(connection, exec(sandbox, &["sh", "-c", &small]))?;
+    let small = format!("dd if=/dev/zero of=/bench bs=4k count={SMALL} oflag=direct conv=notrunc 2>/dev/null");
+    let small_write = exec_time(connection, exec(sandbox, &["sh", "-c", &small]))?;
+    let per_second = |amount: usize, time: Duration| amount as f64 / time.as_secs_f64();
+    Ok(BlockRates {
+        write_mib_per_s: per_second(BLOCK_MIB, write),
+        read_mib_per_s: per_second(BLOCK_MIB, read),
+        reads_4k_per_s: per_second(SMALL, small_read),
+        writes_4k_per_s: per_second(SMALL, small_write),
+    })
+}
+
+/// How often a sandbox's guest has left for KVM.
+fn exits(id: &str) -> io::Result<f64> {
+    let mut worker = Connection::open(Path::new(&format!("/run/warren/sandboxes/{id}.sock")))?;
+    let (_, fields) = ask(&mut worker, Request::new("s", "vm.stats"))?;
+    fields.get("kvm_exits").and_then(|n| n.parse().ok()).ok_or_else(|| io::Error::other("the worker counts no exits"))
 }
 
 fn first_line(path: &str) -> io::Result<String> {
@@ -219,9 +259,11 @@ fn measure() -> io::Result<()> {
     print("vsock_mib_per_s", stream(&mut agent, None)?, "MiB/s", "worker's socket to a program's stdin");
     drop(agent);
 
-    let (write, read) = block(&mut control, Some(&id))?;
-    print("block_write_mib_per_s", write, "MiB/s", "dd bs=1M conv=fsync in the guest, ext4, overlay in tmpfs");
-    print("block_read_mib_per_s", read, "MiB/s", "dd bs=1M in the guest, ext4, cold guest cache, overlay in tmpfs");
+    let before = exits(&id)?;
+    block(&mut control, Some(&id))?.print("", "overlay in tmpfs");
+    let moved = (2 * BLOCK_MIB + 2 * SMALL * 4096 / (1 << 20)) as f64;
+    let rate = (exits(&id)? - before) / moved;
+    print("block_exits_per_mib", rate, "1/MiB", "exits of the guest during the block rows above");
     ask(&mut control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
     Ok(())
 }
@@ -339,19 +381,7 @@ impl Peer {
         }
         print("peer_exec_true_ms", median(&mut times), "ms", "straight to the agent, no node in between");
         print("peer_vsock_mib_per_s", stream(&mut agent, None)?, "MiB/s", "its vsock socket to a program's stdin");
-        let (write, read) = block(&mut agent, None)?;
-        print(
-            "peer_block_write_mib_per_s",
-            write,
-            "MiB/s",
-            "dd bs=1M conv=fsync in the guest, ext4, raw file in tmpfs",
-        );
-        print(
-            "peer_block_read_mib_per_s",
-            read,
-            "MiB/s",
-            "dd bs=1M in the guest, ext4, cold guest cache, raw file in tmpfs",
-        );
+        block(&mut agent, None)?.print("peer_", "raw file in tmpfs");
         agent.stream().shutdown(Shutdown::Both)?;
         Ok(())
     }

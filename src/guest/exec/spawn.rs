@@ -283,9 +283,13 @@ unsafe fn try_to_become(prepared: &Prepared<'_>) -> Result<std::convert::Infalli
             check(Stage::Limits, libc::prctl(libc::PR_CAPBSET_DROP, CAP_SYS_PTRACE, 0, 0, 0))?;
         }
         if let Some(identity) = &plan.identity {
-            check(Stage::User, libc::setgroups(identity.groups.len(), identity.groups.as_ptr()))?;
-            check(Stage::User, libc::setresgid(identity.gid, identity.gid, identity.gid))?;
-            check(Stage::User, libc::setresuid(identity.uid, identity.uid, identity.uid))?;
+            // The kernel's own calls: the C library's would wait for the agent's threads, which are not in the child.
+            let (uid, gid) = (identity.uid, identity.gid);
+            let groups = identity.groups.as_slice();
+            let done = |result: libc::c_long| check(Stage::User, if result < 0 { -1 } else { 0 });
+            done(libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()))?;
+            done(libc::syscall(libc::SYS_setresgid, gid, gid, gid))?;
+            done(libc::syscall(libc::SYS_setresuid, uid, uid, uid))?;
         }
         check(Stage::Directory, libc::chdir(plan.cwd.as_ptr()))?;
 

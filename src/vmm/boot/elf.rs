@@ -283,29 +283,5 @@ fn u64_at(octets: &[u8], at: usize) -> u64 {
     u64::from(u32_at(octets, at)) | u64::from(u32_at(octets, at + 4)) << 32
 }
 
-/// Fuzz entry: any octets as a kernel file of a guest with 16 MiB. Whatever is loaded must lie inside.
-pub fn fuzz_elf(data: &[u8]) {
-    const END: u64 = 16 << 20;
-    struct Octets<'a>(&'a [u8]);
-    impl KernelFile for Octets<'_> {
-        fn octets(&self) -> io::Result<u64> {
-            Ok(self.0.len() as u64)
-        }
-        fn read_exact_at(&self, into: &mut [u8], offset: u64) -> io::Result<()> {
-            let start = usize::try_from(offset).expect("an offset inside of the data");
-            into.copy_from_slice(&self.0[start..start + into.len()]);
-            Ok(())
-        }
-        fn load(&self, offset: u64, addr: u64, len: u64) -> io::Result<()> {
-            assert!(offset + len <= self.0.len() as u64, "a segment beyond the file was loaded");
-            assert!(addr >= KERNEL_START && addr + len <= END, "a segment outside of memory was loaded");
-            Ok(())
-        }
-    }
-    if let Ok(kernel) = load(&Octets(data), END) {
-        assert!((KERNEL_START..END).contains(&kernel.entry) && kernel.end <= END);
-    }
-}
-
 #[cfg(test)]
 mod tests;

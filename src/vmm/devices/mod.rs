@@ -6,12 +6,13 @@
 //! | `mmio`, `device` | the transport, and what it asks of a device |
 //! | `balloon`, `block`, `rng`, `vsock` | virtio devices |
 //! | `disk` | a block device on its own thread |
-//! | `serial` | COM1, for the log |
+//! | `serial`, `console` | COM1, and its log |
 //! | `rate`, `timer` | token buckets, and what wakes a device that waits for tokens |
 //! | `set` | all of them, wired |
 
 pub mod balloon;
 pub mod block;
+pub mod console;
 pub mod device;
 pub mod disk;
 #[cfg(any(test, feature = "fuzzing"))]

@@ -1,47 +1,58 @@
-//! COM1: a 16550A that the guest's console writes to, kept in the sandbox's log file.
+//! COM1: a 16550A that the guest's console writes to and reads from.
 //!
-//! Transmit only: nothing is ever received, the transmitter is always empty, and the divisor changes nothing.
-//! What Linux's 8250 driver probes for (scratch, loopback, FIFO bits, transmitter interrupt) behaves as on the
-//! chip (National Semiconductor PC16550D).
+//! The transmitter is always empty, and the divisor changes nothing. What is sent to the guest waits in a bounded ring
+//! (`INPUT_BYTES`) until the guest reads it; who sends is told how much of it there was room for, so nothing is lost
+//! unseen. What Linux's 8250 driver probes for (scratch, loopback, FIFO bits, interrupts) behaves as on the chip
+//! (National Semiconductor PC16550D), but for the receiver's trigger level: its interrupt comes with the first octet.
 //!
-//! The log file is a regular file opened for reading and appending (`O_RDWR | O_APPEND`). It never grows over
-//! `LOG_BYTES`: when a write would make it so, the file is cut to zero and begins anew with its own last
-//! `KEEP_BYTES`. A reader that follows it sees the file shrink and starts again at 0. Text is written by lines;
-//! an unfinished line follows after `FLUSH_AFTER`.
+//! Output goes to the console's log (`console`).
 
+use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Longest log file, in octets.
-pub const LOG_BYTES: u64 = 1 << 20;
-/// What stays of it when it is full, in octets.
-pub const KEEP_BYTES: u64 = 256 << 10;
-/// How long an unfinished line waits.
-pub const FLUSH_AFTER: Duration = Duration::from_millis(100);
-/// A line longer than this is written in pieces.
-const LINE: usize = 1024;
+use super::console::ConsoleLog;
 
+/// Octets that wait for the guest at most.
+pub const INPUT_BYTES: usize = 4096;
+/// How long the end of the worker waits for the log.
+const LOG_END: Duration = Duration::from_secs(1);
+
+const IER_RECEIVER: u8 = 0x01;
 const IER_TRANSMITTER: u8 = 0x02;
 const IER_MASK: u8 = 0x0f;
 const IIR_NONE: u8 = 0x01;
 const IIR_TRANSMITTER: u8 = 0x02;
+const IIR_RECEIVER: u8 = 0x04;
 const IIR_FIFO: u8 = 0xc0;
 const FCR_ENABLE: u8 = 0x01;
+const FCR_CLEAR_RECEIVER: u8 = 0x02;
 const LCR_DIVISOR: u8 = 0x80;
 const MCR_LOOPBACK: u8 = 0x10;
 const MCR_MASK: u8 = 0x1f;
+/// There is an octet to read.
+const LSR_READY: u8 = 0x01;
+/// An octet was lost because there was no room for it.
+const LSR_OVERRUN: u8 = 0x02;
 /// Transmitter empty, holding register empty.
 const LSR_EMPTY: u8 = 0x60;
 /// Carrier, data set ready, clear to send: a peer is there and listens.
 const MSR_READY: u8 = 0xb0;
+
+/// What passed through the receiver.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct InputCounters {
+    /// Octets taken from who sends.
+    pub taken: u64,
+    /// Octets that there was no room for; who sent them was told, or the guest was where it sent them to itself.
+    pub overruns: u64,
+    /// Octets that the guest cleared without reading them.
+    pub cleared: u64,
+}
 
 /// The registers behind the ports.
 struct Registers {
@@ -53,18 +64,34 @@ struct Registers {
     fifo: bool,
     /// The transmitter became empty and the driver has not been told.
     transmitter_pending: bool,
+    input: VecDeque<u8>,
+    overrun: bool,
+    counters: InputCounters,
 }
 
 impl Registers {
     fn interrupt_identification(&mut self) -> u8 {
         let fifo = if self.fifo { IIR_FIFO } else { 0 };
-        if self.transmitter_pending && self.interrupt_enable & IER_TRANSMITTER != 0 {
+        if self.receiver_interrupts() {
+            // Reading the octets is what acknowledges this one.
+            fifo | IIR_RECEIVER
+        } else if self.transmitter_pending && self.interrupt_enable & IER_TRANSMITTER != 0 {
             // Reading it is what acknowledges this interrupt.
             self.transmitter_pending = false;
             fifo | IIR_TRANSMITTER
         } else {
             fifo | IIR_NONE
         }
+    }
+
+    fn receiver_interrupts(&self) -> bool {
+        self.interrupt_enable & IER_RECEIVER != 0 && !self.input.is_empty()
+    }
+
+    fn line_status(&mut self) -> u8 {
+        let ready = if self.input.is_empty() { 0 } else { LSR_READY };
+        let overrun = if std::mem::take(&mut self.overrun) { LSR_OVERRUN } else { 0 };
+        LSR_EMPTY | ready | overrun
     }
 
     fn modem_status(&self) -> u8 {
@@ -75,68 +102,23 @@ impl Registers {
         let out = self.modem_control;
         (out & 0x02) << 3 | (out & 0x01) << 5 | (out & 0x0c) << 4
     }
-}
 
-/// The log file with its bound.
-struct Log {
-    file: File,
-    len: u64,
-    line: Vec<u8>,
-    /// The timer runs for the line.
-    timed: bool,
-    failures: u64,
-}
-
-impl Log {
-    fn write_out(&mut self) {
-        if self.line.is_empty() {
-            return;
-        }
-        let result = self.make_room().and_then(|()| self.file.write_all(&self.line));
-        match result {
-            Ok(()) => self.len += self.line.len() as u64,
-            // The log is a best effort: a full disk must not stop the guest. One line tells of it.
-            Err(error) => {
-                if self.failures == 0 {
-                    log::warn!("serial: the log file cannot be written: {error}");
-                }
-                self.failures += 1;
-            }
-        }
-        self.line.clear();
-    }
-
-    fn make_room(&mut self) -> io::Result<()> {
-        if self.len + self.line.len() as u64 <= LOG_BYTES {
-            return Ok(());
-        }
-        let mut keep = vec![0; KEEP_BYTES.min(self.len) as usize];
-        // Without the right to read, nothing is kept.
-        let from = self.len - keep.len() as u64;
-        if self.file.read_exact_at(&mut keep, from).is_err() {
-            keep.clear();
-        }
-        // Not from the middle of a line.
-        let start = keep.iter().position(|&octet| octet == b'\n').map_or(0, |at| at + 1);
-        self.file.set_len(0)?;
-        self.len = 0;
-        self.file.write_all(&keep[start..])?;
-        self.len = (keep.len() - start) as u64;
-        Ok(())
+    /// Puts octets into the ring; gives how many there was room for.
+    fn receive(&mut self, octets: &[u8]) -> usize {
+        let taken = octets.len().min(INPUT_BYTES - self.input.len());
+        self.input.extend(&octets[..taken]);
+        self.counters.taken += taken as u64;
+        self.counters.overruns += (octets.len() - taken) as u64;
+        taken
     }
 }
 
-struct Inner {
-    registers: Registers,
-    log: Log,
-}
-
-/// The port with its log. Shared by vCPU threads, which read and write ports, and the device thread, which
-/// writes out unfinished lines.
+/// The port with its log. Shared by vCPU threads, which read and write ports, and the device thread, which brings
+/// input. The lock is never held over a file.
 pub struct Serial {
-    inner: Mutex<Inner>,
+    registers: Mutex<Registers>,
+    log: ConsoleLog,
     interrupt: EventFd,
-    timer: TimerFd,
 }
 
 impl Serial {
@@ -145,7 +127,6 @@ impl Serial {
 
     /// A port that logs to `file`. Fails when the host has no descriptors left or the file cannot be measured.
     pub fn new(file: File) -> io::Result<Self> {
-        let len = file.metadata()?.len();
         let registers = Registers {
             interrupt_enable: 0,
             line_control: 0x03,
@@ -154,17 +135,19 @@ impl Serial {
             divisor: [12, 0],
             fifo: false,
             transmitter_pending: false,
+            input: VecDeque::new(),
+            overrun: false,
+            counters: InputCounters::default(),
         };
-        let log = Log { file, len, line: Vec::with_capacity(LINE), timed: false, failures: 0 };
         Ok(Self {
-            inner: Mutex::new(Inner { registers, log }),
+            registers: Mutex::new(registers),
+            log: ConsoleLog::start(file)?,
             interrupt: EventFd::new(EFD_NONBLOCK)?,
-            timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?,
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The interrupt, for an irqfd.
@@ -172,24 +155,19 @@ impl Serial {
         &self.interrupt
     }
 
-    /// What the device thread watches for reading: then `timer_event`.
-    pub fn timer_fd(&self) -> i32 {
-        use std::os::fd::AsFd;
-        self.timer.as_fd().as_raw_fd()
-    }
-
     /// A guest's read of port `offset` (0 to 7).
     pub fn read(&self, offset: u16) -> u8 {
-        let registers = &mut self.lock().registers;
+        let registers = &mut *self.lock();
         let divisor = registers.line_control & LCR_DIVISOR != 0;
         match offset {
             0 if divisor => registers.divisor[0],
             1 if divisor => registers.divisor[1],
+            0 => registers.input.pop_front().unwrap_or(0),
             1 => registers.interrupt_enable,
             2 => registers.interrupt_identification(),
             3 => registers.line_control,
             4 => registers.modem_control,
-            5 => LSR_EMPTY,
+            5 => registers.line_status(),
             6 => registers.modem_status(),
             7 => registers.scratch,
             _ => 0,
@@ -198,30 +176,38 @@ impl Serial {
 
     /// A guest's write to port `offset` (0 to 7).
     pub fn write(&self, offset: u16, value: u8) {
-        let mut inner = self.lock();
-        let Inner { registers, log } = &mut *inner;
+        let registers = &mut *self.lock();
         let divisor = registers.line_control & LCR_DIVISOR != 0;
         match offset {
             0 if divisor => registers.divisor[0] = value,
             1 if divisor => registers.divisor[1] = value,
             0 => {
                 if registers.modem_control & MCR_LOOPBACK == 0 {
-                    self.transmit(log, value);
+                    self.log.print(value);
+                } else if registers.receive(&[value]) == 0 {
+                    registers.overrun = true;
                 }
                 // Sent at once, so empty at once.
                 registers.transmitter_pending = true;
-                self.interrupt_if_enabled(registers);
+                self.interrupt_if(registers.interrupt_enable & IER_TRANSMITTER != 0 || registers.receiver_interrupts());
             }
             1 => {
-                let enabled = value & !registers.interrupt_enable & IER_TRANSMITTER != 0;
+                let enabled = value & !registers.interrupt_enable;
                 registers.interrupt_enable = value & IER_MASK;
-                if enabled {
+                if enabled & IER_TRANSMITTER != 0 {
                     // The transmitter is empty: enabling the interrupt raises it.
                     registers.transmitter_pending = true;
-                    self.interrupt_if_enabled(registers);
+                }
+                let receiver = enabled & IER_RECEIVER != 0 && registers.receiver_interrupts();
+                self.interrupt_if(enabled & IER_TRANSMITTER != 0 || receiver);
+            }
+            2 => {
+                registers.fifo = value & FCR_ENABLE != 0;
+                if value & FCR_CLEAR_RECEIVER != 0 {
+                    registers.counters.cleared += registers.input.len() as u64;
+                    registers.input.clear();
                 }
             }
-            2 => registers.fifo = value & FCR_ENABLE != 0,
             3 => registers.line_control = value,
             4 => registers.modem_control = value & MCR_MASK,
             7 => registers.scratch = value,
@@ -229,35 +215,33 @@ impl Serial {
         }
     }
 
-    fn interrupt_if_enabled(&self, registers: &Registers) {
-        if registers.interrupt_enable & IER_TRANSMITTER != 0 {
+    /// Sends octets to the guest; gives how many there was room for. The rest is the sender's to send again.
+    pub fn input(&self, octets: &[u8]) -> usize {
+        let registers = &mut *self.lock();
+        let taken = registers.receive(octets);
+        self.interrupt_if(taken > 0 && registers.receiver_interrupts());
+        taken
+    }
+
+    /// What passed through the receiver so far.
+    pub fn input_counters(&self) -> InputCounters {
+        self.lock().counters
+    }
+
+    /// Octets of output that came too fast to be logged, so far.
+    pub fn output_dropped(&self) -> u64 {
+        self.log.dropped()
+    }
+
+    fn interrupt_if(&self, condition: bool) {
+        if condition {
             // Fails only when the counter is full: then an interrupt is pending anyway.
             let _ = self.interrupt.write(1);
         }
     }
 
-    fn transmit(&self, log: &mut Log, octet: u8) {
-        log.line.push(octet);
-        if octet == b'\n' || log.line.len() >= LINE {
-            log.write_out();
-        } else if !log.timed {
-            let once = Expiration::OneShot(TimeSpec::from_duration(FLUSH_AFTER));
-            // Without a timer the text waits for the end of its line.
-            log.timed = self.timer.set(once, TimerSetTimeFlags::empty()).is_ok();
-        }
-    }
-
-    /// The timer ran out: write what has come of a line. On the device thread.
-    pub fn timer_event(&self) {
-        let log = &mut self.lock().log;
-        // Sets the descriptor back. The timer has run out, so this does not wait; it is non-blocking anyway.
-        let _ = self.timer.wait();
-        log.timed = false;
-        log.write_out();
-    }
-
-    /// Writes out what has come, for the end of the worker.
+    /// Writes out what has come, for the end of the worker; waits a bounded time for a disk that does not answer.
     pub fn flush(&self) {
-        self.lock().log.write_out();
+        self.log.flush(LOG_END);
     }
 }

@@ -159,6 +159,12 @@ pub struct DeviceStats {
     pub balloon_reported_bytes: u64,
     /// Pages and ranges that could not be let go.
     pub balloon_refused: u64,
+    /// Octets that the guest was sent on its serial port.
+    pub serial_in_bytes: u64,
+    /// Octets that there was no room for.
+    pub serial_overruns: u64,
+    /// Octets that the guest printed too fast to be logged.
+    pub serial_dropped_bytes: u64,
     /// What the guest's kernel said last of its memory, and when.
     pub memory: Option<(MemoryStatistics, Instant)>,
 }
@@ -166,9 +172,9 @@ pub struct DeviceStats {
 /// What a token of the device thread stands for.
 #[derive(Debug, Clone, Copy)]
 enum Source {
-    SerialTimer,
     VsockLinks,
     VsockTimer,
+    RngTimer,
     Queue { window: usize, queue: usize },
 }
 
@@ -184,9 +190,11 @@ pub struct DeviceSet {
     /// The root disk first.
     disks: Vec<Disk>,
     vsock: Arc<MmioTransport<Vsock>>,
+    rng: Arc<MmioTransport<Rng>>,
     balloon: Arc<MmioTransport<Balloon>>,
     serial: Serial,
     vsock_timer: Mutex<Timer>,
+    rng_timer: Mutex<Timer>,
     vsock_counters: Arc<VsockCounters>,
     balloon_counters: Arc<BalloonCounters>,
     /// What the device thread watches; tokens count from `first_token` in this order.
@@ -194,8 +202,9 @@ pub struct DeviceSet {
     first_token: Mutex<usize>,
 }
 
-/// Index of the vsock device in `windows`.
+/// Indices of devices in `windows`.
 const VSOCK_WINDOW: usize = 1;
+const RNG_WINDOW: usize = 2;
 
 impl DeviceSet {
     /// Makes the devices: block, vsock, rng, balloon, and the serial port.
@@ -220,22 +229,23 @@ impl DeviceSet {
             }
         }
         let vsock = Arc::new(MmioTransport::new(memory.clone(), vsock).map_err(while_doing(transport))?);
-        let rng = Arc::new(MmioTransport::new(memory.clone(), Rng).map_err(while_doing(transport))?);
+        let rng = Arc::new(MmioTransport::new(memory.clone(), Rng::new()).map_err(while_doing(transport))?);
         let balloon = Balloon::new(memory.size());
         let balloon_counters = balloon.counters();
         let balloon = Arc::new(MmioTransport::new(memory.clone(), balloon).map_err(while_doing(transport))?);
         let vsock_timer = Timer::new().map_err(while_doing("making a timer"))?;
+        let rng_timer = Timer::new().map_err(while_doing("making a timer"))?;
         let serial = Serial::new(config.serial).map_err(while_doing("making the serial port"))?;
-        let shared: [Arc<dyn Window>; 3] = [vsock.clone(), rng, balloon.clone()];
+        let shared: [Arc<dyn Window>; 3] = [vsock.clone(), rng.clone(), balloon.clone()];
         // Linux names disks in the order of their windows: the root disk is the first, others follow at the end.
         let (root, extra) = disks.split_at(1);
         let windows: Vec<Arc<dyn Window>> =
             root.iter().map(Disk::window).chain(shared.clone()).chain(extra.iter().map(Disk::window)).collect();
 
         let mut sources = vec![
-            (serial.timer_fd(), Source::SerialTimer),
             (vsock.with_device(|vsock| vsock.epoll_fd()), Source::VsockLinks),
             (vsock_timer.fd(), Source::VsockTimer),
+            (rng_timer.fd(), Source::RngTimer),
         ];
         for (window, device) in shared.iter().enumerate().map(|(n, device)| (n + root.len(), device)) {
             for (queue, event) in device.queue_events().iter().enumerate() {
@@ -247,9 +257,11 @@ impl DeviceSet {
             windows,
             disks,
             vsock,
+            rng,
             balloon,
             serial,
             vsock_timer: Mutex::new(vsock_timer),
+            rng_timer: Mutex::new(rng_timer),
             vsock_counters,
             balloon_counters,
             sources,
@@ -295,7 +307,6 @@ impl DeviceSet {
         let Some(index) = token.0.checked_sub(first) else { return false };
         let Some(&(_, source)) = self.sources.get(index) else { return false };
         match source {
-            Source::SerialTimer => self.serial.timer_event(),
             Source::VsockLinks => {
                 self.vsock.with_device(Vsock::link_events);
                 self.pump_vsock();
@@ -305,10 +316,16 @@ impl DeviceSet {
                 self.vsock.with_device(|vsock| vsock.expire(Instant::now()));
                 self.pump_vsock();
             }
+            Source::RngTimer => {
+                self.rng_timer.lock().unwrap_or_else(PoisonError::into_inner).went_off();
+                self.rng.kick(0);
+            }
             Source::Queue { window, queue } => {
                 self.windows[window].queue_event(queue);
-                if window == VSOCK_WINDOW {
-                    self.arm_vsock_timer();
+                match window {
+                    VSOCK_WINDOW => self.arm_vsock_timer(),
+                    RNG_WINDOW => self.arm_rng_timer(),
+                    _ => {}
                 }
             }
         }
@@ -378,6 +395,11 @@ impl DeviceSet {
         }
     }
 
+    /// Sends octets to the guest's console; gives how many there was room for. From the device thread.
+    pub fn serial_input(&self, octets: &[u8]) -> usize {
+        self.serial.input(octets)
+    }
+
     // ---- Links, from the device thread ----
 
     /// Connects a link to a port of the guest. Its client gets `ok` under `tag` when the guest accepts, and from
@@ -406,6 +428,12 @@ impl DeviceSet {
         let next = self.vsock.with_device(|vsock| vsock.next_deadline());
         if let Some(next) = next {
             self.vsock_timer.lock().unwrap_or_else(PoisonError::into_inner).arm(next, Instant::now());
+        }
+    }
+
+    fn arm_rng_timer(&self) {
+        if let Some(wake) = self.rng.with_device(|rng| rng.wake()) {
+            self.rng_timer.lock().unwrap_or_else(PoisonError::into_inner).arm(wake, Instant::now());
         }
     }
 
@@ -455,6 +483,7 @@ impl DeviceSet {
         let blocks = |counter: fn(&BlockCounters) -> &AtomicU64| {
             self.disks.iter().map(|disk| counter(disk.counters()).load(Ordering::Relaxed)).sum()
         };
+        let serial = self.serial.input_counters();
         DeviceStats {
             block_read_bytes: blocks(|block| &block.read_bytes),
             block_written_bytes: blocks(|block| &block.written_bytes),
@@ -470,6 +499,9 @@ impl DeviceSet {
             balloon_bytes: actual,
             balloon_reported_bytes: balloon.reported_bytes.load(Ordering::Relaxed),
             balloon_refused: balloon.refused.load(Ordering::Relaxed),
+            serial_in_bytes: serial.taken,
+            serial_overruns: serial.overruns,
+            serial_dropped_bytes: self.serial.output_dropped(),
             memory: statistics,
         }
     }

@@ -4,6 +4,7 @@
 //! output as lines of `key=value`; what does not hold goes to standard error, with exit code 1.
 
 mod cpu;
+mod disk;
 mod memory;
 mod tcp;
 
@@ -19,6 +20,12 @@ type Command = (&'static str, fn(&Keys) -> Outcome, &'static str);
 
 const COMMANDS: &[Command] = &[
     ("cpu", cpu::run, "threads=1 rounds=N: each thread computes and prints its number and its result"),
+    ("disk", disk::run, "device=PATH steps=N seed=1: random writes, discards, zeroes, checked reads of an empty disk"),
+    (
+        "disk-check",
+        disk::check_after_cut,
+        "device=PATH flushed=STEP steps=N seed=1: what disk flushed at STEP is there, or something newer",
+    ),
     ("memory", memory::run, "mib=N times=1 hold_ms=0: allocates, writes and checks every page, and frees, that often"),
     (
         "tcp-receive",

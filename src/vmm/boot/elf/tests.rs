@@ -193,7 +193,7 @@ fn damage_anywhere_in_the_headers_never_panics_or_loads_outside() {
             let at = if random.next().is_multiple_of(2) { 64 + random.next() % 168 } else { random.next() % 0x1060 };
             octets[at as usize] = [random.next() as u8, 0, 0xff][(random.next() % 3) as usize];
         }
-        fuzz_elf(&octets);
+        crate::fuzz::elf(&octets);
     }
 }
 
@@ -202,8 +202,8 @@ fn any_octets_never_panic() {
     let mut random = Random(2);
     for len in 0..2000 {
         let mut octets: Vec<u8> = (0..len % 500).map(|_| random.next() as u8).collect();
-        fuzz_elf(&octets);
+        crate::fuzz::elf(&octets);
         octets.splice(..0, *b"\x7fELF\x02\x01\x01");
-        fuzz_elf(&octets);
+        crate::fuzz::elf(&octets);
     }
 }

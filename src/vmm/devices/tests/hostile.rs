@@ -65,7 +65,7 @@ fn garbage_in_registers_and_rings_costs_at_most_the_device() {
         let (base, overlay) = disk(4);
         let block = Block::new(Medium::Overlay(Overlay::open(overlay, base).unwrap()), "attacked");
         attack(&memory, &MmioTransport::new(memory.clone(), block).unwrap(), features, 1, seed);
-        attack(&memory, &MmioTransport::new(memory.clone(), Rng).unwrap(), 0, 1, seed);
+        attack(&memory, &MmioTransport::new(memory.clone(), Rng::new()).unwrap(), 0, 1, seed);
         let balloon = MmioTransport::new(memory.clone(), Balloon::new(RAM)).unwrap();
         attack(&memory, &balloon, features | 0x3e & !8, 4, seed);
         let vsock = MmioTransport::new(memory.clone(), Vsock::new(3).unwrap()).unwrap();

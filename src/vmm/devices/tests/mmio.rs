@@ -9,7 +9,7 @@ const FEATURES_OK: u32 = 11;
 
 fn transport() -> (GuestMemory, MmioTransport<Rng>) {
     let memory = GuestMemory::new(1 << 20).unwrap();
-    (memory.clone(), MmioTransport::new(memory, Rng).unwrap())
+    (memory.clone(), MmioTransport::new(memory, Rng::new()).unwrap())
 }
 
 /// To the status in which queues are set up.

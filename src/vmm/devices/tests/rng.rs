@@ -6,7 +6,7 @@ use crate::vmm::memory::GuestMemory;
 #[test]
 fn requests_are_filled_up_to_their_bound() {
     let memory = GuestMemory::new(1 << 20).unwrap();
-    let window = MmioTransport::new(memory.clone(), Rng).unwrap();
+    let window = MmioTransport::new(memory.clone(), Rng::new()).unwrap();
     let mut queues = driver::start(&window, driver::EVENT_IDX, 1, 64, 0);
     let queue = &mut queues[0];
     // Two buffers, one too large, one readable only.
@@ -28,7 +28,7 @@ fn requests_are_filled_up_to_their_bound() {
 #[test]
 fn a_flood_of_requests_is_served_in_turns() {
     let memory = GuestMemory::new(1 << 20).unwrap();
-    let window = MmioTransport::new(memory.clone(), Rng).unwrap();
+    let window = MmioTransport::new(memory.clone(), Rng::new()).unwrap();
     let mut queues = driver::start(&window, 0, 1, 64, 0);
     for _ in 0..64 {
         queues[0].add(&memory, &[(0x8000, 16, true)]);
@@ -38,4 +38,22 @@ fn a_flood_of_requests_is_served_in_turns() {
     assert!(served < 64);
     driver::run(&window);
     assert_eq!(served + std::iter::from_fn(|| queues[0].used(&memory)).count(), 64);
+}
+
+#[test]
+fn a_reset_is_no_way_around_the_limit() {
+    let memory = GuestMemory::new(1 << 20).unwrap();
+    let window = MmioTransport::new(memory.clone(), Rng::new()).unwrap();
+    let mut filled = 0;
+    for _ in 0..64 {
+        let mut queues = driver::start(&window, 0, 1, 16, 0);
+        queues[0].add(&memory, &[(0x8_0000, 0x1_0000, true)]);
+        window.queue_event(0);
+        filled += queues[0].used(&memory).map_or(0, |(_, len)| u64::from(len));
+        if window.with_device(|rng| rng.wake()).is_some() {
+            break;
+        }
+        memory.zero(0, 0x2000).unwrap();
+    }
+    assert!(window.with_device(|rng| rng.wake()).is_some(), "{filled} octets and no end");
 }

@@ -1,6 +1,6 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mio::{Events, Poll};
 
@@ -152,4 +152,30 @@ impl crate::vmm::devices::mmio::Window for Bus<'_> {
     }
     fn queue_event(&self, _: usize) {}
     fn let_go(&self) {}
+}
+
+#[test]
+fn a_guest_gets_entropy_at_a_bounded_rate() {
+    let (memory, set) = set();
+    let mut poll = Poll::new().unwrap();
+    set.register(poll.registry(), 0).unwrap();
+    let window = Bus { set: &set, base: MMIO_BASE + 2 * WINDOW };
+    let mut queues = crate::vmm::devices::driver::start(&window, 0, 1, 64, 0);
+    // Three times what may be saved up, in requests of the largest size.
+    for _ in 0..24 {
+        queues[0].add(&memory, &[(0x8_0000, 0x1_0000, true)]);
+    }
+    let event = set.windows()[2].queue_events[0].try_clone().unwrap();
+    let started = Instant::now();
+    event.write(1).unwrap();
+    let mut events = Events::with_capacity(16);
+    let mut filled = 0u64;
+    while filled < 24 << 16 {
+        poll.poll(&mut events, Some(Duration::from_secs(60))).unwrap();
+        assert!(!events.is_empty(), "the timer wakes the device");
+        events.iter().for_each(|event| assert!(set.handle(event.token())));
+        filled += std::iter::from_fn(|| queues[0].used(&memory)).map(|(_, len)| u64::from(len)).sum::<u64>();
+        let allowed = (512 << 10) + ((4 << 20) as f64 * started.elapsed().as_secs_f64()) as u64 + (1 << 16);
+        assert!(filled <= allowed, "{filled} octets after {:?}", started.elapsed());
+    }
 }

@@ -1,0 +1,189 @@
+//! `warren sentinel …`.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Parser, Subcommand};
+
+use super::config::Config;
+use super::control;
+use super::core_sim;
+use super::inspect;
+use super::model::SeriesTable;
+use super::secret::Secret;
+
+/// A telemetry agent that never loses what it accepted.
+#[derive(Parser)]
+#[command(name = "warren sentinel", version, disable_help_subcommand = true)]
+struct Sentinel {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+const CONFIG: &str = "/etc/sentinel/sentinel.toml";
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run until SIGTERM, SIGINT or `stop`
+    Start(File),
+    /// Ask a running sentinel to end
+    Stop(File),
+    /// Show what a running sentinel does, as JSON
+    Status(File),
+    /// Show its tasks, as JSON
+    Tasks(File),
+    /// Let it read its configuration again
+    Reload(File),
+    /// Say what is wrong with a configuration file
+    Check(File),
+    /// Register with the core once
+    Register(File),
+    /// Run every task of the file once and print what it gives
+    Test(File),
+    /// Run a small reference core, for tests and demonstrations
+    CoreSim(CoreSim),
+    /// Look at a buffer directory
+    #[command(subcommand)]
+    Buffer(Buffer),
+}
+
+#[derive(clap::Args)]
+struct File {
+    /// The configuration file
+    #[arg(long, value_name = "PATH", default_value = CONFIG)]
+    config: PathBuf,
+}
+
+#[derive(clap::Args)]
+struct CoreSim {
+    /// Where it listens
+    #[arg(long, default_value = "127.0.0.1:9480")]
+    listen: std::net::SocketAddr,
+    /// The environment's variable with the token that it wants
+    #[arg(long, value_name = "NAME")]
+    token_env: Option<String>,
+    /// Where samples are appended, one JSON object a line
+    #[arg(long, value_name = "PATH")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Buffer {
+    /// Segments and cursors, as JSON
+    Stat {
+        /// DATA/buffer of a sentinel
+        directory: PathBuf,
+    },
+    /// Every sample, one JSON object a line
+    Dump {
+        /// DATA/buffer of a sentinel
+        directory: PathBuf,
+    },
+    /// Read everything; exit code 1 when something is damaged
+    Fsck {
+        /// DATA/buffer of a sentinel
+        directory: PathBuf,
+    },
+}
+
+/// The role `sentinel`. `args` are those after it.
+pub fn main(args: Vec<OsString>) -> ExitCode {
+    crate::node::logging::init("sentinel");
+    let args = std::iter::once(OsString::from("warren sentinel")).chain(args);
+    let verb = match Sentinel::try_parse_from(args) {
+        Ok(sentinel) => sentinel.verb,
+        Err(e) => {
+            let _ = e.print();
+            return ExitCode::from(if e.use_stderr() { 2 } else { 0 });
+        }
+    };
+    match act(verb) {
+        Ok(code) => code,
+        Err(message) => {
+            eprintln!("error: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn act(verb: Verb) -> Result<ExitCode, String> {
+    match verb {
+        Verb::Start(file) => control::run(&file.config)?,
+        Verb::Stop(file) => return ask(&file.config, "stop"),
+        Verb::Status(file) => return ask(&file.config, "status"),
+        Verb::Tasks(file) => return ask(&file.config, "tasks"),
+        Verb::Reload(file) => return ask(&file.config, "reload"),
+        Verb::Check(file) => {
+            let config = Config::load(&file.config).map_err(|e| e.to_string())?;
+            for lane in config.lanes()?.iter().filter(|lane| lane.url.tls) {
+                lane.tls.load().map_err(|e| format!("target {}: {e}", lane.name))?;
+            }
+            println!("{}: good", file.config.display());
+        }
+        Verb::Register(file) => {
+            let config = Config::load(&file.config).map_err(|e| e.to_string())?;
+            let id = if config.id.is_empty() { stored_id(&config)? } else { config.id.clone() };
+            let mut core = control::CoreOptions::new(&config, &id)?.ok_or("the configuration has no core")?;
+            core.register()?;
+            println!("registered as {id}");
+        }
+        Verb::Test(file) => return test(&file.config),
+        Verb::CoreSim(sim) => {
+            let token = match &sim.token_env {
+                Some(name) => std::env::var(name).map_err(|_| format!("the environment has no {name}"))?,
+                None => String::new(),
+            };
+            let server = core_sim::start(sim.listen, Secret::new(token), sim.out.as_deref())
+                .map_err(|e| format!("{}: {e}", sim.listen))?;
+            println!("core at http://{}", server.address());
+            loop {
+                std::thread::park();
+            }
+        }
+        Verb::Buffer(Buffer::Stat { directory }) => println!("{}", inspect::stat(&directory)?),
+        Verb::Buffer(Buffer::Dump { directory }) => inspect::dump(&directory, &mut std::io::stdout().lock())?,
+        Verb::Buffer(Buffer::Fsck { directory }) => {
+            let (report, good) = inspect::fsck(&directory)?;
+            println!("{report}");
+            return Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn stored_id(config: &Config) -> Result<String, String> {
+    let path = config.paths.data.join("id");
+    let id = std::fs::read_to_string(&path);
+    id.map(|id| id.trim().to_string()).map_err(|e| format!("{}: {e}: start it first, or set id", path.display()))
+}
+
+fn ask(config: &Path, word: &str) -> Result<ExitCode, String> {
+    let path = control::socket_path(config)?;
+    let answer = control::ask(&path, word).map_err(|e| format!("{}: {e}: is it running?", path.display()))?;
+    println!("{answer}");
+    let refused = serde_json::from_str::<serde_json::Value>(&answer).is_ok_and(|answer| answer["ok"] == false);
+    Ok(if refused { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn test(path: &Path) -> Result<ExitCode, String> {
+    let config = Config::load(path).map_err(|e| e.to_string())?;
+    let table = Arc::new(SeriesTable::new(config.collector.max_series as usize));
+    let results = super::collect::once(control::settings(&config), config.tasks(), table)
+        .map_err(|e| format!("collector: {e}"))?;
+    let mut good = true;
+    for (report, samples) in results {
+        match &report.outcome {
+            super::task::Outcome::Success => println!("# {}: {} samples", report.task, samples.len()),
+            outcome => {
+                good = false;
+                println!("# {}: {outcome:?}", report.task);
+            }
+        }
+        for sample in samples {
+            println!("{} {} {}", **sample.series, sample.value, sample.timestamp_ms);
+        }
+    }
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

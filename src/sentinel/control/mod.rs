@@ -1,0 +1,16 @@
+//! The controller: starts everything, keeps it in step with the configuration, and ends it in good order.
+
+mod core;
+mod intake;
+mod metrics;
+mod run;
+mod seal;
+mod socket;
+mod state;
+mod system;
+mod taskbook;
+
+pub use core::{CoreOptions, CoreStats};
+pub use run::{run, settings, socket_path};
+pub use socket::ask;
+pub use state::State;

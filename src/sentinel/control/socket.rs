@@ -1,0 +1,59 @@
+//! The control socket: `sentinel status`, `reload`, `stop`. One word in, one line of JSON out.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+/// Its name in the data directory.
+pub const SOCKET: &str = "control.sock";
+const MAX_LINE: u64 = 256;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Answers words with lines from a thread of its own, as long as the process lives.
+pub fn serve(path: &Path, answer: impl Fn(&str) -> String + Send + 'static) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    thread::Builder::new().name("control".into()).spawn(move || {
+        for stream in listener.incoming() {
+            match stream {
+                Ok(stream) => {
+                    if let Err(e) = one(&stream, &answer) {
+                        log::debug!("control: {e}");
+                    }
+                }
+                Err(e) => {
+                    log::warn!("control: {e}");
+                    thread::sleep(Duration::from_secs(1));
+                }
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn one(stream: &UnixStream, answer: &impl Fn(&str) -> String) -> io::Result<()> {
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.set_write_timeout(Some(Duration::from_secs(5)))?;
+    let mut word = String::new();
+    BufReader::new(stream.take(MAX_LINE)).read_line(&mut word)?;
+    let mut line = answer(word.trim());
+    line.push('\n');
+    (&mut &*stream).write_all(line.as_bytes())
+}
+
+/// Asks a running sentinel.
+pub fn ask(path: &Path, word: &str) -> io::Result<String> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    writeln!(stream, "{word}")?;
+    let mut line = String::new();
+    stream.read_to_string(&mut line)?;
+    Ok(line.trim_end().to_string())
+}

@@ -1,0 +1,108 @@
+//! A batch as the request of a protocol.
+
+use std::fmt::Write as _;
+
+use super::gather::Outgoing;
+use super::gzip::gzip;
+use super::{clickhouse, json, remote_write};
+
+/// What a receiver speaks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Protocol {
+    /// Prometheus remote write 1.0.
+    RemoteWrite1,
+    /// Prometheus remote write 2.0, and 1.0 where the receiver knows no other.
+    RemoteWrite2,
+    /// ClickHouse's HTTP interface; the table, `[a-zA-Z0-9_.]+`.
+    ClickHouse {
+        /// Its name, with its database where it is not the default one.
+        table: String,
+    },
+    /// The core: JSON.
+    Core,
+}
+
+/// What is sent.
+#[derive(Debug)]
+pub struct Encoded {
+    /// Path and query.
+    pub target: String,
+    /// Besides those that every request has.
+    pub headers: Vec<(&'static str, String)>,
+    /// As it goes over the wire.
+    pub body: Vec<u8>,
+}
+
+/// Who we are, for those protocols that say it.
+#[derive(Debug, Clone, Default)]
+pub struct Origin {
+    /// The sentinel's id.
+    pub sentinel: String,
+    /// The log's: sequence numbers count in it.
+    pub log: u64,
+}
+
+/// Encodes; keeps its buffers for the next time.
+#[derive(Default)]
+pub struct Encoder {
+    raw: Vec<u8>,
+    text: String,
+    packed: Vec<u8>,
+    snappy: Option<snap::raw::Encoder>,
+}
+
+impl Encoder {
+    /// The request that hands over a batch.
+    pub fn encode(&mut self, protocol: &Protocol, target: &str, origin: &Origin, batch: &Outgoing) -> Encoded {
+        match protocol {
+            Protocol::RemoteWrite1 => {
+                self.raw.clear();
+                remote_write::encode_1(&batch.samples, &mut self.raw);
+                self.remote_write(target, "application/x-protobuf", "0.1.0")
+            }
+            Protocol::RemoteWrite2 => {
+                self.raw.clear();
+                remote_write::encode_2(&batch.samples, &mut self.raw);
+                self.remote_write(target, "application/x-protobuf;proto=io.prometheus.write.v2.Request", "2.0.0")
+            }
+            Protocol::ClickHouse { table } => {
+                self.text.clear();
+                clickhouse::encode(&batch.samples, &mut self.text);
+                let headers = vec![("Content-Encoding", "gzip".to_string())];
+                Encoded { target: clickhouse::target(target, table), headers, body: gzip(self.text.as_bytes()) }
+            }
+            Protocol::Core => {
+                self.text.clear();
+                core(&mut self.text, origin, batch);
+                let headers =
+                    vec![("Content-Type", "application/json".to_string()), ("Content-Encoding", "gzip".to_string())];
+                Encoded { target: target.to_string(), headers, body: gzip(self.text.as_bytes()) }
+            }
+        }
+    }
+
+    /// Snappy's block format, not the framed one.
+    fn remote_write(&mut self, target: &str, content_type: &str, version: &str) -> Encoded {
+        self.packed.resize(snap::raw::max_compress_len(self.raw.len()), 0);
+        let snappy = self.snappy.get_or_insert_with(snap::raw::Encoder::new);
+        // The buffer has the size that it can need at most, and a batch is far below 4 GiB.
+        let len = snappy.compress(&self.raw, &mut self.packed).unwrap_or(0);
+        let headers = vec![
+            ("Content-Type", content_type.to_string()),
+            ("Content-Encoding", "snappy".to_string()),
+            ("X-Prometheus-Remote-Write-Version", version.to_string()),
+        ];
+        Encoded { target: target.to_string(), headers, body: self.packed[..len].to_vec() }
+    }
+}
+
+/// `batch` and `sequence` let the core see that it has a sample already: the same sample has the same number in the
+/// same log, whatever batch it comes in.
+fn core(out: &mut String, origin: &Origin, batch: &Outgoing) {
+    out.push_str("{\"sentinel\":");
+    json::text(out, &origin.sentinel);
+    let (log, first) = (origin.log, batch.first);
+    let _ = write!(out, ",\"log\":\"{log:016x}\",\"batch\":\"{log:016x}-{first}\",\"sequence\":{first},\"samples\":");
+    json::samples(out, &batch.samples);
+    out.push('}');
+}

@@ -1,0 +1,24 @@
+//! Senders: one lane per destination, each with its own reader of the log, connection, retries and breaker, so that no
+//! destination can delay another or cost it a repeat.
+//!
+//! `lane` has the thread, `gather` makes batches of what the log gives, `encode` and its parts turn a batch into a
+//! request, `policy` says what an answer means, `breaker` how long to wait, `dead_letter` keeps what a receiver refused.
+
+mod breaker;
+mod clickhouse;
+mod dead_letter;
+mod encode;
+mod gather;
+mod gzip;
+pub mod json;
+mod lane;
+mod policy;
+mod protobuf;
+pub mod remote_write;
+#[cfg(test)]
+mod tests;
+
+pub use breaker::BreakerState;
+pub use encode::Protocol;
+pub use gzip::{gunzip, gzip};
+pub use lane::{Lane, LaneOptions, LaneStats};
