@@ -37,8 +37,11 @@ enum Mood {
     Nonsense,
 }
 
+/// Function, address and count of a request.
+type Asked = (u8, u16, u16);
+
 /// Register n holds n, coil n is set where n is divisible by three.
-fn device(framing: Framing, mood: Mood) -> (u16, std::thread::JoinHandle<Vec<(u8, u16, u16)>>) {
+fn device(framing: Framing, mood: Mood) -> (u16, std::thread::JoinHandle<Vec<Asked>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let serve = std::thread::spawn(move || {
