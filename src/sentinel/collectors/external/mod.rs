@@ -35,7 +35,7 @@ const CRASH_LOOP: u32 = 5;
 /// How long a program has to answer a cancelled request, to end after `close`, or to leave its exit status.
 const GRACE: Duration = Duration::from_secs(1);
 /// An execd program that has said something and then nothing for this long has said all of it.
-const QUIET: Duration = Duration::from_millis(300);
+const QUIET: Duration = Duration::from_secs(1);
 /// How often what must be waited for is looked at.
 const LOOK: Duration = Duration::from_millis(25);
 
