@@ -16,7 +16,7 @@ ARGS    ?=
 PEER    ?=
 export SCRIPT ARGS PEER
 
-.PHONY: help run up down test image bench deps build binaries kernels templates node config-check fmt lint clean
+.PHONY: help run up down test fuzz sanitize image bench deps build binaries kernels templates node config-check fmt lint clean
 
 help:
 	@cat <<-END
@@ -25,6 +25,8 @@ help:
 	make test                          everything that is checked before a change goes in
 	make image                         build/warren.img: a disk image that boots under UEFI
 	make bench [PEER=/path/firecracker] build/bench.tsv: how fast, how big
+	make fuzz MINUTES=10               every fuzz target with coverage feedback and AddressSanitizer
+	make sanitize                      devices, memory and parsers under AddressSanitizer
 	make build                         all parts: binaries, kernels, templates
 	make kernels, templates, binaries  one kind of part
 	make fmt, lint                     format, and check, the Rust code
@@ -119,6 +121,15 @@ test: lint config-check build $(B)/qemu.img
 	@cargo test --locked -q
 	cargo test -p qemu-tests --locked -q -- --test-threads=1
 	echo "test: all passed"
+
+# Coverage-guided, on the one stable toolchain: see fuzz/build and docs/testing.md.
+MINUTES ?= 10
+fuzz: deps
+	@fuzz/build "$$PWD/target/fuzz"
+	fuzz/run target/fuzz/x86_64-unknown-linux-gnu/release $(B)/fuzz $(MINUTES)
+
+sanitize: deps
+	@fuzz/sanitize "$$PWD/target/sanitize"
 
 bench: build
 	@cargo build --release --locked -q -p qemu-tests --bins

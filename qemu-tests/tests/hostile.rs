@@ -35,8 +35,10 @@ impl Neighbour {
 /// Runs modes one after the other beside a sandbox.
 fn attack(modes: &[(&str, &str)], rounds: u64) {
     let node = shared::node();
-    let neighbour = Neighbour::new(&node);
+    // The first sandbox may leave caches and directories that stay.
+    drop(node.sandbox(&[]));
     let before = NodeState::of(&node);
+    let neighbour = Neighbour::new(&node);
     let seed = setting("WARREN_HOSTILE_SEED", 1);
     for (mode, expected) in modes {
         let said = node.rig(&[
@@ -49,6 +51,7 @@ fn attack(modes: &[(&str, &str)], rounds: u64) {
         println!("seed={seed} {}", said.trim_end());
         neighbour.assert_well();
     }
+    drop(neighbour);
     before.assert_restored(&node);
 }
 
@@ -84,7 +87,7 @@ fn each_end_has_its_reason() {
             ("exotic", "kvm-error,guest-reset,guest-poweroff"),
             ("halt", "stopped"),
             ("spin", "stopped"),
-            ("init", "stopped"),
+            ("init", "stopped,kvm-error"), // a first processor goes to the reset vector, where there is nothing
         ],
         8,
     );

@@ -8,6 +8,7 @@ mod elf;
 mod exposition;
 mod http_response;
 mod influx;
+mod mmio;
 mod modbus;
 mod node;
 mod overlay;
@@ -22,6 +23,7 @@ pub use elf::elf;
 pub use exposition::exposition;
 pub use http_response::http_response;
 pub use influx::influx;
+pub use mmio::mmio;
 pub use modbus::modbus;
 pub use node::node;
 pub use overlay::overlay;
@@ -69,7 +71,7 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 13] = [
+    const TARGETS: [Target; 14] = [
         ("block", block),
         ("elf", elf),
         ("exposition", exposition),
@@ -77,6 +79,7 @@ mod tests {
         ("influx", influx),
         ("modbus", modbus),
         ("node", node),
+        ("mmio", mmio),
         ("overlay", overlay),
         ("sentinel_log", sentinel_log),
         ("snmp", snmp),

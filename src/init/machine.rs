@@ -11,12 +11,15 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 /// Descriptors of one process: a supervisor of 1,000 sandboxes with 1,000 execs needs several thousand.
 const DESCRIPTORS: u64 = 1_048_576;
 
-/// (file below /proc/sys, value)
+/// (file, value)
 const SETTINGS: &[(&str, &str)] = &[
     // Log lines of user space are not dropped by the rate limit: the writers are our own.
-    ("kernel/printk_devkmsg", "on"),
+    ("/proc/sys/kernel/printk_devkmsg", "on"),
     // Each sandbox has about ten threads.
-    ("kernel/pid_max", "4194304"),
+    ("/proc/sys/kernel/pid_max", "4194304"),
+    // Huge pages are put together only where all the small ones are in use: else the kernel would fill up again what
+    // guests gave back with their balloon and by free-page reporting.
+    ("/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_none", "0"),
 ];
 
 /// Sends standard output and error to /dev/kmsg, for init and all that it starts: so a line reaches every
@@ -62,7 +65,7 @@ pub fn die_loudly() {
 /// Everything else. What fails is reported; the node goes on.
 pub fn set_up(name: &str) {
     for (file, value) in SETTINGS {
-        report(&format!("set {file}"), fs::write(format!("/proc/sys/{file}"), format!("{value}\n")));
+        report(&format!("set {file}"), fs::write(file, format!("{value}\n")));
     }
     report("set kernel/panic", restart_after_panic());
     // Three keys must not restart a node; the kernel sends SIGINT instead, which is an ordered restart.
