@@ -55,7 +55,7 @@ fn a_tail_cut_by_1_to_200_octets_costs_at_most_the_last_record() {
 #[test]
 fn any_flipped_octet_costs_at_most_its_record_and_the_loss_is_counted() {
     let (files, source, octets) = written();
-    for at in (0..octets.len()).step_by(3) {
+    for at in (0..octets.len()).step_by(if cfg!(debug_assertions) { 9 } else { 1 }) {
         let files = copy(&*files);
         files.open(&segment_name(1)).unwrap().write_at(&[octets[at] ^ 0x10], at as u64).unwrap();
         let log = open(&files, &options(1 << 22, 1 << 20), &source, &["one"]);
