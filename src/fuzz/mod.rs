@@ -10,6 +10,7 @@ mod http_response;
 mod influx;
 mod mmio;
 mod modbus;
+mod net;
 mod node;
 mod overlay;
 mod sentinel_log;
@@ -25,6 +26,7 @@ pub use http_response::http_response;
 pub use influx::influx;
 pub use mmio::mmio;
 pub use modbus::modbus;
+pub use net::net;
 pub use node::node;
 pub use overlay::overlay;
 pub use sentinel_log::sentinel_log;
@@ -71,13 +73,14 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 14] = [
+    const TARGETS: [Target; 15] = [
         ("block", block),
         ("elf", elf),
         ("exposition", exposition),
         ("http_response", http_response),
         ("influx", influx),
         ("modbus", modbus),
+        ("net", net),
         ("node", node),
         ("mmio", mmio),
         ("overlay", overlay),

@@ -16,6 +16,7 @@ mod exec;
 mod files;
 mod loopback;
 mod memory;
+mod network;
 mod port;
 mod remove;
 mod serve;

@@ -16,6 +16,7 @@ use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 use nix::unistd::{Pid, sethostname};
 
+use super::network::Network;
 use super::report;
 use super::settings::Settings;
 use crate::wire::{Args, Code, Error, Fields};
@@ -33,6 +34,7 @@ pub(super) fn configure(settings: &mut Settings, mut args: Args, pid1: bool) -> 
     let user = args.text("user")?;
     let cwd = args.bytes("cwd")?;
     let grow = args.flag("grow")?;
+    let network = Network::parse(&mut args)?;
     args.finish()?;
     if let Some(name) = &hostname
         && (name.is_empty()
@@ -73,6 +75,9 @@ pub(super) fn configure(settings: &mut Settings, mut args: Args, pid1: bool) -> 
     if let Some(name) = hostname {
         sethostname(&name).map_err(|errno| failed("set the host name", errno))?;
         introduce(&name);
+    }
+    if let Some(network) = network {
+        network.apply()?;
     }
     if grow {
         grow_root().map_err(|errno| failed("grow the root file system", errno))?;

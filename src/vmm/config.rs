@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use super::devices::block::ID_LEN;
+use super::devices::net::{MAX_MTU, MIN_MTU, NetConfig};
 use super::devices::rate::{Limits, Rate};
 use super::devices::{ExtraDisk, MAX_EXTRA_DISKS, ROOT};
 use super::memory::PAGE;
@@ -19,6 +20,9 @@ pub const MAX_MEMORY_MIB: u64 = 32 * 1024;
 pub const MIN_TARGET_MIB: u64 = 32;
 /// First guest address of vsock; lower ones have meanings of their own (virtio 1.2 §5.10.4).
 const MIN_CID: u64 = 3;
+
+/// MTU of Ethernet, where none is given.
+const DEFAULT_MTU: u64 = 1500;
 
 /// What a microVM is started with.
 #[derive(Debug)]
@@ -47,6 +51,8 @@ pub struct StartConfig {
     pub disks: Vec<ExtraDisk>,
     /// Of all disks together.
     pub disk_limits: Limits,
+    /// The network, with the host's end of it.
+    pub net: Option<(OwnedFd, NetConfig)>,
 }
 
 impl StartConfig {
@@ -63,6 +69,7 @@ impl StartConfig {
         let mut limit = |key| Ok::<_, Error>(args.number(key, 1..=u64::MAX)?.map(Rate::per_second));
         let disk_limits = Limits { operations: limit("disk_iops")?, bytes: limit("disk_bytes_per_s")? };
         let disks = take_disks(&mut args, &mut descriptors)?;
+        let net = take_net(&mut args, &mut descriptors)?;
         let mut take = |key| take_descriptor(&mut args, &mut descriptors, key);
         let config = Self {
             vcpus,
@@ -77,6 +84,7 @@ impl StartConfig {
             overlay: take("overlay")?.into(),
             disks,
             disk_limits,
+            net,
         };
         args.finish()?;
         Ok(config)
@@ -108,6 +116,42 @@ fn take_disks(args: &mut Args, descriptors: &mut [Option<OwnedFd>]) -> Result<Ve
         return Err(bad(format!("{} disks are over the limit of {MAX_EXTRA_DISKS}", disks.len())));
     }
     Ok(disks)
+}
+
+/// The network, where `tap=fd:N` is given.
+fn take_net(args: &mut Args, descriptors: &mut [Option<OwnedFd>]) -> Result<Option<(OwnedFd, NetConfig)>, Error> {
+    let Some(tap) = args.text("tap")? else { return Ok(None) };
+    let tap = take_named(descriptors, "tap", &tap)?;
+    let mac = needed("mac", args.text("mac")?)?;
+    let mac = parse_mac(&mac).ok_or_else(|| {
+        Error::new(
+            Code::BadArgument,
+            format!("mac={mac} is no address of one station, six octets as xx:xx:xx:xx:xx:xx"),
+        )
+        .with("argument", "mac")
+    })?;
+    let mtu = args.number("mtu", u64::from(MIN_MTU)..=u64::from(MAX_MTU))?.unwrap_or(DEFAULT_MTU) as u16;
+    let ipv4 = args.text("ipv4")?.map(|given| {
+        given.parse().map_err(|_| {
+            Error::new(Code::BadArgument, format!("ipv4={given} is no IPv4 address")).with("argument", "ipv4")
+        })
+    });
+    let offloads = !args.flag("plain_frames")?;
+    let mut limit = |key| Ok::<_, Error>(args.number(key, 1..=u64::MAX)?.map(Rate::per_second));
+    let rx = Limits { bytes: limit("net_rx_bytes_per_s")?, operations: limit("net_rx_packets_per_s")? };
+    let tx = Limits { bytes: limit("net_tx_bytes_per_s")?, operations: limit("net_tx_packets_per_s")? };
+    Ok(Some((tap, NetConfig { mac, mtu, ipv4: ipv4.transpose()?, offloads, rx, tx })))
+}
+
+/// A hardware address of one station: not a group's, and not zero.
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut octets = [0; 6];
+    let mut parts = text.split(':');
+    for octet in &mut octets {
+        let part = parts.next().filter(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))?;
+        *octet = u8::from_str_radix(part, 16).ok()?;
+    }
+    (parts.next().is_none() && octets[0] & 1 == 0 && octets != [0; 6]).then_some(octets)
 }
 
 /// The descriptor that `key=fd:N` names. Each can be named once.
@@ -193,6 +237,43 @@ mod tests {
         assert_eq!((limits.operations.unwrap().per_second, limits.bytes.unwrap().per_second), (100, 1_000_000));
         assert_eq!(StartConfig::parse(request(), descriptors(6)).unwrap().disk_limits, Limits::default());
         assert_eq!(code(request().set("disk_iops", 0)), "OUT_OF_RANGE");
+    }
+
+    #[test]
+    fn a_network_is_taken_with_its_addresses_and_limits() {
+        assert!(StartConfig::parse(request(), descriptors(6)).unwrap().net.is_none());
+        let net = || request().set("tap", "fd:6").set("mac", "02:00:00:00:aB:01");
+        let (_, config) = StartConfig::parse(net(), descriptors(7)).unwrap().net.unwrap();
+        assert_eq!((config.mac, config.mtu, config.ipv4), ([2, 0, 0, 0, 0xab, 1], 1500, None));
+        assert!(config.offloads && config.rx == Limits::default() && config.tx == Limits::default());
+        let full = net()
+            .set("mtu", 9000)
+            .set("ipv4", "10.0.0.2")
+            .set("plain_frames", "true")
+            .set("net_rx_bytes_per_s", 1000)
+            .set("net_tx_packets_per_s", 7);
+        let (_, config) = StartConfig::parse(full, descriptors(7)).unwrap().net.unwrap();
+        assert_eq!((config.mtu, config.ipv4, config.offloads), (9000, Some([10, 0, 0, 2].into()), false));
+        assert_eq!((config.rx.bytes, config.rx.operations), (Some(Rate::per_second(1000)), None));
+        assert_eq!((config.tx.bytes, config.tx.operations), (None, Some(Rate::per_second(7))));
+    }
+
+    #[test]
+    fn networks_that_cannot_be_are_refused() {
+        let code = |request: Request| StartConfig::parse(request, descriptors(7)).expect_err("was taken").code;
+        let net = || request().set("tap", "fd:6");
+        assert_eq!(code(net()), "MISSING_ARGUMENT");
+        assert_eq!(code(request().set("mac", "02:00:00:00:00:01")), "UNKNOWN_ARGUMENT", "without a device");
+        for mac in
+            ["", "02:00:00:00:00", "02:00:00:00:00:01:02", "03:00:00:00:00:01", "00:00:00:00:00:00", "2:0:0:0:0:+1"]
+        {
+            assert_eq!(code(net().set("mac", mac)), "BAD_ARGUMENT", "{mac}");
+        }
+        let net = || net().set("mac", "02:00:00:00:00:01");
+        assert_eq!(code(net().set("ipv4", "10.0.0")), "BAD_ARGUMENT");
+        assert_eq!(code(net().set("mtu", 67)), "OUT_OF_RANGE");
+        assert_eq!(code(net().set("mtu", 65_522)), "OUT_OF_RANGE");
+        assert_eq!(code(net().set("net_rx_packets_per_s", 0)), "OUT_OF_RANGE");
     }
 
     #[test]

@@ -123,8 +123,8 @@ impl Machine {
         F: Fn(End) + Send + Sync + 'static,
     {
         let memory = GuestMemory::new(config.memory_bytes)?;
-        let StartConfig { base, overlay, disks, disk_limits, serial, cid, .. } = config;
-        let devices = DeviceConfig { base, overlay, disks, disk_limits, serial, cid };
+        let StartConfig { base, overlay, disks, disk_limits, net, serial, cid, .. } = config;
+        let devices = DeviceConfig { base, overlay, disks, disk_limits, net, serial, cid };
         let devices = Arc::new(DeviceSet::new(&memory, devices)?);
         let windows = devices.windows();
         let places: Vec<MmioDevice> = windows.iter().map(|w| MmioDevice { addr: w.base, gsi: w.gsi }).collect();
@@ -191,6 +191,7 @@ impl Machine {
             .with("serial_in_bytes", devices.serial_in_bytes)
             .with("serial_overruns", devices.serial_overruns)
             .with("serial_dropped_bytes", devices.serial_dropped_bytes);
+        let fields = self.devices.with_net_counters(fields);
         let Some((memory, taken)) = devices.memory else { return fields };
         let kib = |octets: Option<u64>| octets.map(|octets| octets >> 10);
         [

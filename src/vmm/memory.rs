@@ -9,6 +9,7 @@
 use std::fmt;
 use std::io;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 use std::sync::Arc;
@@ -425,6 +426,45 @@ pub fn send(socket: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<usi
     let header = message(slices);
     // SAFETY: as in `receive`; the kernel only reads the ranges.
     check(unsafe { libc::sendmsg(socket.as_raw_fd(), &header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) })
+}
+
+/// Reads one frame of a packet device into guest memory, and what does not fit there into `rest`; gives its length.
+/// A frame that is longer than both is cut.
+pub fn read_frame(file: BorrowedFd<'_>, slices: &[GuestSlice<'_>], rest: &mut [u8]) -> io::Result<usize> {
+    let rest = libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() };
+    let mut vector = VECTOR;
+    let count = join(&mut vector, slices.iter().map(|slice| slice.iovec).chain([rest]))?;
+    // SAFETY: the first `count` entries of `vector` are set: checked ranges of guest memory, and `rest`, which is
+    // borrowed mutably; all outlive the call.
+    check(unsafe { libc::readv(file.as_raw_fd(), vector.as_ptr().cast(), count) })
+}
+
+/// Writes one frame to a packet device: `head`, then guest memory.
+pub fn write_frame<'m>(
+    file: BorrowedFd<'_>,
+    head: &[u8],
+    slices: impl Iterator<Item = GuestSlice<'m>>,
+) -> io::Result<usize> {
+    let head = libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() };
+    let mut vector = VECTOR;
+    let count = join(&mut vector, [head].into_iter().chain(slices.map(|slice| slice.iovec)))?;
+    // SAFETY: the first `count` entries of `vector` are set: `head` and checked ranges of guest memory, which outlive
+    // the call; the kernel only reads them.
+    check(unsafe { libc::writev(file.as_raw_fd(), vector.as_ptr().cast(), count) })
+}
+
+/// Room for the slices of one call.
+type Vector = [MaybeUninit<libc::iovec>; MAX_SLICES];
+const VECTOR: Vector = [const { MaybeUninit::uninit() }; MAX_SLICES];
+
+/// Sets the first entries of a vector; gives how many.
+fn join(vector: &mut Vector, entries: impl Iterator<Item = libc::iovec>) -> io::Result<i32> {
+    let mut count = 0;
+    for entry in entries {
+        vector.get_mut(count).ok_or(io::ErrorKind::InvalidInput)?.write(entry);
+        count += 1;
+    }
+    Ok(count as i32)
 }
 
 /// Fills guest memory from the host's random number generator; gives the octets filled, which may be fewer.

@@ -25,7 +25,7 @@ const REQUESTS: u32 = 2000;
 const STREAM_MIB: usize = 64;
 const BLOCK_MIB: usize = 64;
 /// Requests of 4 KiB, one at a time.
-const SMALL: usize = 8192;
+const SMALL: usize = 2048;
 const MEMORY_MIB: u64 = 128;
 
 /// Programs started without the supervisor.

@@ -14,7 +14,7 @@ mod process;
 mod tap;
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -160,7 +160,8 @@ impl Setup {
             file.unwrap_or_else(|e| panic!("{name} cannot be made: {e}"))
         };
         let base = open(&self.base);
-        let base_bytes = base.metadata().expect("an open file has a size").len();
+        // Of a block device as well.
+        let base_bytes = (&base).seek(SeekFrom::End(0)).expect("a base has a size");
         let overlay = create("overlay");
         overlay::create(&overlay, self.disk_mib * MIB, base_bytes, [0; 32]).expect("an overlay can be made");
         create("serial");

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `queue`, `segments` | split virtqueues and the guest buffers in them |
 //! | `mmio`, `device` | the transport, and what it asks of a device |
-//! | `balloon`, `block`, `rng`, `vsock` | virtio devices |
+//! | `balloon`, `block`, `net`, `rng`, `vsock` | virtio devices |
 //! | `disk` | a block device on its own thread |
 //! | `serial`, `console` | COM1, and its log |
 //! | `rate`, `timer` | token buckets, and what wakes a device that waits for tokens |
@@ -18,6 +18,7 @@ pub mod disk;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod driver;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rate;
 pub mod rng;

@@ -183,8 +183,10 @@ struct Ring {
     next_avail: u16,
     /// The available index as last read: entries up to here may be taken without reading it again.
     seen_avail: u16,
-    /// Next entry of the used ring to fill.
+    /// Next entry of the used ring to fill, and to announce.
     next_used: u16,
+    /// Entries filled from there on that are not announced yet.
+    unannounced: u16,
     /// The used index at the last decision about an interrupt.
     decided_used: u16,
 }
@@ -210,6 +212,7 @@ impl Queue {
                 next_avail: 0,
                 seen_avail: 0,
                 next_used: 0,
+                unannounced: 0,
                 decided_used: 0,
             }),
         })
@@ -235,16 +238,34 @@ impl Queue {
         self.ring.as_ref().map_or(0, |ring| ring.seen_avail.wrapping_sub(ring.next_avail))
     }
 
+    /// Ring entries: no more chains than this can be with the device.
+    pub fn size(&self) -> u16 {
+        self.ring.as_ref().map_or(0, |ring| ring.size)
+    }
+
     /// Gives a chain back to the driver; `len` is how many octets were written into its writable buffers.
     pub fn add_used(&mut self, memory: &GuestMemory, head: u16, len: u32) -> Result<(), QueueError> {
+        self.put_used(memory, head, len)?;
+        self.announce_used(memory)
+    }
+
+    /// The same for one of several chains that the driver is to see at once: they are there with `announce_used`.
+    pub fn put_used(&mut self, memory: &GuestMemory, head: u16, len: u32) -> Result<(), QueueError> {
         let Some(ring) = &mut self.ring else { return Ok(()) };
         let mut element = [0u8; 8];
         element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
         element[4..].copy_from_slice(&len.to_le_bytes());
-        let slot = u64::from(ring.next_used % ring.size);
+        let slot = u64::from(ring.next_used.wrapping_add(ring.unannounced) % ring.size);
         memory.write(ring.device + 4 + 8 * slot, &element)?;
-        ring.next_used = ring.next_used.wrapping_add(1);
-        // Release: the element and the data are visible before the index that announces them.
+        ring.unannounced = ring.unannounced.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Lets the driver see what was put into the used ring.
+    pub fn announce_used(&mut self, memory: &GuestMemory) -> Result<(), QueueError> {
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        ring.next_used = ring.next_used.wrapping_add(std::mem::take(&mut ring.unannounced));
+        // Release: elements and data are visible before the index that announces them.
         memory.store_u16(ring.device + 2, ring.next_used, Ordering::Release)?;
         Ok(())
     }
@@ -261,6 +282,20 @@ impl Queue {
         // The wish must be visible before the index is read, or both sides could miss each other (§2.7.10).
         fence(Ordering::SeqCst);
         ring.available(memory)
+    }
+
+    /// The same where there are chains, but too few: asks for a notification when the driver adds to those that were
+    /// seen. `true` when it did already.
+    pub fn enable_notifications_of_more(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        let Some(ring) = &mut self.ring else { return Ok(false) };
+        let seen = ring.seen_avail;
+        if ring.event_index {
+            memory.store_u16(ring.device + 4 + 8 * u64::from(ring.size), seen, Ordering::Relaxed)?;
+        }
+        // As above.
+        fence(Ordering::SeqCst);
+        ring.look(memory)?;
+        Ok(ring.seen_avail != seen)
     }
 
     /// Whether the driver wants an interrupt for what was given back since the last call. Call once after
@@ -289,15 +324,21 @@ impl Ring {
     /// Whether a chain can be popped.
     fn available(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
         if self.seen_avail == self.next_avail {
-            // Acquire: ring entries, descriptors and data are read after the index that announces them.
-            let index = memory.load_u16(self.driver + 2, Ordering::Acquire)?;
-            let by = index.wrapping_sub(self.next_avail);
-            if by > self.size {
-                return Err(QueueError::AvailableJump { by, size: self.size });
-            }
-            self.seen_avail = index;
+            self.look(memory)?;
         }
         Ok(self.seen_avail != self.next_avail)
+    }
+
+    /// Reads the available index.
+    fn look(&mut self, memory: &GuestMemory) -> Result<(), QueueError> {
+        // Acquire: ring entries, descriptors and data are read after the index that announces them.
+        let index = memory.load_u16(self.driver + 2, Ordering::Acquire)?;
+        let by = index.wrapping_sub(self.next_avail);
+        if by > self.size {
+            return Err(QueueError::AvailableJump { by, size: self.size });
+        }
+        self.seen_avail = index;
+        Ok(())
     }
 
     fn pop<'m>(&mut self, memory: &'m GuestMemory, chain: &mut Chain<'m>) -> Result<bool, QueueError> {

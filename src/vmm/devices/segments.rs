@@ -52,7 +52,7 @@ impl<'m> Segments<'m> {
     }
 
     /// The pieces that make up `range`, cut to what there is.
-    pub fn parts(&self, range: Range<usize>) -> impl Iterator<Item = GuestSlice<'m>> + '_ {
+    pub fn parts(&self, range: Range<usize>) -> impl Iterator<Item = GuestSlice<'m>> + Clone + '_ {
         let mut before = 0;
         self.slices.iter().filter_map(move |slice| {
             let start = range.start.max(before);

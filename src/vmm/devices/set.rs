@@ -4,7 +4,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,6 +19,7 @@ use super::block::{Block, BlockCounters};
 use super::device::Progress;
 use super::disk::Disk;
 use super::mmio::{MmioTransport, WINDOW, Window};
+use super::net::{self, Net, NetConfig, NetCounters, Tap};
 use super::rate::{Limiter, Limits};
 use super::rng::Rng;
 use super::serial::Serial;
@@ -52,6 +53,8 @@ pub struct DeviceConfig {
     pub disks: Vec<ExtraDisk>,
     /// For all disks together.
     pub disk_limits: Limits,
+    /// An open queue of a TAP device, and the network on it; none without.
+    pub net: Option<(OwnedFd, NetConfig)>,
     /// The console log, opened `O_RDWR | O_APPEND`.
     pub serial: File,
     /// The guest's vsock context identifier, 3 to 2^32 - 2.
@@ -174,6 +177,8 @@ pub struct DeviceStats {
 enum Source {
     VsockLinks,
     VsockTimer,
+    Tap,
+    NetTimer,
     RngTimer,
     Queue { window: usize, queue: usize },
 }
@@ -192,11 +197,13 @@ pub struct DeviceSet {
     vsock: Arc<MmioTransport<Vsock>>,
     rng: Arc<MmioTransport<Rng>>,
     balloon: Arc<MmioTransport<Balloon>>,
+    net: Option<Arc<MmioTransport<Net>>>,
     serial: Serial,
     vsock_timer: Mutex<Timer>,
     rng_timer: Mutex<Timer>,
     vsock_counters: Arc<VsockCounters>,
     balloon_counters: Arc<BalloonCounters>,
+    net_counters: Option<Arc<NetCounters>>,
     /// What the device thread watches; tokens count from `first_token` in this order.
     sources: Vec<(RawFd, Source)>,
     first_token: Mutex<usize>,
@@ -207,7 +214,7 @@ const VSOCK_WINDOW: usize = 1;
 const RNG_WINDOW: usize = 2;
 
 impl DeviceSet {
-    /// Makes the devices: block, vsock, rng, balloon, and the serial port.
+    /// Makes the devices: block, vsock, rng, balloon, net where there is one, and the serial port.
     pub fn new(memory: &GuestMemory, config: DeviceConfig) -> Result<Self, DeviceError> {
         if u64::from(config.cid) <= HOST_CID || config.cid == u32::MAX {
             return Err(DeviceError::Cid { cid: config.cid });
@@ -233,10 +240,21 @@ impl DeviceSet {
         let balloon = Balloon::new(memory.size());
         let balloon_counters = balloon.counters();
         let balloon = Arc::new(MmioTransport::new(memory.clone(), balloon).map_err(while_doing(transport))?);
+        let net = match config.net {
+            Some((tap, network)) => {
+                let tap = Tap::new(tap).map_err(while_doing("taking the TAP device"))?;
+                Some(Net::new(tap, network).map_err(while_doing("making the network device"))?)
+            }
+            None => None,
+        };
+        let net_counters = net.as_ref().map(Net::counters);
+        let net = net.map(|net| MmioTransport::new(memory.clone(), net)).transpose();
+        let net = net.map_err(while_doing(transport))?.map(Arc::new);
         let vsock_timer = Timer::new().map_err(while_doing("making a timer"))?;
         let rng_timer = Timer::new().map_err(while_doing("making a timer"))?;
         let serial = Serial::new(config.serial).map_err(while_doing("making the serial port"))?;
-        let shared: [Arc<dyn Window>; 3] = [vsock.clone(), rng.clone(), balloon.clone()];
+        let mut shared: Vec<Arc<dyn Window>> = vec![vsock.clone(), rng.clone(), balloon.clone()];
+        shared.extend(net.iter().map(|net| net.clone() as Arc<dyn Window>));
         // Linux names disks in the order of their windows: the root disk is the first, others follow at the end.
         let (root, extra) = disks.split_at(1);
         let windows: Vec<Arc<dyn Window>> =
@@ -247,6 +265,10 @@ impl DeviceSet {
             (vsock_timer.fd(), Source::VsockTimer),
             (rng_timer.fd(), Source::RngTimer),
         ];
+        if let Some(net) = &net {
+            let (tap, timer) = net.with_device(|net| (net.tap_fd(), net.timer_fd()));
+            sources.extend([(tap, Source::Tap), (timer, Source::NetTimer)]);
+        }
         for (window, device) in shared.iter().enumerate().map(|(n, device)| (n + root.len(), device)) {
             for (queue, event) in device.queue_events().iter().enumerate() {
                 sources.push((event.as_raw_fd(), Source::Queue { window, queue }));
@@ -259,11 +281,13 @@ impl DeviceSet {
             vsock,
             rng,
             balloon,
+            net,
             serial,
             vsock_timer: Mutex::new(vsock_timer),
             rng_timer: Mutex::new(rng_timer),
             vsock_counters,
             balloon_counters,
+            net_counters,
             sources,
             first_token: Mutex::new(usize::MAX),
         })
@@ -315,6 +339,15 @@ impl DeviceSet {
                 self.vsock_timer.lock().unwrap_or_else(PoisonError::into_inner).went_off();
                 self.vsock.with_device(|vsock| vsock.expire(Instant::now()));
                 self.pump_vsock();
+            }
+            Source::Tap => self.receive_frames(),
+            Source::NetTimer => {
+                if let Some(net) = &self.net {
+                    net.with_device(Net::timer_event);
+                    // Whichever direction waits for tokens.
+                    net.kick(net::TX);
+                    self.receive_frames();
+                }
             }
             Source::RngTimer => {
                 self.rng_timer.lock().unwrap_or_else(PoisonError::into_inner).went_off();
@@ -431,6 +464,14 @@ impl DeviceSet {
         }
     }
 
+    fn receive_frames(&self) {
+        if let Some(net) = &self.net
+            && net.with_queues(|device, context| device.receive(context)) == Some(Progress::More)
+        {
+            net.kick(net::RX);
+        }
+    }
+
     fn arm_rng_timer(&self) {
         if let Some(wake) = self.rng.with_device(|rng| rng.wake()) {
             self.rng_timer.lock().unwrap_or_else(PoisonError::into_inner).arm(wake, Instant::now());
@@ -475,7 +516,15 @@ impl DeviceSet {
         self.disks.iter().map(row).collect()
     }
 
-    /// Counters of all devices.
+    /// Adds the network's counters to a row of statistics, where there is a network.
+    pub fn with_net_counters(&self, fields: Fields) -> Fields {
+        match &self.net_counters {
+            Some(counters) => counters.fields(fields),
+            None => fields,
+        }
+    }
+
+    /// Counters of all devices but the network.
     pub fn stats(&self) -> DeviceStats {
         let (vsock, balloon) = (&self.vsock_counters, &self.balloon_counters);
         let (target, actual, statistics) =

@@ -7,6 +7,7 @@ mod cpu;
 mod disk;
 mod memory;
 mod tcp;
+mod udp;
 
 use std::fmt::Display;
 use std::process::ExitCode;
@@ -32,6 +33,8 @@ const COMMANDS: &[Command] = &[
         tcp::receive,
         "port=N connections=1: takes connections one after the other, checks and counts octets",
     ),
+    ("udp-receive", udp::receive, "port=N count=N: counts packets until it has that many or none comes any more"),
+    ("udp-send", udp::send, "to=ADDRESS:PORT count=N len=18: sends packets as fast as they go"),
     ("tcp-send", tcp::send, "to=ADDRESS:PORT mib=N chunk=65536: sends octets that tcp-receive can check"),
 ];
 

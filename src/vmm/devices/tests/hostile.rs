@@ -1,5 +1,6 @@
 //! Drivers that write garbage into registers and rings: at worst their device asks for a reset.
 
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 
 use super::disk;
@@ -9,6 +10,8 @@ use crate::vmm::devices::balloon::Balloon;
 use crate::vmm::devices::block::Block;
 use crate::vmm::devices::driver::{self, Seed, read, write};
 use crate::vmm::devices::mmio::{MmioTransport, Window};
+use crate::vmm::devices::net::{Net, NetConfig, Tap};
+use crate::vmm::devices::rate::Limits;
 use crate::vmm::devices::rng::Rng;
 use crate::vmm::devices::vsock::Vsock;
 use crate::vmm::memory::GuestMemory;
@@ -66,6 +69,14 @@ fn garbage_in_registers_and_rings_costs_at_most_the_device() {
         let block = Block::new(Medium::Overlay(Overlay::open(overlay, base).unwrap()), "attacked");
         attack(&memory, &MmioTransport::new(memory.clone(), block).unwrap(), features, 1, seed);
         attack(&memory, &MmioTransport::new(memory.clone(), Rng::new()).unwrap(), 0, 1, seed);
+        let limits = Limits::default();
+        let net = NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: 1500, ipv4: None, offloads: true, rx: limits, tx: limits };
+        let (tap, mut host) = Tap::stand_in().unwrap();
+        for len in [60, 1500, 9000, 40_000] {
+            host.write_all(&vec![0; len]).unwrap();
+        }
+        let net = Net::new(tap, net).unwrap();
+        attack(&memory, &MmioTransport::new(memory.clone(), net).unwrap(), features | 0x1_ffab, 2, seed);
         let balloon = MmioTransport::new(memory.clone(), Balloon::new(RAM)).unwrap();
         attack(&memory, &balloon, features | 0x3e & !8, 4, seed);
         let vsock = MmioTransport::new(memory.clone(), Vsock::new(3).unwrap()).unwrap();

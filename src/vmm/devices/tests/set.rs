@@ -12,8 +12,15 @@ use crate::vmm::memory::GuestMemory;
 fn set() -> (GuestMemory, DeviceSet) {
     let memory = GuestMemory::new(1 << 20).unwrap();
     let (base, overlay) = disk(4);
-    let config =
-        DeviceConfig { base, overlay, disks: Vec::new(), disk_limits: Limits::default(), serial: scratch(0), cid: 3 };
+    let config = DeviceConfig {
+        base,
+        overlay,
+        disks: Vec::new(),
+        disk_limits: Limits::default(),
+        net: None,
+        serial: scratch(0),
+        cid: 3,
+    };
     let set = DeviceSet::new(&memory, config).unwrap();
     (memory, set)
 }
@@ -57,14 +64,22 @@ fn a_corrupt_overlay_and_a_cid_of_the_host_are_refused() {
         overlay: scratch(8192),
         disks: Vec::new(),
         disk_limits: Limits::default(),
+        net: None,
         serial: scratch(0),
         cid: 3,
     };
     assert!(matches!(DeviceSet::new(&memory, config), Err(DeviceError::Overlay(cause)) if cause.is_corrupt()));
     for cid in [0, 2, u32::MAX] {
         let (base, overlay) = disk(1);
-        let config =
-            DeviceConfig { base, overlay, disks: Vec::new(), disk_limits: Limits::default(), serial: scratch(0), cid };
+        let config = DeviceConfig {
+            base,
+            overlay,
+            disks: Vec::new(),
+            disk_limits: Limits::default(),
+            net: None,
+            serial: scratch(0),
+            cid,
+        };
         assert!(matches!(DeviceSet::new(&memory, config), Err(DeviceError::Cid { .. })));
     }
 }
