@@ -2,6 +2,7 @@
 //! `plugin.toml`, built into the binary.
 
 pub mod external;
+pub mod http;
 pub mod modbus;
 pub mod node;
 pub mod ping;
@@ -15,7 +16,8 @@ use crate::sentinel::plugin::{FieldError, Manifest, Values};
 use crate::sentinel::task::Task;
 
 /// Every built-in plugin's manifest, as text.
-pub const BUILT_IN: [(&str, &str); 4] = [
+pub const BUILT_IN: [(&str, &str); 5] = [
+    ("http", include_str!("http/plugin.toml")),
     ("modbus", include_str!("modbus/plugin.toml")),
     ("node", include_str!("node/plugin.toml")),
     ("ping", include_str!("ping/plugin.toml")),
@@ -44,7 +46,8 @@ pub struct Services {
 
 /// All services.
 pub fn services(settings: &Settings, stats: &Arc<Stats>) -> Services {
-    let built_in: [(&str, Box<dyn Service>); 4] = [
+    let built_in: [(&str, Box<dyn Service>); 5] = [
+        ("http", Box::new(http::Http::new())),
         ("modbus", Box::new(modbus::Modbus::new())),
         ("node", Box::new(node::Node::new())),
         ("ping", Box::new(ping::Ping::new())),
