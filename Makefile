@@ -16,7 +16,7 @@ ARGS    ?=
 PEER    ?=
 export SCRIPT ARGS PEER
 
-.PHONY: help run up down test fuzz sanitize image bench deps build binaries kernels templates node config-check fmt lint clean
+.PHONY: help run up down test fuzz sanitize image bench deps peers build binaries kernels templates node config-check fmt lint clean
 
 help:
 	@cat <<-END
@@ -45,7 +45,10 @@ down:
 
 deps:
 	@image/deps
-	image/peers
+
+# Programs that the tests talk to, unpacked into the cache: nothing that the node or its build needs.
+peers: deps
+	@image/peers
 
 # --- parts -----------------------------------------------------------------------------------------------------
 
@@ -117,7 +120,7 @@ lint: deps
 config-check: deps
 	@kernel-config/test
 
-test: lint config-check build $(B)/qemu.img
+test: lint config-check peers build $(B)/qemu.img
 	@cargo test --locked -q
 	cargo test -p qemu-tests --locked -q -- --test-threads=1
 	echo "test: all passed"
