@@ -172,7 +172,7 @@ const FLAGS: &[&str] = &["timeout", "tty", "stdin", "verified"];
 const LISTS: &[&str] = &["env", "argv"];
 
 /// A reply's fields as a JSON object: numbers and truth values by key, `label=KEY=VALUE` under `labels`, and a list for a
-/// key that is given more than once.
+/// key that is given more than once. Keys stand in alphabetical order.
 pub fn json_object(fields: &Fields) -> Value {
     let mut object = Map::new();
     let mut labels = Map::new();
@@ -253,7 +253,7 @@ mod tests {
             .with("env", "A=1");
         assert_eq!(
             json_object(&fields).to_string(),
-            r#"{"name":"123","vcpus":2,"created_ms":1700000000000,"timeout":true,"mode":"0644","env":["A=1"],"labels":{"team":"7"}}"#
+            r#"{"created_ms":1700000000000,"env":["A=1"],"labels":{"team":"7"},"mode":"0644","name":"123","timeout":true,"vcpus":2}"#
         );
         let repeated = Fields::new().with("x", 1).with("x", 2);
         assert_eq!(json_object(&repeated).to_string(), r#"{"x":["1","2"]}"#);
