@@ -152,7 +152,7 @@ fn the_cores_configuration_is_taken_over_or_refused_and_survives_a_restart() {
     sentinel.configure(&format!("{}{}", config(&core, "core"), crate::process::NODE));
     sentinel.start();
     until("the first version", || beat("config_version", "c1"));
-    let renamed = || std::fs::read_to_string(&core.out).unwrap().contains("{\"name\":\"core_node_");
+    let renamed = || std::fs::read_to_string(&core.out).unwrap().contains("\"name\":\"core_node_");
     until("renamed samples", || renamed().then_some(()));
     // One that may not be set, one that is wrong: the first stays.
     for (version, wrong) in [("c2", "[core]\nurl = \"https://evil.example\""), ("c3", "[sender]\nbatch = 0")] {
@@ -167,5 +167,5 @@ fn the_cores_configuration_is_taken_over_or_refused_and_survives_a_restart() {
     set("", "");
     sentinel.start();
     until("renamed samples", || renamed().then_some(()));
-    assert!(!std::fs::read_to_string(&core.out).unwrap().contains("{\"name\":\"node_"));
+    assert!(!std::fs::read_to_string(&core.out).unwrap().contains("\"name\":\"node_"));
 }
