@@ -30,7 +30,10 @@ fn main() -> ExitCode {
         Err(e) => return fail(&e.to_string()),
     }
 
-    let mut boot = Boot::diskless().virtual_time().file("/test/bin/node-bench", 0o755, bytes(&node_tool("node-bench")));
+    let mut boot = Boot::diskless().virtual_time();
+    for tool in ["node-bench", "guest-tool"] {
+        boot = boot.file(&format!("/test/bin/{tool}"), 0o755, bytes(&node_tool(tool)));
+    }
     let peer = std::env::var("PEER").ok().filter(|peer| !peer.is_empty());
     if let Some(peer) = &peer {
         boot = boot.file("/test/peer", 0o755, bytes(Path::new(peer)));
@@ -39,9 +42,12 @@ fn main() -> ExitCode {
     // By way of the root port alone: while the node waits for the world outside, its virtual clock runs ahead.
     node.run(&["sh", "-c", "until [ -S /run/warren/control.sock ]; do sleep 0.01; done"]);
     let mut complete = measure(&node, &["node-bench", "measure"], &mut rows);
+    let mut net = vec!["node-bench", "net"];
     if peer.is_some() {
         complete &= measure(&node, &["node-bench", "peer", "/test/peer"], &mut rows);
+        net.push("/test/peer");
     }
+    complete &= measure(&node, &net, &mut rows);
     node.power_cut();
 
     let mut by_wall = Vec::new();

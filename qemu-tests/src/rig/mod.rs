@@ -32,7 +32,7 @@ use crate::files::TempDir;
 use crate::timing;
 
 pub use process::{Worker, overhead_kib};
-pub use tap::{Tap, TapFlags, forward_packets};
+pub use tap::{Tap, TapFlags, forward_packets, switch_on};
 
 /// What the node's image has for its guests.
 const SHARE: &str = "/usr/share/warren";
@@ -209,6 +209,23 @@ impl Setup {
     }
 }
 
+/// Writes a file in an agent's guest.
+fn write_file(agent: &Client, path: &str, mode: u32, content: &[u8]) {
+    let request = Request::new("", "file.write").set("path", path).set("mode", format!("{mode:04o}"));
+    let call = agent.start(request.set("user", 0));
+    assert!(call.writer().write("content", content), "writing {path} in the guest broke off");
+    call.writer().end("content");
+    call.finish_ok();
+}
+
+/// `Vm::put_guest_tool` for any guest with an agent.
+pub fn put_guest_tool(agent: &Client) -> &'static str {
+    let own = std::env::current_exe().expect("a running program has a path");
+    let tool = fs::read(own.with_file_name("guest-tool")).expect("guest-tool lies beside this program");
+    write_file(agent, "/run/guest-tool", 0o755, &tool);
+    "/run/guest-tool"
+}
+
 fn open(path: &Path) -> File {
     File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
@@ -309,11 +326,7 @@ impl Vm {
 
     /// Writes a file in the guest.
     pub fn write_file(&self, path: &str, mode: u32, content: &[u8]) {
-        let request = Request::new("", "file.write").set("path", path).set("mode", format!("{mode:04o}"));
-        let call = self.agent().start(request.set("user", 0));
-        assert!(call.writer().write("content", content), "writing {path} in the guest broke off");
-        call.writer().end("content");
-        call.finish_ok();
+        write_file(self.agent(), path, mode, content);
     }
 
     /// Reads a file of the guest.
@@ -324,10 +337,7 @@ impl Vm {
 
     /// Puts `guest-tool` into the guest as /run/guest-tool (see docs/testing.md) and gives that path.
     pub fn put_guest_tool(&self) -> &'static str {
-        let own = std::env::current_exe().expect("a running program has a path");
-        let tool = fs::read(own.with_file_name("guest-tool")).expect("guest-tool lies beside this program");
-        self.write_file("/run/guest-tool", 0o755, &tool);
-        "/run/guest-tool"
+        put_guest_tool(self.agent())
     }
 
     /// `vm.stats`.

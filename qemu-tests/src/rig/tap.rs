@@ -67,14 +67,19 @@ impl Tap {
 
     /// Gives it an address (`10.0.0.0/31`) and switches it on. With `forward_packets` two TAPs are joined by the node.
     pub fn up(&self, address: &str) {
-        ip(&["addr", "add", address, "dev", &self.name]);
-        ip(&["link", "set", &self.name, "up"]);
+        switch_on(&self.name, address);
     }
 
     /// Sets the longest frame without its header, in octets.
     pub fn mtu(&self, octets: u32) {
         ip(&["link", "set", &self.name, "mtu", &octets.to_string()]);
     }
+}
+
+/// `Tap::up` for a device that another program made.
+pub fn switch_on(name: &str, address: &str) {
+    ip(&["addr", "add", address, "dev", name]);
+    ip(&["link", "set", name, "up"]);
 }
 
 /// Lets the node pass packets on between its devices.

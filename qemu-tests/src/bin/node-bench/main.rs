@@ -1,6 +1,8 @@
-//! Measures the node from inside, where the virtual clock runs: `node-bench boot | measure | wall | peer PROGRAM`.
+//! Measures the node from inside, where the virtual clock runs: `node-bench PART [PROGRAM]`.
 //!
 //! Rows go to standard output, tab-separated. All files are in RAM: a disk's speed has no meaning in virtual time.
+
+mod net;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -38,8 +40,10 @@ fn main() -> ExitCode {
         ["boot"] => boot(),
         ["measure"] => measure(),
         ["wall"] => wall(),
+        ["net"] => net::measure(None),
+        ["net", peer] => net::measure(Some(peer)),
         ["peer", program] => Peer::measure(program),
-        _ => Err(io::Error::other("usage: node-bench boot | measure | wall | peer PROGRAM")),
+        _ => Err(io::Error::other("usage: node-bench boot | measure | wall | net [PROGRAM] | peer PROGRAM")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -275,8 +279,9 @@ struct Peer {
 }
 
 impl Peer {
-    /// Starts a virtual machine; gives it and the time from its process' start to the first vsock octet.
-    fn start(program: &str, cmdline: &str) -> io::Result<(Self, Connection, Duration)> {
+    /// Starts a virtual machine, with a network device where the name of a TAP and an address are given; gives it and
+    /// the time from its process' start to the first vsock octet.
+    fn start(program: &str, cmdline: &str, network: Option<(&str, &str)>) -> io::Result<(Self, Connection, Duration)> {
         let (api, vsock, drive) = ("/run/peer.api", "/run/peer.vsock", "/run/peer.drive");
         for path in [api, vsock, &format!("{vsock}_1024"), drive] {
             let _ = fs::remove_file(path);
@@ -313,6 +318,10 @@ impl Peer {
             "/drives/root",
             &format!(r#"{{"drive_id":"root","path_on_host":"{drive}","is_root_device":false,"is_read_only":false}}"#),
         )?;
+        if let Some((tap, mac)) = network {
+            let body = format!(r#"{{"iface_id":"eth0","host_dev_name":"{tap}","guest_mac":"{mac}"}}"#);
+            peer.put("/network-interfaces/eth0", &body)?;
+        }
         peer.put("/vsock", &format!(r#"{{"guest_cid":3,"uds_path":"{vsock}"}}"#))?;
         peer.put("/actions", r#"{"action_type":"InstanceStart"}"#)?;
         let (mut stream, _) = listener.accept()?;
@@ -356,7 +365,7 @@ impl Peer {
         let mut last = None;
         for _ in 0..BOOTS {
             drop(last.take());
-            let (peer, agent, time) = Self::start(program, &cmdline)?;
+            let (peer, agent, time) = Self::start(program, &cmdline, None)?;
             times.push(milliseconds(time));
             last = Some((peer, agent));
         }
