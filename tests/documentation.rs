@@ -38,3 +38,12 @@ fn every_direct_dependency_stands_in_its_page_and_no_other() {
         .collect();
     assert_eq!(written, known);
 }
+
+#[test]
+fn the_lock_file_has_as_many_packages_as_its_page_says_and_at_most_ninety() {
+    let lock: toml::Table = include_str!("../Cargo.lock").parse().expect("Cargo.lock");
+    let packages = lock["package"].as_array().expect("a list").len();
+    assert!(packages <= 90, "{packages} packages");
+    let written = format!("The lock file has {packages} packages");
+    assert!(include_str!("../docs/dependencies.md").contains(&written), "{written}");
+}

@@ -207,10 +207,16 @@ fn power_off_reset_panic_triple_fault_and_stop_are_told_apart() {
     assert_eq!(state, "error");
     assert!(reason.contains("guest-reset") && reason.contains("triple fault"), "{reason}");
 
-    let sandbox = node.sandbox(&[]);
-    sandbox.stop();
-    let row = sandbox.inspect();
-    assert_eq!((row.get("state"), row.get("reason")), (Some("stopped"), Some("stopped")));
+    // By the guest's own shutdown, and at once by the worker.
+    for timeout in [u64::from(timing::factor()) * 10_000, 0] {
+        let sandbox = node.sandbox(&[]);
+        sandbox.client().ok(sandbox.request("sandbox.stop").set("timeout_ms", timeout));
+        let row = sandbox.inspect();
+        assert_eq!((row.get("state"), row.get("reason")), (Some("stopped"), Some("stopped")));
+        let words = node.sh(&format!("cat /data/sandboxes/{}/last-words", sandbox.id));
+        let reason = if timeout == 0 { "reason=stopped" } else { "reason=guest-poweroff" };
+        assert!(words.contains(reason), "{words}");
+    }
 }
 
 #[test]

@@ -5,8 +5,11 @@
 
 mod block;
 mod elf;
+mod exposition;
 mod http_response;
+mod influx;
 mod mmio;
+mod modbus;
 mod net;
 mod node;
 mod overlay;
@@ -18,8 +21,11 @@ mod wire;
 
 pub use block::block;
 pub use elf::elf;
+pub use exposition::exposition;
 pub use http_response::http_response;
+pub use influx::influx;
 pub use mmio::mmio;
+pub use modbus::modbus;
 pub use net::net;
 pub use node::node;
 pub use overlay::overlay;
@@ -67,10 +73,13 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 12] = [
+    const TARGETS: [Target; 15] = [
         ("block", block),
         ("elf", elf),
+        ("exposition", exposition),
         ("http_response", http_response),
+        ("influx", influx),
+        ("modbus", modbus),
         ("net", net),
         ("node", node),
         ("mmio", mmio),

@@ -11,6 +11,7 @@ pub mod collectors;
 pub mod config;
 pub mod control;
 pub mod core_sim;
+pub mod formats;
 pub mod http;
 mod inspect;
 pub mod log;

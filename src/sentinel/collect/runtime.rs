@@ -17,7 +17,6 @@ use super::service::{Cancelled, Finished, Io, Plan, Run, Service, split};
 use super::stale::LastSeries;
 use crate::sentinel::collectors;
 use crate::sentinel::model::{Batch, Sample, SeriesTable};
-use crate::sentinel::plugin::FieldError;
 use crate::sentinel::schedule::{Action, Counts, RunId, Schedule, Start, State};
 use crate::sentinel::task::{Outcome, Refusal, Report, Reports, Sink, Task, TaskSet, TaskSource};
 
@@ -41,11 +40,19 @@ pub struct Settings {
     pub plugin_directory: Option<PathBuf>,
     /// How often the directory is searched for new, changed and removed plugins; zero: only at start.
     pub plugin_reload: Duration,
+    /// Whether external plugins are asked to test the device before they measure: `sentinel plugin test`.
+    pub testing: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { workers: 10, max_runs: 4096, plugin_directory: None, plugin_reload: Duration::from_secs(300) }
+        Self {
+            workers: 10,
+            max_runs: 4096,
+            plugin_directory: None,
+            plugin_reload: Duration::from_secs(300),
+            testing: false,
+        }
     }
 }
 
@@ -209,8 +216,11 @@ pub fn once(settings: Settings, tasks: Vec<Task>, table: Arc<SeriesTable>) -> io
         fn report(&self, report: Report) {
             let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             // A run's batch is offered right before its report.
-            let samples = std::mem::take(&mut kept.samples);
-            kept.ends.push((report, samples));
+            // A slot that comes while the task runs is none of its ends.
+            if !matches!(report.outcome, Outcome::Skipped(_)) {
+                let samples = std::mem::take(&mut kept.samples);
+                kept.ends.push((report, samples));
+            }
         }
     }
     struct Fixed(Arc<TaskSet>);
@@ -286,7 +296,6 @@ struct Runtime {
     schedule: Schedule,
     services: Vec<Box<dyn Service>>,
     built_in: HashMap<&'static str, usize>,
-    external: Option<usize>,
     pool: Pool,
     names: Names,
     source: Arc<dyn TaskSource>,
@@ -318,7 +327,7 @@ impl Runtime {
         table: Arc<SeriesTable>,
         stats: Arc<Stats>,
     ) -> io::Result<Self> {
-        let collectors::Services { all: services, built_in, external } = collectors::services(&settings, &stats);
+        let collectors::Services { all: services, built_in } = collectors::services(&settings, &stats);
         Ok(Self {
             poll,
             events: Events::with_capacity(256),
@@ -327,7 +336,6 @@ impl Runtime {
             schedule: Schedule::new(settings.max_runs),
             services,
             built_in,
-            external,
             pool: Pool::new(settings.workers, notes.clone()),
             names: Names::new(notes),
             source,
@@ -492,13 +500,13 @@ impl Runtime {
 
     fn begin(&mut self, start: Start, now: Instant) {
         let task = start.task;
-        let service = self.built_in.get(task.plugin.as_str()).copied().or(self.external);
-        let number = service.unwrap_or_default();
-        self.running.insert(start.run, Running { task: Arc::clone(&task), service: number, started_ms: wall_ms() });
-        let plan = match (self.plans.get(&task.id), service) {
-            (_, None) => Err(FieldError::new("plugin", format!("there is no plugin {:?}", task.plugin))),
-            (Some((planned, plan)), _) if Arc::ptr_eq(planned, &task) => Ok(Arc::clone(plan)),
-            (_, Some(service)) => self.services[service].prepare(&task),
+        // What is not built in may be a program in the plugin directory.
+        let external = self.services.len() - 1;
+        let service = self.built_in.get(task.plugin.as_str()).copied().unwrap_or(external);
+        self.running.insert(start.run, Running { task: Arc::clone(&task), service, started_ms: wall_ms() });
+        let plan = match self.plans.get(&task.id) {
+            Some((planned, plan)) if Arc::ptr_eq(planned, &task) => Ok(Arc::clone(plan)),
+            _ => self.services[service].prepare(&task),
         };
         let plan = match plan {
             Ok(plan) => plan,
@@ -507,7 +515,7 @@ impl Runtime {
         self.plans.insert(task.id.clone(), (Arc::clone(&task), Arc::clone(&plan)));
         let deadline = self.clock.instant(start.deadline);
         let run = Run { id: start.run, task, plan, started_ms: wall_ms(), started: now, deadline };
-        self.with(number, now, |service, io| service.begin(run, io));
+        self.with(service, now, |service, io| service.begin(run, io));
     }
 
     fn expire(&mut self, run: RunId, now: Instant) {

@@ -1,7 +1,11 @@
 //! The kinds of collection, each a [`Service`] of the collecting loop. What each wants to know of a task is its
 //! `plugin.toml`, built into the binary.
 
+pub mod external;
+pub mod http;
+pub mod modbus;
 pub mod node;
+pub mod ping;
 pub mod snmp;
 
 use std::collections::HashMap;
@@ -12,8 +16,13 @@ use crate::sentinel::plugin::{FieldError, Manifest, Values};
 use crate::sentinel::task::Task;
 
 /// Every built-in plugin's manifest, as text.
-pub const BUILT_IN: [(&str, &str); 2] =
-    [("node", include_str!("node/plugin.toml")), ("snmp", include_str!("snmp/plugin.toml"))];
+pub const BUILT_IN: [(&str, &str); 5] = [
+    ("http", include_str!("http/plugin.toml")),
+    ("modbus", include_str!("modbus/plugin.toml")),
+    ("node", include_str!("node/plugin.toml")),
+    ("ping", include_str!("ping/plugin.toml")),
+    ("snmp", include_str!("snmp/plugin.toml")),
+];
 
 /// The manifest of a built-in plugin.
 pub fn manifest(name: &str) -> Manifest {
@@ -29,18 +38,25 @@ pub fn checked(manifest: &Manifest, task: &Task) -> Result<(Values, Values), Fie
 
 /// All services of one loop.
 pub struct Services {
-    /// In the order of their numbers.
+    /// In the order of their numbers; the last one runs the external plugins.
     pub all: Vec<Box<dyn Service>>,
     /// Which one runs a built-in plugin.
     pub built_in: HashMap<&'static str, usize>,
-    /// Which one runs all the others.
-    pub external: Option<usize>,
 }
 
 /// All services.
-pub fn services(_settings: &Settings, _stats: &Arc<Stats>) -> Services {
-    let all: Vec<Box<dyn Service>> = vec![Box::new(node::Node::new()), Box::new(snmp::Snmp::new())];
-    Services { all, built_in: HashMap::from([("node", 0), ("snmp", 1)]), external: None }
+pub fn services(settings: &Settings, stats: &Arc<Stats>) -> Services {
+    let built_in: [(&str, Box<dyn Service>); 5] = [
+        ("http", Box::new(http::Http::new())),
+        ("modbus", Box::new(modbus::Modbus::new())),
+        ("node", Box::new(node::Node::new())),
+        ("ping", Box::new(ping::Ping::new())),
+        ("snmp", Box::new(snmp::Snmp::new())),
+    ];
+    let names = built_in.iter().enumerate().map(|(number, (name, _))| (*name, number)).collect();
+    let mut all: Vec<Box<dyn Service>> = built_in.into_iter().map(|(_, service)| service).collect();
+    all.push(Box::new(external::External::new(settings, stats)));
+    Services { all, built_in: names }
 }
 
 #[cfg(test)]

@@ -19,8 +19,8 @@ use std::fmt;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_NOTIFY_VMEXIT, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE,
+    KVM_X86_NOTIFY_VMEXIT_ENABLED, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use vmm_sys_util::errno;
@@ -118,11 +118,17 @@ impl Vm {
             unsafe { fd.set_user_memory_region(slot) }.map_err(refused(format!("memory slot {}", slot.slot)))?;
         }
         fd.create_irq_chip().map_err(refused("an interrupt controller"))?;
-        // No performance counters: they tell a guest about its neighbours. Older kernels cannot turn them off here;
-        // CPUID hides them in any case.
-        let mut no_pmu = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
-        no_pmu.args[0] = u64::from(KVM_PMU_CAP_DISABLE);
-        let _ = fd.enable_cap(&no_pmu);
+        // Older kernels and processors have neither; CPUID hides performance counters in any case.
+        for (cap, arguments) in [
+            // They tell a guest about its neighbours.
+            (KVM_CAP_PMU_CAPABILITY, u64::from(KVM_PMU_CAP_DISABLE)),
+            // Intel: a guest that never lets an interrupt in leaves after the processor's own limit (a window of 0 more).
+            (KVM_CAP_X86_NOTIFY_VMEXIT, u64::from(KVM_X86_NOTIFY_VMEXIT_ENABLED)),
+        ] {
+            let mut wish = kvm_enable_cap { cap, ..Default::default() };
+            wish.args[0] = arguments;
+            let _ = fd.enable_cap(&wish);
+        }
         Ok(Self { fd, _memory: memory, offer, has_tsc_deadline })
     }
 

@@ -4,7 +4,7 @@
 //! number and must come from the address that was asked. A device has one request under way at a time, is asked again
 //! after a pause, and has one deadline for all of it, the task's timeout: a silent device costs nobody else anything.
 
-mod ber;
+pub(super) mod ber;
 mod convert;
 mod crypto;
 mod message;

@@ -1,3 +1,5 @@
+mod real;
+
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 

@@ -1,0 +1,278 @@
+//! One request and its answer on a connection that never blocks, with the time of each phase.
+
+use std::io::{self, Read, Write};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use mio::Interest;
+use mio::net::TcpStream;
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection};
+
+use super::certificate::not_after;
+use crate::sentinel::collect::Io;
+use crate::sentinel::http::response::MAX_HEAD;
+
+/// Octets read at one go.
+const AT_ONCE: usize = 1024 * 1024;
+
+/// When each phase ended.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Phases {
+    /// The name was looked up.
+    pub resolved: Option<Instant>,
+    /// TCP is there.
+    pub connected: Option<Instant>,
+    /// TLS is there.
+    pub secured: Option<Instant>,
+    /// The first octet of the answer came.
+    pub answered: Option<Instant>,
+    /// The last one did.
+    pub done: Option<Instant>,
+}
+
+/// Where an exchange is.
+pub enum Progress {
+    /// Something must come.
+    Waiting,
+    /// The whole answer is there.
+    Complete,
+}
+
+/// A connection with a request under way.
+pub struct Exchange {
+    stream: TcpStream,
+    tls: Option<ClientConnection>,
+    out: Vec<u8>,
+    /// The answer as it came.
+    pub raw: Vec<u8>,
+    limit: usize,
+    body: Body,
+    /// What has been walked of the chunks.
+    walked: usize,
+    /// When each phase ended.
+    pub phases: Phases,
+}
+
+/// How the answer's body ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Body {
+    /// The head has not all come yet.
+    Unknown,
+    /// At this octet of the answer.
+    At(usize),
+    /// With a chunk of no octets.
+    Chunks,
+    /// With the connection.
+    Close,
+}
+
+impl Exchange {
+    /// Connects; `limit` bounds the body.
+    pub fn start(
+        address: SocketAddr,
+        tls: Option<(Arc<ClientConfig>, &str)>,
+        request: Vec<u8>,
+        limit: usize,
+        number: u64,
+        io: &Io<'_>,
+    ) -> Result<Self, String> {
+        let tls = match tls {
+            Some((config, host)) => {
+                let name = ServerName::try_from(host.to_string()).map_err(|e| format!("TLS: {e}"))?;
+                let mut connection = ClientConnection::new(config, name).map_err(|e| format!("TLS: {e}"))?;
+                connection.set_buffer_limit(None);
+                Some(connection)
+            }
+            None => None,
+        };
+        let failed = |e: io::Error| format!("cannot connect to {address}: {e}");
+        let mut stream = TcpStream::connect(address).map_err(failed)?;
+        io.watch(&mut stream, number, Interest::READABLE | Interest::WRITABLE).map_err(failed)?;
+        let phases = Phases { resolved: Some(io.now), ..Phases::default() };
+        let (raw, body) = (Vec::new(), Body::Unknown);
+        Ok(Self { stream, tls, out: request, raw, limit, body, walked: 0, phases })
+    }
+
+    /// Gives the connection up.
+    pub fn end(&mut self, io: &Io<'_>) {
+        io.unwatch(&mut self.stream);
+    }
+
+    /// When the certificate that the server showed ends, in seconds since 1970-01-01 UTC; of a chain, the first to end.
+    pub fn certificate_end(&self) -> Option<i64> {
+        let chain = self.tls.as_ref()?.peer_certificates()?;
+        chain.iter().filter_map(|certificate| not_after(certificate)).min()
+    }
+
+    /// Goes on as far as the connection lets it.
+    pub fn go_on(&mut self, now: Instant) -> Result<Progress, String> {
+        if self.phases.connected.is_none() {
+            if let Ok(Some(e)) | Err(e) = self.stream.take_error() {
+                return Err(format!("cannot connect: {e}"));
+            }
+            if self.stream.peer_addr().is_err() {
+                return Ok(Progress::Waiting);
+            }
+            self.phases.connected = Some(now);
+            // A small request must not wait for more to come.
+            let _ = self.stream.set_nodelay(true);
+        }
+        let ended = match self.tls {
+            Some(_) => self.secured(now),
+            None => self.plain(),
+        };
+        let ended = ended.map_err(|e| format!("the connection failed: {e}"))?;
+        if !self.raw.is_empty() {
+            self.phases.answered.get_or_insert(now);
+        }
+        if self.complete(ended)? {
+            self.phases.done = Some(now);
+            return Ok(Progress::Complete);
+        }
+        Ok(Progress::Waiting)
+    }
+
+    fn plain(&mut self) -> io::Result<bool> {
+        while !self.out.is_empty() {
+            match self.stream.write(&self.out) {
+                Ok(count) => _ = self.out.drain(..count),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        drain(&mut self.stream, &mut self.raw, self.limit)
+    }
+
+    fn secured(&mut self, now: Instant) -> io::Result<bool> {
+        let Some(tls) = &mut self.tls else { return Ok(false) };
+        // Waits inside until the handshake is done.
+        tls.writer().write_all(&std::mem::take(&mut self.out))?;
+        loop {
+            while tls.wants_write() {
+                match tls.write_tls(&mut self.stream) {
+                    Ok(_) => {}
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(e) => return Err(e),
+                }
+            }
+            let ended = match tls.read_tls(&mut self.stream) {
+                Ok(count) => count == 0,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(e),
+            };
+            if let Err(e) = tls.process_new_packets() {
+                // The server learns why, if it still listens.
+                let _ = tls.write_tls(&mut self.stream);
+                return Err(io::Error::other(format!("TLS: {e}")));
+            }
+            if !tls.is_handshaking() {
+                self.phases.secured.get_or_insert(now);
+            }
+            let closed = match drain(&mut tls.reader(), &mut self.raw, self.limit) {
+                // Without a goodbye: whether something is missing shows in the answer's own framing.
+                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => true,
+                other => other?,
+            };
+            if ended || closed || self.raw.len() > self.limit + MAX_HEAD {
+                return Ok(true);
+            }
+        }
+    }
+
+    /// Whether the whole answer is there, now that so much has come.
+    fn complete(&mut self, ended: bool) -> Result<bool, String> {
+        if self.body == Body::Unknown {
+            let head = self.raw.windows(4).take(MAX_HEAD).position(|octets| octets == b"\r\n\r\n");
+            match head {
+                Some(at) => {
+                    self.walked = at + 4;
+                    self.body = framing(&self.raw[..at], at + 4)?;
+                }
+                None if self.raw.len() > MAX_HEAD => return Err("the answer's head is too long".into()),
+                None if ended => return Err("the server closed the connection before it answered".into()),
+                None => return Ok(false),
+            }
+        }
+        if self.raw.len() > self.limit + MAX_HEAD {
+            return Err(format!("the answer is longer than {} octets", self.limit));
+        }
+        let complete = match self.body {
+            Body::At(end) if end > self.limit + MAX_HEAD => {
+                return Err(format!("the answer is longer than {} octets", self.limit));
+            }
+            Body::At(end) => self.raw.len() >= end,
+            Body::Chunks => self.chunks()?,
+            Body::Close | Body::Unknown => ended,
+        };
+        if ended && !complete {
+            return Err("the server closed the connection in the middle of its answer".into());
+        }
+        Ok(complete)
+    }
+
+    fn chunks(&mut self) -> Result<bool, String> {
+        loop {
+            let rest = &self.raw[self.walked..];
+            let Some(line) = rest.windows(2).take(256).position(|octets| octets == b"\r\n") else {
+                return if rest.len() > 256 { Err("a chunk has no length".into()) } else { Ok(false) };
+            };
+            let digits = std::str::from_utf8(&rest[..line]).unwrap_or_default();
+            let digits = digits.split(';').next().unwrap_or_default().trim();
+            let length = usize::from_str_radix(digits, 16).map_err(|_| "a chunk has no length".to_string())?;
+            if length == 0 {
+                // Trailers may follow; the last line is empty.
+                return Ok(rest[line..].windows(4).any(|octets| octets == b"\r\n\r\n"));
+            }
+            let next = length.checked_add(line + 4).filter(|next| *next <= self.limit + MAX_HEAD);
+            let next = next.ok_or_else(|| format!("the answer is longer than {} octets", self.limit))?;
+            if rest.len() < next {
+                return Ok(false);
+            }
+            self.walked += next;
+        }
+    }
+}
+
+/// Reads what there is; `true` at the end.
+fn drain(from: &mut dyn Read, into: &mut Vec<u8>, limit: usize) -> io::Result<bool> {
+    let mut chunk = [0; 16 * 1024];
+    let start = into.len();
+    // The rest comes with the next event: what is registered for reading is told again after a short read only, so
+    // reading stops early only where the answer is too long anyway.
+    while into.len() - start < AT_ONCE.max(limit) + 2 * MAX_HEAD {
+        match from.read(&mut chunk) {
+            Ok(0) => return Ok(true),
+            Ok(count) => into.extend_from_slice(&chunk[..count]),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(false)
+}
+
+/// How the body ends that follows this head at octet `start`.
+fn framing(head: &[u8], start: usize) -> Result<Body, String> {
+    let text = String::from_utf8_lossy(head);
+    let mut lines = text.split("\r\n");
+    let status = lines.next().and_then(|line| line.split(' ').nth(1)).unwrap_or_default();
+    let mut length = None;
+    for (name, value) in lines.filter_map(|line| line.split_once(':')) {
+        if name.eq_ignore_ascii_case("transfer-encoding") && value.trim().eq_ignore_ascii_case("chunked") {
+            return Ok(Body::Chunks);
+        }
+        if name.eq_ignore_ascii_case("content-length") {
+            let value: usize = value.trim().parse().map_err(|_| "a length that is no number".to_string())?;
+            length = Some(start.checked_add(value).ok_or("a length that is no number")?);
+        }
+    }
+    Ok(match length {
+        _ if matches!(status, "204" | "304") => Body::At(start),
+        Some(end) => Body::At(end),
+        None => Body::Close,
+    })
+}

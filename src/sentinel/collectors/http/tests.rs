@@ -1,0 +1,152 @@
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::time::Duration;
+
+use super::*;
+use crate::sentinel::collect::once;
+use crate::sentinel::model::{Sample, SeriesTable};
+use crate::sentinel::task::{Outcome, Report};
+use serde_json::json;
+
+/// A server that answers each connection with the next of these octets, in small parts.
+fn server(answers: Vec<String>) -> (String, std::thread::JoinHandle<Vec<String>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let serve = std::thread::spawn(move || {
+        let mut requests = Vec::new();
+        for answer in answers {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = Vec::new();
+            let mut octet = [0];
+            while !request.ends_with(b"\r\n\r\n") && stream.read_exact(&mut octet).is_ok() {
+                request.push(octet[0]);
+            }
+            // Who has heard enough hangs up.
+            let _ = answer.as_bytes().chunks(7).try_for_each(|part| stream.write_all(part));
+            requests.push(String::from_utf8(request).unwrap());
+        }
+        requests
+    });
+    (address, serve)
+}
+
+fn run(url: &str, config: serde_json::Value) -> (Report, Vec<Sample>) {
+    let object = |value: serde_json::Value| value.as_object().unwrap().clone();
+    let task = Task {
+        id: "t".into(),
+        plugin: "http".into(),
+        device: object(json!({"url": url})),
+        config: object(config),
+        labels: Default::default(),
+        interval: Duration::from_secs(600),
+        timeout: Duration::from_secs(20),
+        priority: 0,
+        retries: 0,
+    };
+    once(Default::default(), vec![task], Arc::new(SeriesTable::new(1000))).unwrap().remove(0)
+}
+
+fn value(samples: &[Sample], name: &str) -> Option<f64> {
+    samples.iter().find(|sample| sample.series.name() == name).map(|sample| sample.value)
+}
+
+fn with_length(status: &str, kind: &str, body: &str) -> String {
+    format!("HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+}
+
+#[test]
+fn a_probe_says_how_a_server_answers() {
+    for (answer, config, status, error) in [
+        (with_length("200 OK", "text/plain", "hello"), json!({"match": "^hel+o$"}), Some(200.0), None),
+        (
+            with_length("200 OK", "text/plain", "hello"),
+            json!({"no_match": "ell"}),
+            Some(200.0),
+            Some("the body is not as it must be"),
+        ),
+        (with_length("503 Busy", "text/plain", ""), json!({}), Some(503.0), Some("the server answers with status 503")),
+        (with_length("404 No", "text/plain", "x"), json!({"status": ["2xx", "404"]}), Some(404.0), None),
+        (
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n".into(),
+            json!({"match": "hello"}),
+            Some(200.0),
+            None,
+        ),
+        ("HTTP/1.0 200 OK\r\n\r\nhello".into(), json!({"match": "hello"}), Some(200.0), None),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nhello".into(),
+            json!({}),
+            None,
+            Some("the server closed the connection in the middle of its answer"),
+        ),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Length: 5000000\r\n\r\nhello".into(),
+            json!({"body_limit_kib": 1}),
+            None,
+            Some("the answer is longer than 1024 octets"),
+        ),
+        (String::new(), json!({}), None, Some("the server closed the connection before it answered")),
+    ] {
+        let (address, serve) = server(vec![answer.clone()]);
+        let (report, samples) = run(&format!("http://{address}/a?b=c"), config);
+        let expected = error.map_or(Outcome::Success, |error| Outcome::Failed(error.into()));
+        assert_eq!(report.outcome, expected, "{answer}");
+        assert_eq!(value(&samples, "http_status_code"), status, "{answer}");
+        assert_eq!(value(&samples, "up"), Some(f64::from(u8::from(error.is_none()))));
+        let request = serve.join().unwrap().remove(0);
+        assert!(request.starts_with("GET /a?b=c HTTP/1.1\r\n"), "{request}");
+    }
+}
+
+#[test]
+fn a_scrape_gives_samples_and_its_own_measures() {
+    let text = "# TYPE a counter\na{b=\"c\"} 5\nd 6\n";
+    let (address, serve) = server(vec![with_length("200 OK", "text/plain", text)]);
+    let config = json!({"mode": "scrape", "authorization": "Bearer s3cret", "headers": {"X-Own": "1"}});
+    let (report, samples) = run(&format!("http://{address}/metrics"), config);
+    assert_eq!(report.outcome, Outcome::Success);
+    let names = ["a", "d", "up", "scrape_samples_scraped", "scrape_series_added", "scrape_response_size_bytes"];
+    assert_eq!(names.map(|name| value(&samples, name).unwrap()), [5.0, 6.0, 1.0, 2.0, 2.0, text.len() as f64]);
+    assert_eq!(samples[0].series.to_string(), format!("a{{b=\"c\",instance=\"{address}\",job=\"t\"}}"));
+    let request = serve.join().unwrap().remove(0);
+    assert!(
+        request.contains("\r\nAuthorization: Bearer s3cret\r\n") && request.contains("\r\nX-Own: 1\r\n"),
+        "{request}"
+    );
+}
+
+#[test]
+fn a_target_that_is_not_as_it_must_be_is_down() {
+    for (answer, error) in [
+        (with_length("500 No", "text/plain", "a 1\n"), "the target answers with status 500"),
+        (
+            with_length("200 OK", "text/plain", "a 1\nnonsense\n"),
+            "the body's meaningful line 2 is a series that has no name or no end",
+        ),
+        (
+            with_length("200 OK", "application/openmetrics-text; version=1.0.0", "a 1\n"),
+            "the body is cut: OpenMetrics ends with # EOF",
+        ),
+        (with_length("200 OK", "text/plain", "a 1\nb 2\nc 3\n"), "more than 2 samples"),
+    ] {
+        let (address, serve) = server(vec![answer]);
+        let (report, samples) = run(&format!("http://{address}/"), json!({"mode": "scrape", "sample_limit": 2}));
+        assert_eq!(report.outcome, Outcome::Failed(error.into()));
+        assert_eq!((value(&samples, "up"), value(&samples, "a")), (Some(0.0), None));
+        serve.join().unwrap();
+    }
+}
+
+#[test]
+fn mistakes_are_named_and_secrets_are_not_shown() {
+    let said = |url: &str, config: serde_json::Value| match run(url, config).0.outcome {
+        Outcome::Failed(error) => error,
+        other => panic!("{other:?}"),
+    };
+    assert!(said("ftp://a", json!({})).starts_with("device.url: \"ftp://a\" does not match"));
+    assert!(said("http://a", json!({"match": "("})).starts_with("config.match: "));
+    assert!(said("http://a", json!({"status": ["ok"]})).starts_with("config.status[0]: \"ok\" does not match"));
+    let secret = said("http://a", json!({"authorization": "s3cret\r\nX: y"}));
+    assert_eq!(secret, "config.authorization: holds what may not stand in a header");
+    assert!(said("https://a", json!({"verify": false, "certificate": "/x"})).starts_with("config.certificate: "));
+}
