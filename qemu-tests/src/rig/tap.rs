@@ -70,6 +70,11 @@ impl Tap {
         switch_on(&self.name, address);
     }
 
+    /// Tells the node who has an address on it, so that nobody has to be asked.
+    pub fn neighbour(&self, address: &str, hardware_address: &str) {
+        ip(&["neigh", "add", address, "lladdr", hardware_address, "nud", "permanent", "dev", &self.name]);
+    }
+
     /// Sets the longest frame without its header, in octets.
     pub fn mtu(&self, octets: u32) {
         ip(&["link", "set", &self.name, "mtu", &octets.to_string()]);
