@@ -133,14 +133,30 @@ pub enum Verb {
 }
 
 /// Verbs of `warren node`.
-#[derive(Debug, Clone, Copy, Subcommand)]
+#[derive(Debug, Clone, Subcommand)]
 pub enum NodeVerb {
     /// Show the node
     Info,
+    /// Show who changed what, newest first
+    Audit(AuditArgs),
     /// Stop all sandboxes and switch the node off
     Stop,
     /// Stop all sandboxes and start the node anew
     Reboot,
+}
+
+/// `warren node audit`.
+#[derive(Debug, Clone, Args)]
+pub struct AuditArgs {
+    /// How many rows, 1 to 1000
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    pub limit: u64,
+    /// Only rows with smaller ids
+    #[arg(long, value_name = "ID")]
+    pub before: Option<u64>,
+    /// Only requests of this owner's clients
+    #[arg(long)]
+    pub owner: Option<String>,
 }
 
 /// Verbs of `warren template`.
@@ -163,6 +179,9 @@ pub struct Shape {
     /// A name for the sandbox
     #[arg(long)]
     pub name: Option<String>,
+    /// Whose it is, where that is somebody else (admins only)
+    #[arg(long)]
+    pub owner: Option<String>,
     /// Virtual CPUs
     #[arg(long, alias = "cpus", value_name = "N")]
     pub vcpus: Option<u64>,
@@ -273,6 +292,9 @@ pub struct PsArgs {
     /// Only sandboxes in this state
     #[arg(long)]
     pub state: Option<String>,
+    /// Only this owner's
+    #[arg(long)]
+    pub owner: Option<String>,
 }
 
 /// `warren bridge`.

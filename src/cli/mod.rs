@@ -105,7 +105,8 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Rm { ids, force } => show::rm(&mut connect()?, ids, *force, cli.json),
         Verb::Logs { id, follow } => show::logs(&mut connect()?, id, *follow),
         Verb::Cp { source, target } => copy::cp(&connect, source, target),
-        Verb::Node { verb } => match verb.unwrap_or(NodeVerb::Info) {
+        Verb::Node { verb } => match verb.as_ref().unwrap_or(&NodeVerb::Info) {
+            NodeVerb::Audit(args) => show::audit(&mut connect()?, args, cli.json),
             NodeVerb::Info => show::node(&mut connect()?, cli.json),
             NodeVerb::Stop => show::stop_node(&mut connect()?, "poweroff"),
             NodeVerb::Reboot => show::stop_node(&mut connect()?, "reboot"),

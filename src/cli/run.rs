@@ -140,7 +140,7 @@ fn with_how(mut request: Request, how: &HowArgs, env: &[String], mode: Mode) -> 
 fn make(client: &mut Client, shape: &Shape, template: Option<&str>) -> Result<Fields, Error> {
     let mut status = StatusLine::new();
     let mut request = Request::new("", "sandbox.create");
-    let named = [("template", template), ("name", shape.name.as_deref())];
+    let named = [("template", template), ("name", shape.name.as_deref()), ("owner", shape.owner.as_deref())];
     for (key, value) in named.into_iter().filter_map(|(key, value)| Some((key, value?))) {
         request = request.set(key, value);
     }

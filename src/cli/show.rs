@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::Failure;
-use super::args::PsArgs;
+use super::args::{AuditArgs, PsArgs};
 use super::client::{CONNECTION_LOST, Call, Client};
 use super::output::{ago, human_bytes, human_seconds, json_object, print, print_error, print_json, printable, table};
 use crate::wire::{Code, Error, Fields, Request};
@@ -29,6 +29,9 @@ pub fn ps(client: &mut Client, args: &PsArgs, json: bool) -> Result<u8, Failure>
     let mut request = Request::new("", "sandbox.list");
     if let Some(state) = &args.state {
         request = request.set("state", state);
+    }
+    if let Some(owner) = &args.owner {
+        request = request.set("owner", owner);
     }
     let mut rows = client.call(request)?.items;
     if !args.all && args.state.is_none() {
@@ -246,6 +249,31 @@ fn pair(key: &str, raw: &[u8]) -> (String, String) {
         .or_else(|| scaled("_bytes", 1))
         .or_else(time)
         .unwrap_or_else(|| (key.replace('_', " "), text))
+}
+
+/// `warren node audit`.
+pub fn audit(client: &mut Client, args: &AuditArgs, json: bool) -> Result<u8, Failure> {
+    let mut request = Request::new("", "node.audit").set("limit", args.limit);
+    if let Some(before) = args.before {
+        request = request.set("before", before);
+    }
+    if let Some(owner) = &args.owner {
+        request = request.set("owner", owner);
+    }
+    let rows = client.call(request)?.items;
+    if json {
+        print_json(&rows.iter().map(json_object).collect())?;
+        return Ok(0);
+    }
+    let heading = ["ID", "WHEN", "OWNER", "PEER", "VERB", "SANDBOX", "RESULT"];
+    let row = |row: &Fields| {
+        let when = row.number("began_ms").map(ago).unwrap_or_default();
+        let result = row.get("result").unwrap_or("under way").to_string();
+        let [id, owner, peer, verb, sandbox] = ["audit", "owner", "peer", "verb", "sandbox"].map(|key| text(row, key));
+        vec![id, when, owner, peer, verb, sandbox, result]
+    };
+    print(table(&heading, &rows.iter().map(row).collect::<Vec<_>>()))?;
+    Ok(0)
 }
 
 /// `warren node stop` and `warren node reboot`.

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use mio::net::UnixStream;
 
+use super::access::Identity;
 use super::port::Port;
 use crate::sandbox::exec::Sink;
 use crate::wire::{Code, Decoded, Error, Filled, Link, Message};
@@ -21,26 +22,52 @@ enum Transport {
     Port(Box<Port>),
 }
 
+/// How a request ended that is in the audit log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// Its row.
+    pub audit: u64,
+    /// `ok`, or the code of the error.
+    pub result: String,
+    /// What the answer says it was about.
+    pub sandbox: Option<String>,
+}
+
 /// A connection and its requests under way; `J` is what the supervisor keeps for each.
 #[derive(Debug)]
 pub struct Client<J> {
     transport: Transport,
     /// Requests under way by their tags.
     pub jobs: HashMap<String, J>,
+    /// Rows of the audit log, by the tags of requests that were not answered yet.
+    pub audits: HashMap<String, u64>,
+    /// Requests of those that were.
+    pub ended: Vec<Ended>,
     /// The client has closed its sending side; it still gets its answers.
     pub half_closed: bool,
+    identity: Identity,
     max_jobs: usize,
 }
 
 impl<J> Client<J> {
     /// A client of the control socket.
-    pub fn socket(stream: UnixStream, max_jobs: usize) -> Self {
-        Self { transport: Transport::Socket(Link::new(stream)), jobs: HashMap::new(), half_closed: false, max_jobs }
+    pub fn socket(stream: UnixStream, identity: Identity, max_jobs: usize) -> Self {
+        Self::new(Transport::Socket(Link::new(stream)), identity, max_jobs)
     }
 
     /// The clients behind a bridge, as one.
     pub fn port(port: Port, max_jobs: usize) -> Self {
-        Self { transport: Transport::Port(Box::new(port)), jobs: HashMap::new(), half_closed: false, max_jobs }
+        Self::new(Transport::Port(Box::new(port)), Identity::port(), max_jobs)
+    }
+
+    fn new(transport: Transport, identity: Identity, max_jobs: usize) -> Self {
+        let (jobs, audits, ended) = (HashMap::new(), HashMap::new(), Vec::new());
+        Self { transport, jobs, audits, ended, half_closed: false, identity, max_jobs }
+    }
+
+    /// Who it is.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// The port, where this is one.
@@ -99,6 +126,26 @@ impl<J> Client<J> {
         Ok(())
     }
 
+    /// Sends what is no answer to a request that was taken, whatever its tag.
+    pub fn send_aside(&mut self, message: &Message) {
+        match &mut self.transport {
+            Transport::Socket(link) => link.send(message),
+            Transport::Port(port) => port.send(message),
+        }
+    }
+
+    fn note_end(&mut self, message: &Message) {
+        let (tag, result, fields) = match message {
+            Message::Ok { tag, fields } => (tag, "ok", Some(fields)),
+            Message::Err { tag, error } => (tag, error.code.as_str(), None),
+            _ => return,
+        };
+        if let Some(audit) = self.audits.remove(tag) {
+            let sandbox = fields.and_then(|fields| fields.get("id")).map(str::to_string);
+            self.ended.push(Ended { audit, result: result.to_string(), sandbox });
+        }
+    }
+
     /// Ends a request with its final answer.
     pub fn finish(&mut self, message: &Message) {
         self.jobs.remove(message.tag());
@@ -108,10 +155,8 @@ impl<J> Client<J> {
 
 impl<J> Sink for Client<J> {
     fn send(&mut self, message: &Message) {
-        match &mut self.transport {
-            Transport::Socket(link) => link.send(message),
-            Transport::Port(port) => port.send(message),
-        }
+        self.note_end(message);
+        self.send_aside(message);
     }
 
     fn queued(&self) -> usize {

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use super::access::Role;
 use crate::init::StopMode;
+use crate::sandbox::id::check_name;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::spec::{Defaults, MEMORY_MIB, MIN_MEMORY_TARGET_MIB, Spec, Update};
+use crate::storage::audit::AuditQuery;
 use crate::wire::{Arg, Args, Code, Error, Request};
 
 /// A checked request.
@@ -18,6 +21,8 @@ pub enum Command {
     NodeInfo,
     /// Ends the node in order.
     NodeStop(StopMode),
+    /// The audit log.
+    NodeAudit(AuditQuery),
     /// The templates.
     TemplateList,
     /// One template.
@@ -26,11 +31,18 @@ pub enum Command {
     SandboxCreate {
         /// What it is to be.
         spec: Spec,
+        /// Whose, where that is not the client's owner.
+        owner: Option<String>,
         /// Whether its states are told on the way.
         progress: bool,
     },
-    /// The sandboxes, or those in one state.
-    SandboxList(Option<State>),
+    /// The sandboxes.
+    SandboxList {
+        /// Only those in this state.
+        state: Option<State>,
+        /// Only this owner's.
+        owner: Option<String>,
+    },
     /// One sandbox.
     SandboxInspect(String),
     /// Shuts a sandbox down.
@@ -111,6 +123,29 @@ pub struct Verb {
     parse: fn(&str, Args, Defaults) -> Result<Command, Error>,
 }
 
+impl Verb {
+    /// The verb of that name.
+    pub fn of(name: &str) -> Option<&'static Self> {
+        VERBS.iter().find(|verb| verb.name == name)
+    }
+
+    /// The least role that may use it. What is not named here changes something.
+    pub fn role(&self) -> Role {
+        match self.name {
+            "hello" | "help" | "node.info" | "template.list" | "template.inspect" | "sandbox.list"
+            | "sandbox.inspect" | "sandbox.stats" | "sandbox.logs" | "exec.list" => Role::Viewer,
+            "node.stop" | "node.audit" => Role::Admin,
+            _ => Role::Operator,
+        }
+    }
+
+    /// Whether its requests go to the audit log: all that may change something.
+    pub fn is_audited(&self) -> bool {
+        let looks = matches!(self.name, "node.audit" | "exec.attach" | "file.read" | "file.list" | "file.stat");
+        self.role() > Role::Viewer && !looks
+    }
+}
+
 macro_rules! verbs {
     ($($name:literal, $arguments:literal, $summary:literal, $parse:expr;)*) => {
         /// Every verb of the control socket.
@@ -125,15 +160,16 @@ verbs! {
     "help", "", "the verbs", |_, args, _| done(args, Command::Help);
     "node.info", "", "state and capacity of the node", |_, args, _| done(args, Command::NodeInfo);
     "node.stop", "[mode=poweroff|reboot]", "stop every sandbox, then the node", node_stop;
+    "node.audit", "[owner=OWNER] [before=ID] [limit=1..1000]", "who did what, newest first", node_audit;
     "template.list", "", "the templates", |_, args, _| done(args, Command::TemplateList);
     "template.inspect", "NAME", "one template", |_, mut args, _| {
         let name = args.next_text("template")?;
         done(args, Command::TemplateInspect(name))
     };
     "sandbox.create",
-    "[template=base] [name=NAME] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [env=K=V]* [label=K=V]* [progress=true]",
+    "[template=base] [name=NAME] [owner=OWNER] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [env=K=V]* [label=K=V]* [progress=true]",
     "create a sandbox and wait until it answers", sandbox_create;
-    "sandbox.list", "[state=STATE]", "the sandboxes", sandbox_list;
+    "sandbox.list", "[state=STATE] [owner=OWNER]", "the sandboxes", sandbox_list;
     "sandbox.inspect", "SANDBOX", "one sandbox", |_, mut args, _| {
         let sandbox = sandbox(&mut args)?;
         done(args, Command::SandboxInspect(sandbox))
@@ -169,7 +205,7 @@ impl Command {
     /// Checks a request against the table.
     pub fn of(request: Request, defaults: Defaults) -> Result<Self, Error> {
         let verb = request.verb.clone();
-        let Some(entry) = VERBS.iter().find(|entry| entry.name == verb) else {
+        let Some(entry) = Verb::of(&verb) else {
             return Err(
                 Error::new(Code::UnknownVerb, format!("{verb} is not a verb; help lists them")).with("verb", verb)
             );
@@ -204,8 +240,25 @@ fn node_stop(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
 
 fn sandbox_create(_: &str, mut args: Args, defaults: Defaults) -> Result<Command, Error> {
     let spec = Spec::take(&mut args, defaults)?;
+    let owner = owner(&mut args)?;
     let progress = args.flag("progress")?;
-    done(args, Command::SandboxCreate { spec, progress })
+    done(args, Command::SandboxCreate { spec, owner, progress })
+}
+
+fn owner(args: &mut Args) -> Result<Option<String>, Error> {
+    let owner = args.text("owner")?;
+    owner.map(|owner| check_name("owner", &owner).map(|()| owner)).transpose()
+}
+
+/// Rows of the audit log in one answer, where a request does not say, and at most.
+const AUDIT_ROWS: u64 = 100;
+const MAX_AUDIT_ROWS: u64 = 1000;
+
+fn node_audit(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let owner = owner(&mut args)?;
+    let before = args.number("before", 1..=i64::MAX as u64)?;
+    let limit = args.number("limit", 1..=MAX_AUDIT_ROWS)?.unwrap_or(AUDIT_ROWS);
+    done(args, Command::NodeAudit(AuditQuery { before, owner, limit }))
 }
 
 fn sandbox_list(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
@@ -215,7 +268,8 @@ fn sandbox_list(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> 
             Error::new(Code::BadArgument, format!("state={text} is not a state")).with("argument", "state")
         })?),
     };
-    done(args, Command::SandboxList(state))
+    let owner = owner(&mut args)?;
+    done(args, Command::SandboxList { state, owner })
 }
 
 fn sandbox_stop(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
@@ -353,6 +407,24 @@ mod tests {
         };
         assert_eq!((sandbox.as_str(), argv.len(), detach), ("sb", 2, false));
         assert_eq!(request, Request::new("", "exec.start").arg("echo").arg("a=b").set("tty", true).set("cols", 80));
+    }
+
+    #[test]
+    fn what_changes_something_is_audited_and_no_viewers() {
+        for (name, role, audited) in [
+            ("hello", Role::Viewer, false),
+            ("sandbox.list", Role::Viewer, false),
+            ("sandbox.create", Role::Operator, true),
+            ("exec.start", Role::Operator, true),
+            ("exec.attach", Role::Operator, false),
+            ("file.read", Role::Operator, false),
+            ("file.write", Role::Operator, true),
+            ("node.stop", Role::Admin, true),
+            ("node.audit", Role::Admin, false),
+        ] {
+            let verb = Verb::of(name).expect("a verb");
+            assert_eq!((verb.role(), verb.is_audited()), (role, audited), "{name}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The control socket's server side: connections, the verb table, typed commands.
 
+pub mod access;
 pub mod client;
 pub mod command;
 pub mod port;

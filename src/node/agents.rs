@@ -206,7 +206,7 @@ impl Supervisor {
         request: Request,
         detach: bool,
     ) -> Result<(), Error> {
-        let sandbox = self.find_running(given)?;
+        let sandbox = self.find_running(key, given)?;
         let id = sandbox.id.clone();
         let number = sandbox.next_exec;
         let Some(worker) = &mut sandbox.worker else { return Ok(()) };
@@ -231,7 +231,7 @@ impl Supervisor {
     }
 
     pub(super) fn attach_exec(&mut self, key: u64, tag: &str, given: &str, number: u64) -> Result<(), Error> {
-        let id = self.find(given)?;
+        let id = self.find(key, given)?;
         let exec = self.sandboxes.get_mut(&id).and_then(|sandbox| sandbox.execs.get_mut(&number));
         let Some(exec) = exec else {
             return Err(Error::new(Code::NotFound, format!("sandbox {id} has no exec {number}")).with("exec", number));

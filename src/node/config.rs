@@ -10,7 +10,9 @@ use std::time::Duration;
 use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
 
+use crate::control::access::PeerRule;
 use crate::sandbox::disk::is_file_name;
+use crate::sandbox::id::check_name;
 
 /// Where the node keeps the file.
 pub const DEFAULT_PATH: &str = "/etc/warren/warren.toml";
@@ -49,6 +51,10 @@ pub struct Node {
 pub struct Control {
     /// Absolute path of the Unix socket.
     pub socket: PathBuf,
+    /// Its permissions, octal, without execution.
+    pub socket_mode: String,
+    /// Who clients are; the first rule that fits counts. At most 1,024.
+    pub peers: Vec<PeerRule>,
     /// Connections at once, 1–4,096.
     pub max_clients: u64,
     /// Requests under way at once on one connection, 1–65,536.
@@ -138,7 +144,13 @@ impl Default for Node {
 
 impl Default for Control {
     fn default() -> Self {
-        Self { socket: "/run/warren/control.sock".into(), max_clients: 256, max_requests_per_client: 1024 }
+        Self {
+            socket: "/run/warren/control.sock".into(),
+            socket_mode: "0600".to_string(),
+            peers: Vec::new(),
+            max_clients: 256,
+            max_requests_per_client: 1024,
+        }
     }
 }
 
@@ -165,6 +177,33 @@ impl Default for Sandbox {
             stop_timeout_s: 10,
             exec_ring_kib: 1024,
         }
+    }
+}
+
+impl Control {
+    /// `socket_mode` as a number.
+    pub fn socket_mode(&self) -> Option<u32> {
+        u32::from_str_radix(&self.socket_mode, 8).ok().filter(|mode| mode & !0o666 == 0 && mode & 0o600 == 0o600)
+    }
+
+    fn validate(&self) -> Result<(), (&'static str, String)> {
+        if self.socket_mode().is_none() {
+            return Err((
+                "control.socket_mode",
+                format!("{:?} is no mode from \"0600\" to \"0666\"", self.socket_mode),
+            ));
+        }
+        let key = "control.peers";
+        within(key, self.peers.len() as u64, 0..=1024)?;
+        for rule in &self.peers {
+            if rule.uid.is_none() && rule.gid.is_none() {
+                return Err((key, "a rule names neither uid nor gid".to_string()));
+            }
+            if let Some(owner) = &rule.owner {
+                check_name("owner", owner).map_err(|error| (key, error.message))?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -232,6 +271,7 @@ impl Config {
     fn validate(&self) -> Result<(), (&'static str, String)> {
         host_name("node.name", &self.node.name)?;
         absolute("control.socket", &self.control.socket)?;
+        self.control.validate()?;
         within("control.max_clients", self.control.max_clients, 1..=4096)?;
         within("control.max_requests_per_client", self.control.max_requests_per_client, 1..=65_536)?;
         absolute("paths.data", &self.paths.data)?;
@@ -434,6 +474,26 @@ mod tests {
             assert_eq!((error.line, error.key.as_deref()), (Some(2), Some("node.name")), "{name}");
         }
         assert_eq!(parse("[node]\nname = \"n-1.rack2\"").unwrap().node.name, "n-1.rack2");
+    }
+
+    #[test]
+    fn peers_are_users_or_groups_with_a_role() {
+        let control = parse(
+            "[control]\nsocket_mode = \"0660\"\npeers = [{ uid = 7, role = \"viewer\" }, { gid = 8, role = \"admin\", owner = \"ann\" }]",
+        );
+        let control = control.unwrap().control;
+        assert_eq!((control.socket_mode(), control.peers.len()), (Some(0o660), 2));
+        for (text, part) in [
+            ("socket_mode = \"0777\"", "control.socket_mode: \"0777\" is no mode"),
+            ("socket_mode = \"0060\"", "control.socket_mode: \"0060\" is no mode"),
+            ("peers = [{ role = \"admin\" }]", "control.peers: a rule names neither uid nor gid"),
+            ("peers = [{ uid = 1, role = \"king\" }]", "unknown variant `king`"),
+            ("peers = [{ uid = 1, role = \"admin\", owner = \"a b\" }]", "control.peers: "),
+            ("peers = [{ uid = 1, role = \"admin\", ovner = \"a\" }]", "unknown field `ovner`"),
+        ] {
+            let error = fails(&format!("[control]\n{text}"));
+            assert!(error.starts_with("w.toml:2: control.") && error.contains(part), "{error}");
+        }
     }
 
     #[test]

@@ -101,6 +101,8 @@ pub enum Awaited {
 pub struct Sandbox {
     /// Its id.
     pub id: SandboxId,
+    /// Whose it is.
+    pub owner: String,
     /// What was asked for.
     pub spec: Spec,
     /// Hash of the template's image at creation, hex.
@@ -133,9 +135,10 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// A new sandbox that nothing was done for yet.
-    pub fn new(id: SandboxId, spec: Spec, home: Home, created_ms: u64) -> Self {
+    pub fn new(id: SandboxId, owner: String, spec: Spec, home: Home, created_ms: u64) -> Self {
         Self {
             id,
+            owner,
             spec,
             template_sha256: String::new(),
             state: State::Pending,
@@ -175,7 +178,7 @@ impl Sandbox {
             reason: row.reason.clone(),
             started_ms: row.started_ms,
             ended_ms: row.ended_ms,
-            ..Self::new(id, spec, home, row.created_ms)
+            ..Self::new(id, row.owner.clone(), spec, home, row.created_ms)
         })
     }
 
@@ -183,6 +186,7 @@ impl Sandbox {
     pub fn row(&self) -> SandboxRow {
         SandboxRow {
             id: self.id.to_string(),
+            owner: self.owner.clone(),
             name: self.spec.name.clone(),
             template: self.spec.template.clone(),
             template_sha256: self.template_sha256.clone(),
@@ -209,7 +213,7 @@ impl Sandbox {
         if let Some(name) = &self.spec.name {
             fields = fields.with("name", name);
         }
-        fields = fields.with("state", self.state);
+        fields = fields.with("owner", &self.owner).with("state", self.state);
         if !self.reason.is_empty() {
             fields = fields.with("reason", &self.reason);
         }

@@ -10,7 +10,7 @@ use mio::net::{UnixListener, UnixStream};
 
 use crate::wire::{Code, Error, Message};
 
-/// A listening Unix socket that only its owner may use.
+/// A listening Unix socket.
 #[derive(Debug)]
 pub struct Listener {
     listener: UnixListener,
@@ -18,8 +18,8 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Binds the socket; one that an earlier supervisor left is replaced.
-    pub fn bind(path: &Path) -> io::Result<Self> {
+    /// Binds the socket with the permissions `mode`; one that an earlier supervisor left is replaced.
+    pub fn bind(path: &Path, mode: u32) -> io::Result<Self> {
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir)?;
         }
@@ -28,7 +28,7 @@ impl Listener {
             _ => {}
         }
         let listener = UnixListener::bind(path)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
         Ok(Self { listener, path: path.to_path_buf() })
     }
 
@@ -50,9 +50,19 @@ impl Listener {
     }
 
     /// Tells a connection that is one too many, and closes it.
-    pub fn refuse(mut stream: UnixStream, max: u64) {
+    pub fn refuse(stream: UnixStream, max: u64) {
         let error = Error::new(Code::NoCapacity, format!("{max} clients are connected, the limit of this node"))
             .with("max", max);
+        Self::turn_away(stream, error);
+    }
+
+    /// Tells a connection that it is nobody here, and closes it.
+    pub fn refuse_peer(stream: UnixStream, uid: u32) {
+        let message = format!("the configuration has no role for user {uid} (control.peers)");
+        Self::turn_away(stream, Error::new(Code::Forbidden, message).with("uid", uid));
+    }
+
+    fn turn_away(mut stream: UnixStream, error: Error) {
         // It gets what its socket takes at once: a fresh one takes this.
         let _ = stream.write(&Message::err("-", error).to_bytes());
     }

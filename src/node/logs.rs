@@ -65,7 +65,7 @@ impl Reader {
 
 impl Supervisor {
     pub(super) fn open_logs(&mut self, key: u64, tag: &str, given: &str, follow: bool) -> Result<(), Error> {
-        let id = self.find(given)?;
+        let id = self.find(key, given)?;
         let Some(sandbox) = self.sandboxes.get(&id) else { return Ok(()) };
         let file = File::open(sandbox.home.serial_log())
             .map_err(|e| Error::new(Code::NotFound, format!("sandbox {id} has no log: {e}")))?;

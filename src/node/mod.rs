@@ -2,6 +2,7 @@
 
 mod adopt;
 mod agents;
+mod audit;
 mod background;
 mod catalogue;
 pub mod config;

@@ -6,13 +6,16 @@ use mio::Token;
 
 use super::instance::{Awaited, Route, Sandbox, Waiter};
 use super::supervisor::{Source, Supervisor, TURN};
+use crate::control::access::Role;
 use crate::control::client::{ANSWERS_HIGH, Client};
-use crate::control::command::{Command, VERBS};
+use crate::control::command::{Command, VERBS, Verb};
+use crate::sandbox::disk::DiskSpec;
 use crate::sandbox::exec::{Sink, output_index};
 use crate::sandbox::flow::Gate;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
-use crate::sandbox::spec::Defaults;
+use crate::sandbox::spec::{Defaults, Spec};
+use crate::storage::state::Ticket;
 use crate::wire::{Code, Decoded, Error, Fields, Filled, Message, PROTOCOL_VERSION, Request};
 
 /// A client's request under way.
@@ -49,6 +52,8 @@ pub enum Job {
     },
     /// It waits for the node to stop.
     NodeStop,
+    /// It waits for rows of the audit log.
+    Audit(Ticket),
 }
 
 impl Supervisor {
@@ -88,7 +93,7 @@ impl Supervisor {
             }
             match decoded {
                 Decoded::Message(message) => self.take_message(key, message),
-                Decoded::Bad { tag, error } => self.answer(key, &Message::err(&tag, error)),
+                Decoded::Bad { tag, error } => self.answer_aside(key, &Message::err(&tag, error)),
             }
             if budget == 0 {
                 return;
@@ -105,6 +110,14 @@ impl Supervisor {
         }
     }
 
+    /// Sends a client what is no answer to a request that was taken.
+    fn answer_aside(&mut self, key: u64, message: &Message) {
+        if let Some(client) = self.clients.get_mut(&key) {
+            client.send_aside(message);
+            self.touched_clients.insert(key);
+        }
+    }
+
     /// Ends a client's request with its final answer.
     pub(super) fn finish(&mut self, key: u64, message: &Message) {
         if let Some(client) = self.clients.get_mut(&key) {
@@ -115,6 +128,7 @@ impl Supervisor {
 
     pub(super) fn drop_client(&mut self, key: u64) {
         self.cancel_jobs(key);
+        self.audit_gone(key);
         if let Some(token) = self.client_tokens.remove(&key) {
             self.unwatch(token);
         }
@@ -147,7 +161,7 @@ impl Supervisor {
             Message::Credit { tag, channel, octets } => self.take_credit(key, &tag, &channel, octets),
             Message::Ok { tag, .. } | Message::Err { tag, .. } | Message::Item { tag, .. } => {
                 let error = Error::new(Code::BadLine, "a client sends requests, not answers");
-                self.answer(key, &Message::err(&tag, error));
+                self.answer_aside(key, &Message::err(&tag, error));
             }
         }
     }
@@ -158,13 +172,18 @@ impl Supervisor {
             vcpus: u8::try_from(self.config.sandbox.default_vcpus).unwrap_or(1),
             memory_mib: u32::try_from(self.config.sandbox.default_memory_mib).unwrap_or(512),
         };
-        let admitted = match self.clients.get(&key) {
-            Some(client) => client.admit(&tag),
-            None => return,
+        let Some(client) = self.clients.get(&key) else { return };
+        if let Err(error) = client.admit(&tag) {
+            return self.answer_aside(key, &Message::err(&tag, error));
+        }
+        let verb = Verb::of(&request.verb);
+        let allowed = match verb {
+            Some(verb) if verb.role() > client.identity().role => Err(forbidden(verb, client.identity().role)),
+            _ => Ok(()),
         };
-        let done =
-            admitted.and_then(|()| Command::of(request, defaults)).and_then(|command| self.execute(key, &tag, command));
-        if let Err(error) = done {
+        let noted = if verb.is_some_and(Verb::is_audited) { self.audit(key, &request) } else { Ok(()) };
+        let done = noted.and(allowed).and_then(|()| Command::of(request, defaults));
+        if let Err(error) = done.and_then(|command| self.execute(key, &tag, command)) {
             self.answer(key, &Message::err(&tag, error));
         }
     }
@@ -184,6 +203,7 @@ impl Supervisor {
                 self.add_job(key, tag, Job::NodeStop);
                 self.begin_stop(Some(mode), Some((key, tag.to_string())));
             }
+            Command::NodeAudit(query) => self.ask_audit(key, tag, query),
             Command::TemplateList => {
                 let rows: Vec<Fields> = self.catalogue.rows().collect();
                 for row in rows {
@@ -195,17 +215,20 @@ impl Supervisor {
                 let row = self.catalogue.row(&name)?;
                 self.answer(key, &Message::ok(tag, row));
             }
-            Command::SandboxCreate { spec, progress } => {
-                let id = self
-                    .create(spec, Waiter { client: key, tag: tag.to_string(), what: Awaited::Created { progress } })?;
+            Command::SandboxCreate { spec, owner, progress } => {
+                let owner = self.owner_of_new(key, owner, &spec)?;
+                let waiter = Waiter { client: key, tag: tag.to_string(), what: Awaited::Created { progress } };
+                let id = self.create(spec, owner, waiter)?;
                 if self.sandboxes.contains_key(&id) {
                     self.add_job(key, tag, Job::Wait(id));
                 }
             }
-            Command::SandboxList(state) => {
+            Command::SandboxList { state, owner } => {
                 let rows: Vec<Fields> = self
                     .sandboxes
                     .values()
+                    .filter(|sandbox| self.sees(key, sandbox))
+                    .filter(|sandbox| owner.as_ref().is_none_or(|owner| sandbox.owner == *owner))
                     .filter(|sandbox| state.is_none_or(|state| sandbox.state == state))
                     .map(Sandbox::fields)
                     .collect();
@@ -215,7 +238,7 @@ impl Supervisor {
                 self.answer(key, &Message::ok(tag, Fields::new()));
             }
             Command::SandboxInspect(name) => {
-                let fields = self.sandboxes.get(&self.find(&name)?).map(Sandbox::fields).unwrap_or_default();
+                let fields = self.sandboxes.get(&self.find(key, &name)?).map(Sandbox::fields).unwrap_or_default();
                 self.answer(key, &Message::ok(tag, fields));
             }
             Command::SandboxStop { sandbox, timeout } => self.ask_stop(key, tag, &sandbox, timeout)?,
@@ -227,7 +250,7 @@ impl Supervisor {
                 self.start_exec(key, tag, &sandbox, argv, request, detach)?;
             }
             Command::ExecList(name) => {
-                let id = self.find(&name)?;
+                let id = self.find(key, &name)?;
                 let rows: Vec<Fields> = self
                     .sandboxes
                     .get(&id)
@@ -261,27 +284,57 @@ impl Supervisor {
             .with("name", &self.config.node.name)
     }
 
-    /// The sandbox that is meant: by id, by name, or by a prefix that only one id has.
-    pub(super) fn find(&self, given: &str) -> Result<SandboxId, Error> {
-        if let Some(id) = SandboxId::parse(given).filter(|id| self.sandboxes.contains_key(id)) {
-            return Ok(id);
+    /// Whether a sandbox is there for a client.
+    fn sees(&self, key: u64, sandbox: &Sandbox) -> bool {
+        self.clients.get(&key).is_some_and(|client| client.identity().sees(&sandbox.owner))
+    }
+
+    /// Whose a client's new sandbox is. Only an admin makes one for another, or gives it files and devices of the node.
+    fn owner_of_new(&self, key: u64, asked: Option<String>, spec: &Spec) -> Result<String, Error> {
+        let Some(client) = self.clients.get(&key) else { return Ok(String::new()) };
+        let who = client.identity();
+        let refused = |what: &str| {
+            let message = format!("{what} is an admin's right, and this client is {}", who.role);
+            Err(Error::new(Code::Forbidden, message).with("role", who.role))
+        };
+        if who.role < Role::Admin {
+            if asked.as_ref().is_some_and(|asked| *asked != who.owner) {
+                return refused("another owner");
+            }
+            if spec.disks.iter().any(DiskSpec::is_the_nodes) {
+                return refused("a disk that is a file or device of the node");
+            }
         }
-        if let Some(sandbox) = self.sandboxes.values().find(|sandbox| sandbox.spec.name.as_deref() == Some(given)) {
+        Ok(asked.unwrap_or_else(|| who.owner.clone()))
+    }
+
+    /// The sandbox that a client means, among those that are there for it: by id, by name (its own owner's first), or by
+    /// a prefix that only one id has.
+    pub(super) fn find(&self, key: u64, given: &str) -> Result<SandboxId, Error> {
+        let own = self.clients.get(&key).map(|client| client.identity().owner.as_str());
+        let seen = || self.sandboxes.values().filter(|sandbox| self.sees(key, sandbox));
+        if let Some(sandbox) = seen().find(|sandbox| sandbox.id.as_str() == given) {
             return Ok(sandbox.id.clone());
         }
-        let mut matching = self.sandboxes.keys().filter(|id| !given.is_empty() && id.as_str().starts_with(given));
+        let named = || seen().filter(|sandbox| sandbox.spec.name.as_deref() == Some(given));
+        if let Some(sandbox) = named().find(|sandbox| Some(sandbox.owner.as_str()) == own) {
+            return Ok(sandbox.id.clone());
+        }
+        let mut matching = named().chain(seen().filter(|sandbox| {
+            sandbox.spec.name.as_deref() != Some(given) && !given.is_empty() && sandbox.id.as_str().starts_with(given)
+        }));
         match (matching.next(), matching.next()) {
-            (Some(id), None) => Ok(id.clone()),
+            (Some(sandbox), None) => Ok(sandbox.id.clone()),
             (Some(_), Some(_)) => {
-                Err(Error::new(Code::BadArgument, format!("{given} is the start of more than one sandbox id")))
+                Err(Error::new(Code::BadArgument, format!("{given} is the name or start of more than one sandbox")))
             }
             _ => Err(Error::new(Code::NotFound, format!("no sandbox {given}")).with("sandbox", given)),
         }
     }
 
     /// The sandbox that is meant, where its agent answers.
-    pub(super) fn find_running(&mut self, given: &str) -> Result<&mut Sandbox, Error> {
-        let id = self.find(given)?;
+    pub(super) fn find_running(&mut self, key: u64, given: &str) -> Result<&mut Sandbox, Error> {
+        let id = self.find(key, given)?;
         match self.sandboxes.get_mut(&id) {
             Some(sandbox)
                 if sandbox.state == State::Running && sandbox.worker.as_ref().is_some_and(|w| w.agent.is_ready()) =>
@@ -298,7 +351,7 @@ impl Supervisor {
     }
 
     fn relay(&mut self, key: u64, tag: &str, given: &str, request: Request) -> Result<(), Error> {
-        let sandbox = self.find_running(given)?;
+        let sandbox = self.find_running(key, given)?;
         let id = sandbox.id.clone();
         let Some(worker) = &mut sandbox.worker else { return Ok(()) };
         let route = worker.agent.request(request);
@@ -395,19 +448,19 @@ impl Supervisor {
                 }
             }
             Job::Inquiry { sandbox, route } => self.forget_inquiry(&sandbox, &route),
-            Job::Logs(_) | Job::NodeStop => {}
+            Job::Logs(_) | Job::NodeStop | Job::Audit(_) => {}
         }
     }
 
     fn ask_stop(&mut self, key: u64, tag: &str, given: &str, timeout: Option<Duration>) -> Result<(), Error> {
-        let id = self.find(given)?;
+        let id = self.find(key, given)?;
         self.stop(&id, timeout)?;
         self.await_(key, tag, &id, Awaited::Stopped);
         Ok(())
     }
 
     fn ask_remove(&mut self, key: u64, tag: &str, given: &str, force: bool) -> Result<(), Error> {
-        let id = self.find(given)?;
+        let id = self.find(key, given)?;
         let Some(sandbox) = self.sandboxes.get(&id) else { return Ok(()) };
         if sandbox.state.is_live() && !force {
             return Err(Error::new(
@@ -443,4 +496,9 @@ impl Supervisor {
             self.watch(agent, Source::Agent(id.clone()))?,
         ])
     }
+}
+
+fn forbidden(verb: &Verb, role: Role) -> Error {
+    let message = format!("{} is for the role {}, and this client is {role}", verb.name, verb.role());
+    Error::new(Code::Forbidden, message).with("role", role)
 }

@@ -107,7 +107,7 @@ impl Supervisor {
                 let live = self.sandboxes.get(reader.sandbox()).is_some_and(|sandbox| sandbox.worker.is_some());
                 reader.pump(tag, client, live)
             }
-            Job::Wait(_) | Job::Inquiry { .. } | Job::NodeStop => false,
+            Job::Wait(_) | Job::Inquiry { .. } | Job::NodeStop | Job::Audit(_) => false,
         };
         if !ended && let Some(client) = self.clients.get_mut(&key) {
             client.jobs.insert(tag.to_string(), job);
@@ -115,6 +115,7 @@ impl Supervisor {
     }
 
     fn flush_client(&mut self, key: u64, was_full: bool) {
+        self.audit_ends(key);
         let Some(client) = self.clients.get_mut(&key) else { return };
         let before = client.queued();
         let flushed = client.flush();

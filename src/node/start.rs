@@ -28,7 +28,7 @@ const GUEST_CID: u32 = 3;
 
 impl Supervisor {
     /// Accepts a sandbox and begins to make it. What fails at once is this function's error and leaves nothing.
-    pub(super) fn create(&mut self, spec: Spec, waiter: Waiter) -> Result<SandboxId, Error> {
+    pub(super) fn create(&mut self, spec: Spec, owner: String, waiter: Waiter) -> Result<SandboxId, Error> {
         if self.stopping.is_some() {
             return Err(Error::new(Code::Stopping, "the node is stopping"));
         }
@@ -40,7 +40,10 @@ impl Supervisor {
             );
         }
         if let Some(name) = &spec.name
-            && let Some(holder) = self.sandboxes.values().find(|sandbox| sandbox.spec.name.as_ref() == Some(name))
+            && let Some(holder) = self
+                .sandboxes
+                .values()
+                .find(|sandbox| sandbox.owner == owner && sandbox.spec.name.as_ref() == Some(name))
         {
             return Err(Error::new(Code::AlreadyExists, format!("name={name} is taken by sandbox {}", holder.id))
                 .with("sandbox", &holder.id));
@@ -49,7 +52,7 @@ impl Supervisor {
             self.catalogue.row(&spec.template)?;
         }
         let id = SandboxId::random().map_err(|e| Error::new(Code::Internal, format!("no random id: {e}")))?;
-        let mut sandbox = Sandbox::new(id.clone(), spec, self.places.of(&id), now_ms());
+        let mut sandbox = Sandbox::new(id.clone(), owner, spec, self.places.of(&id), now_ms());
         sandbox.state.become_(State::Scheduling)?;
         sandbox.waiters.push(waiter);
         self.sandboxes.insert(id.clone(), sandbox);

@@ -87,14 +87,14 @@ pub enum Purpose {
 impl Supervisor {
     /// Asks a sandbox's worker how it is.
     pub(super) fn ask_stats(&mut self, key: u64, tag: &str, given: &str) -> Result<(), Error> {
-        let id = self.find(given)?;
+        let id = self.find(key, given)?;
         let request = Request::new("", "vm.stats").set("wait_ms", GUEST_WAIT_MS);
         self.ask_worker(key, tag, &id, request, Purpose::Stats)
     }
 
     /// Asks a sandbox's worker to change it.
     pub(super) fn ask_update(&mut self, key: u64, tag: &str, given: &str, update: Update) -> Result<(), Error> {
-        let id = self.find(given)?;
+        let id = self.find(key, given)?;
         let Some(sandbox) = self.sandboxes.get(&id) else { return Ok(()) };
         let (mib, max) = (update.memory_target_mib, u64::from(sandbox.spec.memory_mib));
         if mib > max {

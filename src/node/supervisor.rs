@@ -20,6 +20,7 @@ use super::instance::Sandbox;
 use super::listener::Listener;
 use super::requests::Job;
 use super::timers::Timers;
+use crate::control::access::{Identity, Peer};
 use crate::control::client::Client;
 use crate::control::port::Port;
 use crate::init::{ExitWatch, StopMode};
@@ -105,6 +106,8 @@ pub struct Supervisor {
     pub(super) spawner: Spawner,
     pub(super) places: Places,
     pub(super) node_id: String,
+    /// Number of the next row of the audit log.
+    pub(super) next_audit: u64,
     pub(super) started: SystemTime,
     pub(super) log_timer: bool,
     /// How often the control port was looked for in vain.
@@ -174,7 +177,8 @@ impl Supervisor {
         if let Some(aside) = &snapshot.moved_aside {
             log::error!("the state database was damaged; it is kept as {} and a new one begun", aside.display());
         }
-        let listener = Listener::bind(&config.control.socket).map_err(failed("control socket"))?;
+        let mode = config.control.socket_mode().unwrap_or(0o600);
+        let listener = Listener::bind(&config.control.socket, mode).map_err(failed("control socket"))?;
         let spawner = Spawner::new().map_err(failed("own program"))?;
 
         let mut sources =
@@ -211,6 +215,7 @@ impl Supervisor {
             spawner,
             places,
             node_id: snapshot.node_id.clone(),
+            next_audit: snapshot.next_audit,
             started: SystemTime::now(),
             log_timer: false,
             port_looks: 0,
@@ -325,12 +330,25 @@ impl Supervisor {
         loop {
             match self.listener.accept() {
                 Ok(Some(stream)) => {
+                    let peer = match Peer::of(&stream) {
+                        Ok(peer) => peer,
+                        Err(e) => {
+                            log::warn!("a client's credentials cannot be read: {e}");
+                            continue;
+                        }
+                    };
+                    let own = nix::unistd::geteuid().as_raw();
+                    let Some(identity) = Identity::of(&peer, &self.config.control.peers, own) else {
+                        log::warn!("a client of user {} (process {}) has no role", peer.uid, peer.pid);
+                        Listener::refuse_peer(stream, peer.uid);
+                        continue;
+                    };
                     if self.clients.len() as u64 >= self.config.control.max_clients {
                         Listener::refuse(stream, self.config.control.max_clients);
                         continue;
                     }
                     let max_jobs = usize::try_from(self.config.control.max_requests_per_client).unwrap_or(usize::MAX);
-                    self.add_client(Client::socket(stream, max_jobs));
+                    self.add_client(Client::socket(stream, identity, max_jobs));
                 }
                 Ok(None) => return,
                 Err(e) => {
@@ -387,6 +405,9 @@ impl Supervisor {
                     self.timers.after(RECORD_AGAIN, Timer::Record);
                 }
             }
+        }
+        for (ticket, result) in self.database.readings() {
+            self.audit_read(ticket, result);
         }
         while let Some(done) = self.background.finished() {
             match done {

@@ -45,6 +45,13 @@ pub enum DiskSource {
     Device(String),
 }
 
+impl DiskSpec {
+    /// Whether it is something of the node that is there without the sandbox.
+    pub fn is_the_nodes(&self) -> bool {
+        !matches!(self.source, DiskSource::New { .. })
+    }
+}
+
 impl fmt::Display for DiskSpec {
     /// As it is written in a request.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,5 +1,6 @@
 //! What the node keeps: overlays, templates, state database.
 
+pub mod audit;
 pub mod block_devices;
 pub mod medium;
 pub mod overlay;

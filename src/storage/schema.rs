@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use rusqlite::types::Type;
 use rusqlite::{Connection, Row, params};
 
+use super::audit::{self, AuditEnd, AuditRow};
 use super::state::StateError;
 
 /// Version that this program writes: the number of migrations.
@@ -63,6 +64,12 @@ const MIGRATIONS: &[&str] = &[
     ALTER TABLE sandboxes ADD COLUMN disk_iops INTEGER;
     ALTER TABLE sandboxes ADD COLUMN disk_mbps INTEGER;
 ",
+    "
+    ALTER TABLE sandboxes ADD COLUMN owner TEXT NOT NULL DEFAULT 'root';
+    DROP INDEX sandboxes_live_name;
+    CREATE UNIQUE INDEX sandboxes_live_name ON sandboxes (owner, name) WHERE ended_ms IS NULL;
+",
+    audit::MIGRATION,
 ];
 
 /// Rows that a table may bring at start: more than a node can ever have made is not read.
@@ -73,7 +80,9 @@ const MAX_ROWS: u64 = 1_000_000;
 pub struct SandboxRow {
     /// Primary key.
     pub id: String,
-    /// Unique among sandboxes that have not ended.
+    /// Whose it is.
+    pub owner: String,
+    /// Unique among its owner's sandboxes that have not ended.
     pub name: Option<String>,
     /// Name of its template.
     pub template: String,
@@ -179,6 +188,10 @@ pub enum Change {
         /// Which; it need not be there.
         exec_id: u64,
     },
+    /// A request was taken.
+    BeginAudit(Box<AuditRow>),
+    /// It has its answer.
+    EndAudit(AuditEnd),
 }
 
 /// Brings the tables to `SCHEMA_VERSION`. A database of a newer program is refused and left alone.
@@ -219,7 +232,8 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
     rows(
         connection,
         "SELECT id, name, template, template_sha256, state, reason, vcpus, memory_mib, disk_mib, env, labels,
-                created_ms, started_ms, ended_ms, pid, disks, disk_iops, disk_mbps FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
+                created_ms, started_ms, ended_ms, pid, disks, disk_iops, disk_mbps, owner
+           FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
         |row| {
             Ok(SandboxRow {
                 id: row.get(0)?,
@@ -240,6 +254,7 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
                 disks: json(row, 15)?,
                 disk_iops: maybe_unsigned(row, 16)?,
                 disk_mbps: maybe_unsigned(row, 17)?,
+                owner: row.get(18)?,
             })
         },
     )
@@ -293,15 +308,16 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
             .prepare(
                 "INSERT INTO sandboxes (id, name, template, template_sha256, state, reason, vcpus, memory_mib,
                                         disk_mib, env, labels, created_ms, started_ms, ended_ms, pid, disks,
-                                        disk_iops, disk_mbps)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)
+                                        disk_iops, disk_mbps, owner)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19)
                  ON CONFLICT (id) DO UPDATE SET
                      name = excluded.name, template = excluded.template, template_sha256 = excluded.template_sha256,
                      state = excluded.state, reason = excluded.reason, vcpus = excluded.vcpus,
                      memory_mib = excluded.memory_mib, disk_mib = excluded.disk_mib, env = excluded.env,
                      labels = excluded.labels, created_ms = excluded.created_ms, started_ms = excluded.started_ms,
                      ended_ms = excluded.ended_ms, pid = excluded.pid, disks = excluded.disks,
-                     disk_iops = excluded.disk_iops, disk_mbps = excluded.disk_mbps",
+                     disk_iops = excluded.disk_iops, disk_mbps = excluded.disk_mbps,
+                     owner = excluded.owner",
             )?
             .execute(params![
                 row.id,
@@ -322,6 +338,7 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 to_json(&row.disks)?,
                 row.disk_iops.map(signed),
                 row.disk_mbps.map(signed),
+                row.owner,
             ])?,
         Change::RemoveSandbox { id } => connection.prepare("DELETE FROM sandboxes WHERE id = ?1")?.execute([id])?,
         Change::PutTemplate(row) => connection
@@ -362,6 +379,8 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
         Change::RemoveExecution { sandbox_id, exec_id } => connection
             .prepare("DELETE FROM executions WHERE sandbox_id = ?1 AND exec_id = ?2")?
             .execute(params![sandbox_id, signed(*exec_id)])?,
+        Change::BeginAudit(row) => return audit::begin(connection, row),
+        Change::EndAudit(end) => return audit::end(connection, end),
     };
     Ok(())
 }
@@ -377,16 +396,16 @@ fn rows<T>(
 }
 
 /// SQLite's integers are signed. No count or time of ours comes near the limit.
-fn signed(value: u64) -> i64 {
+pub(super) fn signed(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-fn unsigned(row: &Row<'_>, index: usize) -> rusqlite::Result<u64> {
+pub(super) fn unsigned(row: &Row<'_>, index: usize) -> rusqlite::Result<u64> {
     let value: i64 = row.get(index)?;
     u64::try_from(value).map_err(|_| rusqlite::Error::IntegralValueOutOfRange(index, value))
 }
 
-fn maybe_unsigned(row: &Row<'_>, index: usize) -> rusqlite::Result<Option<u64>> {
+pub(super) fn maybe_unsigned(row: &Row<'_>, index: usize) -> rusqlite::Result<Option<u64>> {
     match row.get::<_, Option<i64>>(index)? {
         None => Ok(None),
         Some(_) => unsigned(row, index).map(Some),

@@ -16,6 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rusqlite::{Connection, ErrorCode};
 
+use super::audit::{self, AuditQuery, AuditRow};
 use super::schema;
 pub use super::schema::{Change, ExecutionRow, SCHEMA_VERSION, SandboxRow, TemplateRow};
 
@@ -114,6 +115,14 @@ pub struct Snapshot {
     pub templates: Vec<TemplateRow>,
     /// By sandbox and number.
     pub executions: Vec<ExecutionRow>,
+    /// Number of the next row of the audit log.
+    pub next_audit: u64,
+}
+
+/// What the thread is asked for.
+enum Order {
+    Write(Job),
+    ReadAudit(Ticket, AuditQuery),
 }
 
 struct Job {
@@ -122,13 +131,17 @@ struct Job {
     durable: bool,
 }
 
-type Completions = Arc<Mutex<Vec<(Ticket, Result<(), StateError>)>>>;
+/// Results by ticket.
+type Results<T> = Vec<(Ticket, Result<T, StateError>)>;
+type Completions = Arc<Mutex<Results<()>>>;
+type Readings = Arc<Mutex<Results<Vec<AuditRow>>>>;
 
 /// The supervisor's handle. Dropping it writes what is queued and closes the database.
 #[derive(Debug)]
 pub struct State {
-    jobs: Option<Sender<Job>>,
+    jobs: Option<Sender<Order>>,
     completions: Completions,
+    readings: Readings,
     thread: Option<JoinHandle<()>>,
     next_ticket: u64,
     pending: usize,
@@ -153,17 +166,24 @@ impl State {
         };
         let (jobs, queue) = mpsc::channel();
         let completions = Completions::default();
-        let shared = Arc::clone(&completions);
+        let readings = Readings::default();
+        let (written, read) = (Arc::clone(&completions), Arc::clone(&readings));
         let thread = std::thread::Builder::new()
             .name("state".to_string())
-            .spawn(move || run(connection, &queue, &shared, &notify))
+            .spawn(move || run(connection, &queue, &written, &read, &notify))
             .map_err(|error| StateError::Io(format!("no thread: {error}")))?;
-        Ok((Self { jobs: Some(jobs), completions, thread: Some(thread), next_ticket: 1, pending: 0 }, snapshot))
+        Ok((
+            Self { jobs: Some(jobs), completions, readings, thread: Some(thread), next_ticket: 1, pending: 0 },
+            snapshot,
+        ))
     }
 
     /// Queues a change. Changes are made in the order they were submitted.
     pub fn submit(&mut self, change: Change) -> Ticket {
-        let durable = !matches!(change, Change::PutExecution(_) | Change::RemoveExecution { .. });
+        let durable = !matches!(
+            change,
+            Change::PutExecution(_) | Change::RemoveExecution { .. } | Change::BeginAudit(_) | Change::EndAudit(_)
+        );
         self.queue(change, durable)
     }
 
@@ -172,8 +192,23 @@ impl State {
         self.queue(change, true)
     }
 
+    /// Queues a reading of the audit log, after all that was submitted before; `readings` has it later.
+    pub fn read_audit(&mut self, query: AuditQuery) -> Ticket {
+        let ticket = self.ticket();
+        if self.jobs.as_ref().is_none_or(|jobs| jobs.send(Order::ReadAudit(ticket, query)).is_err()) {
+            let mut readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
+            readings.push((ticket, Err(StateError::Closed)));
+        }
+        ticket
+    }
+
+    /// Takes the readings that are there. Never waits.
+    pub fn readings(&mut self) -> Results<Vec<AuditRow>> {
+        std::mem::take(&mut *self.readings.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Takes the results that are there, in order of submission. Never waits.
-    pub fn completed(&mut self) -> Vec<(Ticket, Result<(), StateError>)> {
+    pub fn completed(&mut self) -> Results<()> {
         let done = std::mem::take(&mut *self.completions.lock().unwrap_or_else(PoisonError::into_inner));
         self.pending -= done.len().min(self.pending);
         done
@@ -185,20 +220,26 @@ impl State {
     }
 
     /// Writes what is queued, closes the database and gives the results that were not taken yet. Blocks.
-    pub fn close(mut self) -> Vec<(Ticket, Result<(), StateError>)> {
+    pub fn close(mut self) -> Results<()> {
         self.join();
         self.completed()
     }
 
     fn queue(&mut self, change: Change, durable: bool) -> Ticket {
-        let ticket = Ticket(self.next_ticket);
-        self.next_ticket += 1;
+        let ticket = self.ticket();
         self.pending += 1;
-        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(Job { ticket, change, durable }).is_ok());
+        let job = Order::Write(Job { ticket, change, durable });
+        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
         if !sent {
             let mut completions = self.completions.lock().unwrap_or_else(PoisonError::into_inner);
             completions.push((ticket, Err(StateError::Closed)));
         }
+        ticket
+    }
+
+    fn ticket(&mut self) -> Ticket {
+        let ticket = Ticket(self.next_ticket);
+        self.next_ticket += 1;
         ticket
     }
 
@@ -217,17 +258,29 @@ impl Drop for State {
 }
 
 /// The thread: one batch a wake-up, then one notification.
-fn run(mut connection: Connection, queue: &Receiver<Job>, completions: &Completions, notify: &impl Fn()) {
+fn run(
+    mut connection: Connection,
+    queue: &Receiver<Order>,
+    completions: &Completions,
+    readings: &Readings,
+    notify: &impl Fn(),
+) {
     while let Ok(first) = queue.recv() {
-        let mut batch = vec![first];
-        while batch.len() < MAX_BATCH {
-            match queue.try_recv() {
-                Ok(job) => batch.push(job),
-                Err(_) => break,
+        let (mut batch, mut next) = (Vec::new(), Some(first));
+        let reading = loop {
+            match next {
+                Some(Order::Write(job)) => batch.push(job),
+                Some(Order::ReadAudit(ticket, query)) => break Some((ticket, query)),
+                None => break None,
             }
-        }
+            next = if batch.len() < MAX_BATCH { queue.try_recv().ok() } else { None };
+        };
         let results = write_batch(&mut connection, &batch);
         completions.lock().unwrap_or_else(PoisonError::into_inner).extend(results);
+        if let Some((ticket, query)) = reading {
+            let rows = audit::read(&connection, &query);
+            readings.lock().unwrap_or_else(PoisonError::into_inner).push((ticket, rows));
+        }
         notify();
     }
     // So that the next start finds one file and no log to replay. A failure costs nothing: the log is kept.
@@ -239,6 +292,9 @@ fn run(mut connection: Connection, queue: &Receiver<Job>, completions: &Completi
 /// Makes all changes in one transaction. Where that fails as a whole (no room, I/O), each is tried by itself, so
 /// that every change has its own true result and a small one is not lost for a big one's sake.
 fn write_batch(connection: &mut Connection, batch: &[Job]) -> Vec<(Ticket, Result<(), StateError>)> {
+    if batch.is_empty() {
+        return Vec::new();
+    }
     match write_transaction(connection, batch) {
         Ok(results) => batch.iter().map(|job| job.ticket).zip(results).collect(),
         Err(error) if batch.len() == 1 => vec![(batch[0].ticket, Err(error))],
@@ -304,6 +360,7 @@ fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateError> {
         sandboxes: schema::sandboxes(&connection)?,
         templates: schema::templates(&connection)?,
         executions: schema::executions(&connection)?,
+        next_audit: audit::take_up(&connection)?,
     };
     Ok((connection, snapshot))
 }

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
+use crate::storage::audit::AuditEnd;
 
 /// A folder of its own that goes with the test.
 struct Folder(PathBuf);
@@ -36,6 +37,7 @@ impl Drop for Folder {
 fn sandbox(id: &str) -> SandboxRow {
     SandboxRow {
         id: id.to_string(),
+        owner: "ann".to_string(),
         name: Some(format!("name-{id}")),
         template: "base".to_string(),
         template_sha256: "ab".repeat(32),
@@ -362,4 +364,58 @@ fn a_child_hits_its_file_size_limit() {
         }
     }
     println!("LAST {last:?}");
+}
+
+fn audited(id: u64, owner: &str) -> AuditRow {
+    AuditRow { id, began_ms: 5, owner: owner.to_string(), verb: "sandbox.stop".to_string(), ..AuditRow::default() }
+}
+
+fn wait_for_reading(state: &mut State) -> Vec<AuditRow> {
+    loop {
+        if let Some((_, rows)) = state.readings().pop() {
+            return rows.unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn the_audit_log_has_ends_and_names_what_had_none() {
+    let folder = Folder::new("audit");
+    let (mut state, snapshot) = folder.open();
+    assert_eq!(snapshot.next_audit, 1);
+    for (id, owner) in [(1, "ann"), (2, "bob"), (3, "ann")] {
+        state.submit(Change::BeginAudit(Box::new(audited(id, owner))));
+    }
+    let end = AuditEnd { id: 2, ended_ms: 9, result: "ok".to_string(), sandbox: Some("sb".to_string()) };
+    state.submit(Change::EndAudit(end));
+    // What was submitted before is in what is read.
+    state.read_audit(AuditQuery { before: None, owner: None, limit: 2 });
+    let rows = wait_for_reading(&mut state);
+    assert_eq!(rows.iter().map(|row| row.id).collect::<Vec<_>>(), [3, 2]);
+    assert_eq!(
+        (rows[1].result.as_deref(), rows[1].sandbox.as_deref(), rows[1].ended_ms),
+        (Some("ok"), Some("sb"), Some(9))
+    );
+    state.read_audit(AuditQuery { before: Some(3), owner: Some("ann".to_string()), limit: 9 });
+    assert_eq!(wait_for_reading(&mut state), [audited(1, "ann")]);
+    state.close();
+
+    let (mut state, snapshot) = folder.open();
+    assert_eq!(snapshot.next_audit, 4);
+    state.read_audit(AuditQuery { before: None, owner: None, limit: 9 });
+    let results: Vec<_> = wait_for_reading(&mut state).into_iter().map(|row| row.result.unwrap()).collect();
+    assert_eq!(results, [audit::INTERRUPTED, "ok", audit::INTERRUPTED]);
+}
+
+#[test]
+fn the_audit_log_keeps_its_newest_rows() {
+    let folder = Folder::new("audit-kept");
+    let (mut state, _) = folder.open();
+    let last = audit::KEPT + 512;
+    for id in [1, 512, 513, last] {
+        state.submit(Change::BeginAudit(Box::new(audited(id, "ann"))));
+    }
+    state.read_audit(AuditQuery { before: None, owner: None, limit: 9 });
+    assert_eq!(wait_for_reading(&mut state).iter().map(|row| row.id).collect::<Vec<_>>(), [last, 513]);
 }

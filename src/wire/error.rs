@@ -52,6 +52,8 @@ codes! {
     TooManyRequests = "TOO_MANY_REQUESTS",
     /// The request was cancelled by its client.
     Cancelled = "CANCELLED",
+    /// The client's role does not allow it, or it is nobody here.
+    Forbidden = "FORBIDDEN",
     /// No object of that name.
     NotFound = "NOT_FOUND",
     /// An object of that name is there already.
