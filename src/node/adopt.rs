@@ -135,7 +135,10 @@ impl Supervisor {
         let stopping = sandbox.state == State::Stopping;
         let descriptors = (pidfd.as_raw_fd(), link.stream_ref().as_raw_fd(), agent.stream().as_raw_fd());
         let tokens = self.watch_worker(id, descriptors.0, descriptors.1, descriptors.2)?;
+        let uid = user_of(pid)?;
+        self.uids.claim(uid);
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
+            sandbox.uid = Some(uid);
             sandbox.worker = Some(Worker {
                 pid,
                 _pidfd: pidfd,
@@ -216,6 +219,14 @@ fn end_execs(sandbox: &mut Sandbox) {
     for exec in sandbox.execs.values_mut().filter(|exec| exec.outcome.is_none()) {
         exec.finish(Err(Error::new(Code::LinkLost, format!("the sandbox ended: {}", sandbox.reason))));
     }
+}
+
+/// The real user id of a process (proc_pid_status(5)).
+fn user_of(pid: i32) -> io::Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let ids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    let id = ids.and_then(|ids| ids.split_whitespace().next()?.parse().ok());
+    id.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {

@@ -270,6 +270,8 @@ impl Supervisor {
             }
             return;
         }
+        self.give_back_uid(id);
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         if !gone {
             if sandbox.removing {
                 self.release(id, Extent::Everything);
@@ -286,6 +288,13 @@ impl Supervisor {
         for viewer in sandbox.execs.into_values().flat_map(|exec| exec.viewers) {
             let error = Error::new(Code::NotFound, format!("sandbox {id} was removed"));
             self.finish(viewer.client, &Message::err(&viewer.tag, error));
+        }
+    }
+
+    /// The sandbox's cgroup is empty, so nothing runs by its user id any more.
+    pub(super) fn give_back_uid(&mut self, id: &SandboxId) {
+        if let Some(uid) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.uid.take()) {
+            self.uids.give_back(uid);
         }
     }
 

@@ -12,5 +12,7 @@ pub mod lifecycle;
 pub mod ring;
 pub mod spawn;
 pub mod spec;
+pub mod uids;
 pub mod usage;
+pub mod void;
 pub mod worker;

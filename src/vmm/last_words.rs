@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::{FromRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::wire::{Fields, Message};
 
 /// The descriptor that the record is written to.
-const RECORD_FD: RawFd = 4;
+pub const RECORD_FD: RawFd = 4;
 /// Longest detail, in octets; what is longer is cut.
 const DETAIL_MAX: usize = 1024;
 
@@ -95,6 +96,11 @@ impl fmt::Display for End {
     }
 }
 
+/// A line of the worker's log. A log that takes nothing, on a full disk say, is no reason to end.
+pub fn say(what: &dyn fmt::Display) {
+    let _ = std::io::stderr().write_all(format!("warren vmm: {what}\n").as_bytes());
+}
+
 /// Whether a record was written: the first one tells the cause.
 static WRITTEN: AtomicBool = AtomicBool::new(false);
 
@@ -120,7 +126,7 @@ impl LastWords {
             let what = what.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
             let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
             let end = End::new(Reason::Internal, format!("panic{place}: {what}"));
-            eprintln!("warren vmm: {end}");
+            say(&end);
             put(&end.line());
             // Not abort: as PID 1 of its namespace the worker would ignore its own SIGABRT.
             // SAFETY: ends the process; there is nothing to clean up that the kernel does not.
@@ -154,7 +160,7 @@ impl LastWords {
         // There is nobody left to tell of a failure but the log.
         let written = self.file.write_all_at(&line, 0).and_then(|()| self.file.set_len(line.len() as u64));
         if let Err(e) = written {
-            eprintln!("warren vmm: last words cannot be written: {e}");
+            say(&format_args!("last words cannot be written: {e}"));
         }
     }
 }
