@@ -1,6 +1,6 @@
 //! What a worker still can do once its jail is closed, on the node's own kernel.
 
-use qemu_tests::node::Node;
+use qemu_tests::node::{Boot, Node};
 use qemu_tests::shared;
 
 /// Namespaces that each worker has for itself.
@@ -101,4 +101,31 @@ fn a_worker_has_limits_and_only_descriptors_that_it_needs() {
     };
     let unexplained: Vec<&str> = links.lines().filter(|link| !explained(link)).collect();
     assert!(unexplained.is_empty(), "{unexplained:?} of {links}");
+}
+
+#[test]
+fn a_worker_that_a_guest_has_taken_over_can_do_nothing_with_it() {
+    let node = shared::node();
+    let told = node.rig(&["jail"]);
+    assert!(told.contains("killed="), "{told}");
+}
+
+#[test]
+fn a_sandbox_has_limits_from_its_first_moment_and_one_that_runs_into_them_is_told_from_a_crash() {
+    let node = Boot::kernel().allow("oom-kill").allow("out of memory").allow("Call Trace:").start();
+    let sandbox = node.sandbox(&[("vcpus", "2"), ("memory_mib", "128")]);
+    let group = format!("/sys/fs/cgroup/sandboxes/{}", sandbox.id);
+    let limits = node.sh(&format!("cd {group} && cat memory.max pids.max cpu.max"));
+    assert_eq!(limits, format!("{}\n7\n300000 100000\n", (128 + 2 + 64) << 20));
+    sandbox.sh("cat /bin/* > /dev/null");
+    let threads = node.sh(&format!("cat {group}/pids.current"));
+    assert!(threads.trim().parse::<u32>().expect("a number") <= 7, "{threads}");
+    assert!(node.sh(&format!("cat {group}/memory.events")).contains("oom_kill 0"));
+
+    node.sh(&format!("echo 16M > {group}/memory.max"));
+    qemu_tests::timing::wait_for("the sandbox to be in error", || (sandbox.state() == "error").then_some(()));
+    let reason = sandbox.inspect().get("reason").unwrap_or_default().to_string();
+    assert!(reason.contains("memory limit was reached"), "{reason}");
+    sandbox.remove().expect("a sandbox in error can be removed");
+    node.power_off();
 }

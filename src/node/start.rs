@@ -14,6 +14,7 @@ use crate::sandbox::disk::Shelf;
 use crate::sandbox::home::Opened;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
+use crate::sandbox::limits::{self, Limits};
 use crate::sandbox::spawn::{Birth, Spawned};
 use crate::sandbox::spec::{MAX_DISK_MIB, Spec};
 use crate::sandbox::worker;
@@ -196,6 +197,14 @@ impl Supervisor {
         let shelf = Shelf { directory: &self.config.disks.directory, devices: &self.config.disks.devices };
         let disks = sandbox.spec.disks.iter().map(|disk| shelf.open(disk, &sandbox.home));
         let disks = disks.collect::<Result<Vec<File>, Error>>()?;
+        let in_memory = [&overlay].into_iter().chain(&disks).filter(|disk| limits::is_in_memory(disk));
+        let limits = Limits {
+            vcpus: sandbox.spec.vcpus.into(),
+            memory_bytes: u64::from(sandbox.spec.memory_mib) * MIB,
+            disks: 1 + disks.len() as u64,
+            files_in_memory: in_memory.map(|disk| disk.metadata().map_or(0, |meta| meta.len())).sum(),
+        };
+        limits.apply(sandbox.home.cgroup()).map_err(no_room("the sandbox's control group cannot be limited"))?;
         let lengths = disks.iter().chain([&overlay]).map(|disk| disk.metadata().map_or(0, |meta| meta.len()));
         let uid = self.uids.take().ok_or_else(|| {
             let count = self.uids.count();

@@ -9,6 +9,7 @@ pub mod flow;
 pub mod home;
 pub mod id;
 pub mod lifecycle;
+pub mod limits;
 pub mod ring;
 pub mod spawn;
 pub mod spec;

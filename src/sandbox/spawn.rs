@@ -10,6 +10,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 use super::void::Void;
 
@@ -25,7 +26,7 @@ pub struct Spawner {
     null: File,
     argv: Vec<CString>,
     parent: Parent,
-    void: Void,
+    void: Arc<Void>,
 }
 
 /// Whose child a worker becomes.
@@ -90,10 +91,15 @@ impl Spawner {
 
     /// Starts `program` with these arguments, the first being its name.
     pub fn of(program: File, argv: &[&str], parent: Parent) -> io::Result<Self> {
-        let argv = argv.iter().map(|arg| CString::new(*arg)).collect::<Result<_, _>>();
-        let argv = argv.map_err(|_| io::ErrorKind::InvalidInput)?;
+        let argv = texts(argv)?;
         let null = File::options().read(true).write(true).open("/dev/null")?;
-        Ok(Self { program, null, argv, parent, void: Void::make()? })
+        Ok(Self { program, null, argv, parent, void: Arc::new(Void::make()?) })
+    }
+
+    /// The same for another program, into the same namespaces.
+    pub fn another(&self, program: File, argv: &[&str]) -> io::Result<Self> {
+        let (null, void) = (self.null.try_clone()?, self.void.clone());
+        Ok(Self { program, null, argv: texts(argv)?, parent: self.parent, void })
     }
 
     /// Starts a worker.
@@ -160,6 +166,11 @@ impl Spawner {
             }
         }
     }
+}
+
+fn texts(argv: &[&str]) -> io::Result<Vec<CString>> {
+    let texts: Result<_, _> = argv.iter().map(|arg| CString::new(*arg)).collect();
+    texts.map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
 /// <linux/sched.h>: signal handlers of the child are the default ones. The libc crate gives these two as `c_int`,

@@ -40,8 +40,11 @@ const FIRST_CONNECTION: usize = 1 << 16;
 
 /// Runs the worker to its end.
 pub fn main() -> ExitCode {
+    // The one argument that a worker knows; see `Breach::Explain`.
+    let explains = std::env::args_os().nth(2).is_some_and(|argument| argument == "explain");
+    let breach = if explains { jail::Breach::Explain } else { jail::Breach::Kill };
     let last_words = LastWords::take_over();
-    if let Err(e) = jail::close() {
+    if let Err(e) = jail::close(breach) {
         let end = End::new(Reason::StartFailed, e.to_string());
         last_words.write(&end);
         say(&end);

@@ -35,7 +35,9 @@ impl Worker {
         static SPAWNER: OnceLock<Spawner> = OnceLock::new();
         let spawner = SPAWNER.get_or_init(|| {
             let program = File::open(WARREN).expect("the node has its program");
-            Spawner::of(program, &["warren", "vmm"], Parent::Caller).expect("the workers' namespaces can be made")
+            // A system call that its jail refuses is then named in its last words.
+            Spawner::of(program, &["warren", "vmm", "explain"], Parent::Caller)
+                .expect("the workers' namespaces can be made")
         });
         Self::by(spawner, listener, last_words, log, file_bytes)
     }
@@ -90,6 +92,16 @@ impl Worker {
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
+    }
+
+    /// Waits for its end, however long that takes; `None` when the kernel knows no such child.
+    pub fn end(&mut self) -> Option<ExitStatus> {
+        let mut status = 0;
+        // SAFETY: waits for a child of ours that nobody else waits for; `status` is live.
+        if self.status.is_none() && unsafe { libc::waitpid(self.spawned.pid, &raw mut status, 0) } > 0 {
+            self.status = Some(ExitStatus::from_raw(status));
+        }
+        self.status
     }
 
     /// Kills it at once, with no chance to say anything.

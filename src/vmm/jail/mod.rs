@@ -2,9 +2,16 @@
 //!
 //! The spawner (`sandbox::spawn`) has taken user id, capabilities, namespaces and limits away before this program ran.
 //! `close` sees that this is so, hides the process from others of its user, and shuts the kernel's file system, network
-//! and signal interfaces by Landlock where the kernel has it. docs/security.md has the whole.
+//! and signal interfaces by Landlock where the kernel has it. Last it puts a list of system calls in force; each thread has
+//! one of its own on top of it. docs/security.md has the whole.
 
+mod filter;
 mod landlock;
+pub mod lists;
+mod threads;
+
+pub use filter::Breach;
+pub use threads::{all_entered, enter, spawn};
 
 use std::fmt;
 use std::io;
@@ -32,7 +39,16 @@ impl fmt::Display for JailError {
 impl std::error::Error for JailError {}
 
 /// Closes the jail of this process. To be called once, with no other thread there yet.
-pub fn close() -> Result<(), JailError> {
+pub fn close(breach: Breach) -> Result<(), JailError> {
+    confine()?;
+    // One heap for all threads: they allocate little, and a heap for each would need mprotect to grow.
+    // SAFETY: takes plain numbers, and no other thread is there.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    threads::close(breach).map_err(|e| JailError::Refused("system calls", e))
+}
+
+/// All of it but for the list of system calls.
+pub fn confine() -> Result<(), JailError> {
     check_confinement()?;
     // SAFETY: these take plain numbers. Nothing that the program has open is above the record.
     unsafe {

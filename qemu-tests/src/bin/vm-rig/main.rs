@@ -4,6 +4,7 @@
 //! hold; what it prints is for the test outside, which calls it by `Node::rig`.
 
 mod hostile;
+mod jail;
 mod net;
 mod smoke;
 
@@ -12,7 +13,8 @@ use std::process::ExitCode;
 /// A scenario by its name.
 type Scenario = (&'static str, fn(&[&str]));
 
-const SCENARIOS: &[Scenario] = &[("hostile", hostile::run), ("net", net::run), ("smoke", smoke::run)];
+const SCENARIOS: &[Scenario] =
+    &[("hostile", hostile::run), ("jail", jail::run), ("net", net::run), ("smoke", smoke::run)];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
