@@ -203,8 +203,12 @@ impl Supervisor {
             memory_bytes: u64::from(sandbox.spec.memory_mib) * MIB,
             disks: 1 + disks.len() as u64,
             files_in_memory: in_memory.map(|disk| disk.metadata().map_or(0, |meta| meta.len())).sum(),
+            disk_iops: sandbox.spec.disk_iops,
+            disk_bytes_per_s: sandbox.spec.disk_mbps.map(|mbps| mbps * 1_000_000),
         };
-        limits.apply(sandbox.home.cgroup()).map_err(no_room("the sandbox's control group cannot be limited"))?;
+        limits
+            .apply(sandbox.home.cgroup(), &overlay)
+            .map_err(no_room("the sandbox's control group cannot be limited"))?;
         let lengths = disks.iter().chain([&overlay]).map(|disk| disk.metadata().map_or(0, |meta| meta.len()));
         let uid = self.uids.take().ok_or_else(|| {
             let count = self.uids.count();
