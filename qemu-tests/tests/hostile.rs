@@ -32,7 +32,7 @@ impl Neighbour {
     }
 }
 
-/// Runs modes one after the other beside a sandbox.
+/// Runs modes, with the keys of `vm-rig hostile` behind them, one after the other beside a sandbox.
 fn attack(modes: &[(&str, &str)], rounds: u64) {
     let node = shared::node();
     // The first sandbox may leave caches and directories that stay.
@@ -41,15 +41,13 @@ fn attack(modes: &[(&str, &str)], rounds: u64) {
     let neighbour = Neighbour::new(&node);
     let seed = setting("WARREN_HOSTILE_SEED", 1);
     for (mode, expected) in modes {
-        let said = node.rig(&[
-            "hostile",
-            mode,
-            &format!("seed={seed}"),
-            &format!("rounds={rounds}"),
-            &format!("expect={expected}"),
-            if timing::hardware_virtualization() { "emulated=0" } else { "emulated=1" },
-        ]);
-        println!("seed={seed} {}", said.trim_end());
+        let (seed, rounds, expected) =
+            (format!("seed={seed}"), format!("rounds={rounds}"), format!("expect={expected}"));
+        let emulated = if timing::hardware_virtualization() { "emulated=0" } else { "emulated=1" };
+        let words = ["hostile"].into_iter().chain(mode.split(' '));
+        let arguments: Vec<&str> = words.chain([seed.as_str(), rounds.as_str(), expected.as_str(), emulated]).collect();
+        let said = node.rig(&arguments);
+        println!("{seed} {}", said.trim_end());
         neighbour.assert_well();
     }
     drop(neighbour);
@@ -73,6 +71,12 @@ fn garbage_at_the_processor_costs_at_most_the_guest() {
     let rounds = setting("WARREN_HOSTILE_ROUNDS", 40);
     let any = "guest-poweroff,guest-reset,kvm-error";
     attack(&[("processor", any), ("interrupts", any), ("space", any), ("mix", any)], rounds);
+}
+
+#[test]
+fn a_second_processor_that_joins_in_costs_at_most_the_guest() {
+    let any = "guest-poweroff,guest-reset,kvm-error";
+    attack(&[("rings second=1", any), ("mix second=1", any)], setting("WARREN_HOSTILE_ROUNDS", 40) / 2);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 use core::arch::{asm, global_asm};
 use core::fmt;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::Attack;
 
@@ -399,17 +400,19 @@ pub fn push_at(address: u64) {
     }
 }
 
-/// Starts the second processor (Intel SDM 3A 10.4.4.1).
-pub fn start_second() {
+/// Tries to start the second processor (Intel SDM 3A 10.4.4.1); gives whether it has said in `runs` that it is there.
+/// It may be called again.
+pub fn start_second(runs: &AtomicBool) -> bool {
     const TO: u64 = 0x8000;
     let (from, to) = ((&raw const trampoline) as u64, (&raw const trampoline_end) as u64);
     move_string(from, TO, to - from);
-    for command in [0x4500, 0x4608, 0x4608] {
-        write32(super::processor::LAPIC + 0x310, 1 << 24);
+    // To all but this one.
+    for command in [0xc_4500, 0xc_4608] {
         write32(super::processor::LAPIC + 0x300, command);
         let start = time();
-        while time().wrapping_sub(start) < 1_000_000 {}
+        while !runs.load(Ordering::Relaxed) && time().wrapping_sub(start) < 200_000_000 {}
     }
+    runs.load(Ordering::Relaxed)
 }
 
 /// Switches the machine off (ACPI 6.5 §4.8.3.7).

@@ -10,11 +10,12 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::net::UdpSocket;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use qemu_tests::connection::Connection;
-use qemu_tests::rig::{Ended, Setup, Vm};
+use qemu_tests::rig::{Ended, Setup, Tap, TapFlags, Vm};
 use qemu_tests::timing;
 use warren::wire::{Message, Request};
 
@@ -63,6 +64,7 @@ pub fn run(arguments: &[&str]) {
 
 /// Runs the guest once, tells how it ended, and gives what the worker took at most.
 fn attempt(mode: &str, line: &str, second: bool) -> (Ended, Most) {
+    let tap = network();
     let mut vm = Setup::new()
         .bare_kernel("/test/hostile-guest".as_ref())
         .memory_mib(MEMORY_MIB)
@@ -70,6 +72,8 @@ fn attempt(mode: &str, line: &str, second: bool) -> (Ended, Most) {
         .command_line(line)
         .descriptor_with("disk", "attacked:rw:", disk("rw"))
         .descriptor_with("disk", "looked-at:ro:", disk("ro"))
+        .descriptor("tap", tap.file.try_clone().expect("a descriptor can be copied"))
+        .set("mac", "02:00:00:00:00:01")
         .start();
     // Somebody to talk to for the guest's vsock.
     let links: Vec<UnixStream> = (0..LINKS as u32).filter_map(|n| link(&vm, 1024 + n).ok()).collect();
@@ -103,6 +107,22 @@ fn disk(name: &str) -> File {
     std::fs::remove_file(path).expect("it was just made");
     file.set_len(8 << 20).expect("a new file takes a length");
     file
+}
+
+/// A network device on which the node has something for the guest all the time.
+fn network() -> Tap {
+    let tap = Tap::create("hostile", TapFlags { vnet_header: 12, offloads: 0 });
+    tap.up("10.66.0.0/31");
+    tap.neighbour("10.66.0.1", "02:00:00:00:00:01");
+    let socket = UdpSocket::bind("10.66.0.0:0").expect("the node has that address");
+    std::thread::spawn(move || {
+        // Ends with the program; the queue of a guest that takes nothing is bounded by the kernel.
+        for len in (0..1400).step_by(7).cycle() {
+            let _ = socket.send_to(&[0x55; 1400][..len], "10.66.0.1:9");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    tap
 }
 
 /// A stream that wants to go to a port of the guest, with something in it.
