@@ -112,7 +112,7 @@ fn a_worker_that_a_guest_has_taken_over_can_do_nothing_with_it() {
 
 #[test]
 fn a_sandbox_has_limits_from_its_first_moment_and_one_that_runs_into_them_is_told_from_a_crash() {
-    let node = Boot::kernel().allow("oom-kill").allow("out of memory").allow("Call Trace:").start();
+    let node = Boot::kernel().allow("oom-kill").allow("ut of memory").allow("Call Trace:").start();
     let sandbox = node.sandbox(&[("vcpus", "2"), ("memory_mib", "128")]);
     let group = format!("/sys/fs/cgroup/sandboxes/{}", sandbox.id);
     let limits = node.sh(&format!("cd {group} && cat memory.max pids.max cpu.max"));

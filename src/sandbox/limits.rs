@@ -70,7 +70,8 @@ impl Limits {
             (["riops", "wiops"], self.disk_iops.map(|iops| iops.saturating_mul(2))),
             (["rbps", "wbps"], self.disk_bytes_per_s.map(|bytes| bytes.saturating_mul(2))),
         ];
-        let words = words.into_iter().filter_map(|(keys, limit)| Some(keys.map(|key| format!("{key}={}", limit?))));
+        let words =
+            words.into_iter().filter_map(|(keys, limit)| limit.map(|limit| keys.map(|key| format!("{key}={limit}"))));
         let words: Vec<String> = words.flatten().collect();
         (!words.is_empty()).then(|| words.join(" "))
     }

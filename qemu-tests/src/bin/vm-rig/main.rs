@@ -3,6 +3,7 @@
 //! Each scenario is a function in a file of its own, entered in the table below. It panics when something does not
 //! hold; what it prints is for the test outside, which calls it by `Node::rig`.
 
+mod disks;
 mod hostile;
 mod jail;
 mod net;
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 type Scenario = (&'static str, fn(&[&str]));
 
 const SCENARIOS: &[Scenario] =
-    &[("hostile", hostile::run), ("jail", jail::run), ("net", net::run), ("smoke", smoke::run)];
+    &[("disks", disks::run), ("hostile", hostile::run), ("jail", jail::run), ("net", net::run), ("smoke", smoke::run)];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
