@@ -4,7 +4,7 @@
 //! `WARREN_HOSTILE_SEED` makes them others (1); both are printed with what came of each run.
 
 use qemu_tests::state::NodeState;
-use qemu_tests::{Node, Sandbox, shared};
+use qemu_tests::{Node, Sandbox, shared, timing};
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -43,8 +43,9 @@ fn attack(modes: &[(&str, &str)], rounds: u64) {
     for (mode, expected) in modes {
         let (seed, rounds, expected) =
             (format!("seed={seed}"), format!("rounds={rounds}"), format!("expect={expected}"));
+        let emulated = if timing::hardware_virtualization() { "emulated=0" } else { "emulated=1" };
         let words = ["hostile"].into_iter().chain(mode.split(' '));
-        let arguments: Vec<&str> = words.chain([seed.as_str(), rounds.as_str(), expected.as_str()]).collect();
+        let arguments: Vec<&str> = words.chain([seed.as_str(), rounds.as_str(), expected.as_str(), emulated]).collect();
         let said = node.rig(&arguments);
         println!("{seed} {}", said.trim_end());
         neighbour.assert_well();
@@ -86,6 +87,7 @@ fn each_end_has_its_reason() {
             ("reset", "guest-reset"),
             ("keyboard-reset", "guest-reset"),
             ("triple-fault", "guest-reset"),
+            ("stray-exception", "guest-reset"),
             ("panic", "guest-panic"),
             ("jump", "guest-reset,kvm-error,guest-poweroff"),
             ("exotic", "kvm-error,guest-reset,guest-poweroff"),
