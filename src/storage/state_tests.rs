@@ -412,10 +412,11 @@ fn the_audit_log_has_ends_and_names_what_had_none() {
 fn the_audit_log_keeps_its_newest_rows() {
     let folder = Folder::new("audit-kept");
     let (mut state, _) = folder.open();
-    let last = audit::KEPT + 512;
-    for id in [1, 512, 513, last] {
+    let last = audit::KEPT.next_multiple_of(256) + 512;
+    let gone = last - audit::KEPT;
+    for id in [1, gone, gone + 1, last] {
         state.submit(Change::BeginAudit(Box::new(audited(id, "ann"))));
     }
     state.read_audit(AuditQuery { before: None, owner: None, limit: 9 });
-    assert_eq!(wait_for_reading(&mut state).iter().map(|row| row.id).collect::<Vec<_>>(), [last, 513]);
+    assert_eq!(wait_for_reading(&mut state).iter().map(|row| row.id).collect::<Vec<_>>(), [last, gone + 1]);
 }
