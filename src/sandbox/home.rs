@@ -24,6 +24,10 @@ impl Places {
     /// Makes the parents that are not there.
     pub fn prepare(&self) -> io::Result<()> {
         for dir in [&self.disks, &self.sockets, &self.cgroups] {
+            // What is above may be for others too: the control socket is in the same place.
+            if let Some(above) = dir.parent() {
+                fs::create_dir_all(above)?;
+            }
             fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         }
         Ok(())
