@@ -69,7 +69,7 @@ fn owners_are_nothing_to_each_other_and_each_change_is_on_record() {
         &["stop", &id],
         &["rm", "-f", &id],
         &["logs", &id],
-        &["cp", "/etc/hostname", &format!("{id}:/workspace/x")],
+        &["cp", "/etc/hosts", &format!("{id}:/workspace/x")],
     ] {
         let code = refused(&node, BOB, arguments);
         assert_eq!(code, Code::NotFound.as_str(), "{arguments:?} says that there is something");
