@@ -25,7 +25,7 @@ help:
 	make test                          everything that is checked before a change goes in
 	make image                         build/warren.img: a disk image that boots under UEFI
 	make bench [PEER=/path/firecracker] build/bench.tsv: how fast, how big
-	make fuzz MINUTES=10               every fuzz target with coverage feedback and AddressSanitizer
+	make fuzz MINUTES=10 [NAMES="a b"] every fuzz target with coverage feedback and AddressSanitizer
 	make sanitize                      devices, memory and parsers under AddressSanitizer
 	make build                         all parts: binaries, kernels, templates
 	make kernels, templates, binaries  one kind of part
@@ -127,9 +127,10 @@ test: lint config-check peers build $(B)/qemu.img
 
 # Coverage-guided, on the one stable toolchain: see fuzz/build and docs/testing.md.
 MINUTES ?= 10
+NAMES   ?=
 fuzz: deps
 	@fuzz/build "$$PWD/target/fuzz"
-	fuzz/run target/fuzz/x86_64-unknown-linux-gnu/release $(B)/fuzz $(MINUTES)
+	fuzz/run target/fuzz/x86_64-unknown-linux-gnu/release $(B)/fuzz $(MINUTES) $(NAMES)
 
 sanitize: deps
 	@fuzz/sanitize "$$PWD/target/sanitize"

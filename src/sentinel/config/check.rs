@@ -12,7 +12,7 @@ use crate::sentinel::model::{is_label_name, is_series_name};
 const MIN_INTERVAL_MS: u64 = 100;
 
 /// Why a value is not taken: its key and a sentence.
-pub(super) type Wrong = (String, String);
+pub(crate) type Wrong = (String, String);
 
 fn wrong(key: &str, message: impl Into<String>) -> Wrong {
     (key.to_string(), message.into())
@@ -20,7 +20,7 @@ fn wrong(key: &str, message: impl Into<String>) -> Wrong {
 
 impl Config {
     /// The rules that types do not say. Gives the first key that breaks one.
-    pub(super) fn validate(&self) -> Result<(), Wrong> {
+    pub(crate) fn validate(&self) -> Result<(), Wrong> {
         if self.id.len() > 128 || !self.id.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
             return Err(wrong("id", format!("{:?} is no id: at most 128 letters, digits, - _ .", self.id)));
         }

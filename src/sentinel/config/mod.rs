@@ -1,10 +1,11 @@
-//! The sentinel's configuration file. Every key has a default; the shipped example (`rootfs/sentinel/sentinel.toml`)
+//! The sentinel's configuration file. Every key has a default; the shipped example (`packaging/sentinel/sentinel.toml`)
 //! shows them all. A mistake is an error that names file, line and key, and leaves a running sentinel as it is.
 //!
 //! A secret is given as it is (then the file must have mode 0600), as `${NAME}` from the environment, or as
 //! `file:/path` (that file must have mode 0600). It is never shown.
 mod check;
 mod defaults;
+mod node;
 mod parts;
 mod read;
 
@@ -17,6 +18,7 @@ use super::log::Policy;
 use super::process::Rule;
 use super::secret::Secret;
 
+pub use node::Source;
 pub use read::secret;
 
 /// The whole file.

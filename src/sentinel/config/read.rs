@@ -28,14 +28,20 @@ impl Config {
         }
         let text = std::fs::read_to_string(path).map_err(|e| unreadable(e.to_string()))?;
         let config = Self::parse(&text, path)?;
-        if meta.mode() & 0o077 != 0
-            && let Some(key) = config.plain_secret()
-        {
-            let message =
-                format!("holds a secret, so the file must have mode 0600 and has {:04o}", meta.mode() & 0o7777);
-            return Err(Place { text: &text, path }.of_key(&key, message));
-        }
+        config.check_mode(path, "")?;
         Ok(config)
+    }
+
+    /// A file with a secret in it is for its owner only. `prefix` goes before the key that an error names.
+    pub(super) fn check_mode(&self, path: &Path, prefix: &str) -> Result<(), ConfigError> {
+        let Some(key) = self.plain_secret() else { return Ok(()) };
+        let mode = std::fs::metadata(path).map_or(0o7777, |meta| meta.mode() & 0o7777);
+        if mode & 0o077 == 0 {
+            return Ok(());
+        }
+        let message = format!("holds a secret, so the file must have mode 0600 and has {mode:04o}");
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        Err(Place { text: &text, path }.of_key(&format!("{prefix}{key}"), message))
     }
 
     /// Checks a text; `path` is only named in errors.
