@@ -16,7 +16,7 @@ ARGS    ?=
 PEER    ?=
 export SCRIPT ARGS PEER
 
-.PHONY: help run up down test fuzz sanitize image bench deps peers build binaries kernels templates node config-check fmt lint clean
+.PHONY: help package run up down test fuzz sanitize image bench deps peers build binaries kernels templates node config-check fmt lint clean
 
 help:
 	@cat <<-END
@@ -24,6 +24,7 @@ help:
 	make up, make down                 the same node in the background (build/run/control.sock), and its end
 	make test                          everything that is checked before a change goes in
 	make image                         build/warren.img: a disk image that boots under UEFI
+	make package                       build/warren-sentinel.tar.gz: the sentinel for other Linux hosts
 	make bench [PEER=/path/firecracker] build/bench.tsv: how fast, how big
 	make fuzz MINUTES=10 [NAMES="a b"] every fuzz target with coverage feedback and AddressSanitizer
 	make sanitize                      devices, memory and parsers under AddressSanitizer
@@ -106,6 +107,10 @@ $(B)/warren.img: image/build image/uki $(B)/hardware/bzImage $(B)/hardware/initr
 # every machine there is.
 $(B)/qemu.img: image/build image/uki $(B)/bzImage $(B)/host-initramfs.img $(B)/data.img
 	@image/build $(B)/bzImage $(B)/host-initramfs.img $(B)/data.img $@
+
+# The sentinel alone, for other Linux hosts.
+package: binaries
+	@packaging/sentinel/package $(B)/warren $(B)/warren-sentinel.tar.gz
 
 # --- checks ----------------------------------------------------------------------------------------------------
 

@@ -115,8 +115,10 @@ fn the_sentinel_delivers_what_the_node_and_its_sandboxes_use_has_no_rights_and_s
         let found = samples(node, "warren_sandbox_cpu_seconds_total");
         found.iter().filter_map(|sample| sample["timestamp"].as_i64()).collect()
     };
-    node.sh(&format!("kill -9 {}", node.supervisor()));
-    node.wait_until_ready();
+    let supervisor = node.supervisor();
+    node.sh(&format!("kill -9 {supervisor}"));
+    timing::wait_for("another supervisor", || (node.supervisor() != supervisor).then_some(()));
+    timing::wait_for("its answer", || node.control().call(Request::new("", "hello")).ok());
     let last = times(&node).last().copied();
     timing::wait_for("samples by way of the new supervisor", || (times(&node).last().copied() > last).then_some(()));
 

@@ -16,7 +16,7 @@ use serde::Deserialize;
 
 use super::log::Policy;
 use super::process::Rule;
-use super::secret::Secret;
+use super::secret::{Given, Secret};
 
 pub use node::Source;
 pub use read::secret;
@@ -284,10 +284,10 @@ pub struct TaskEntry {
     pub plugin: String,
     /// What is asked.
     #[serde(default)]
-    pub device: serde_json::Map<String, serde_json::Value>,
+    pub device: Given,
     /// The plugin's settings.
     #[serde(default)]
-    pub config: serde_json::Map<String, serde_json::Value>,
+    pub config: Given,
     /// Added to every sample.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,

@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::{Config, Paths, TaskEntry};
 use crate::node::config::{Config as NodeConfig, ConfigError};
+use crate::sentinel::secret::Given;
 
 /// What a node measures of itself where the file has no `[[sentinel.task]]`.
 const OWN_TASKS: [&str; 2] = ["node", "sandbox"];
@@ -83,8 +84,8 @@ fn own_task(plugin: &str) -> TaskEntry {
     TaskEntry {
         id: plugin.into(),
         plugin: plugin.into(),
-        device: Map::new(),
-        config: Map::new(),
+        device: Given::default(),
+        config: Given::default(),
         labels: Default::default(),
         interval_ms: OWN_INTERVAL_MS,
         timeout_ms: None,

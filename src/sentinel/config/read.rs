@@ -3,6 +3,8 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use zeroize::Zeroizing;
+
 use super::{Buffer, Config, Overlay, Sender};
 use crate::node::config::{ConfigError, Place};
 use crate::sentinel::secret::Secret;
@@ -26,7 +28,8 @@ impl Config {
         if meta.len() > MAX_FILE {
             return Err(unreadable(format!("{} octets are over the limit of {MAX_FILE}", meta.len())));
         }
-        let text = std::fs::read_to_string(path).map_err(|e| unreadable(e.to_string()))?;
+        // It may hold secrets.
+        let text = Zeroizing::new(std::fs::read_to_string(path).map_err(|e| unreadable(e.to_string()))?);
         let config = Self::parse(&text, path)?;
         config.check_mode(path, "")?;
         Ok(config)
@@ -40,7 +43,7 @@ impl Config {
             return Ok(());
         }
         let message = format!("holds a secret, so the file must have mode 0600 and has {mode:04o}");
-        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let text = Zeroizing::new(std::fs::read_to_string(path).unwrap_or_default());
         Err(Place { text: &text, path }.of_key(&format!("{prefix}{key}"), message))
     }
 

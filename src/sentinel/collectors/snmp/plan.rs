@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use zeroize::Zeroizing;
+
 use super::convert::{Number, Text};
 use super::crypto::{Auth, Privacy};
 use super::message::{V1, V2C};
@@ -37,7 +39,7 @@ pub struct SnmpPlan {
 /// How the device lets us in.
 pub enum Access {
     /// v1 or v2c.
-    Community(i32, Vec<u8>),
+    Community(i32, Zeroizing<Vec<u8>>),
     /// v3.
     User(User),
 }
@@ -79,11 +81,11 @@ impl SnmpPlan {
     pub fn new(
         device: &Values,
         config: &Values,
-        key: &mut dyn FnMut(Auth, &str) -> Arc<Vec<u8>>,
+        key: &mut dyn FnMut(Auth, &str) -> Arc<Zeroizing<Vec<u8>>>,
     ) -> Result<Self, FieldError> {
         let access = match device.text("version") {
-            "1" => Access::Community(V1, device.text("community").as_bytes().to_vec()),
-            "2c" => Access::Community(V2C, device.text("community").as_bytes().to_vec()),
+            "1" => Access::Community(V1, device.text("community").as_bytes().to_vec().into()),
+            "2c" => Access::Community(V2C, device.text("community").as_bytes().to_vec().into()),
             _ => Access::User(user(device, key)?),
         };
         let fields = columns(config, "config.fields", "fields")?;
@@ -116,7 +118,7 @@ impl SnmpPlan {
     }
 }
 
-fn user(device: &Values, key: &mut dyn FnMut(Auth, &str) -> Arc<Vec<u8>>) -> Result<User, FieldError> {
+fn user(device: &Values, key: &mut dyn FnMut(Auth, &str) -> Arc<Zeroizing<Vec<u8>>>) -> Result<User, FieldError> {
     let name = device.text("user").to_string();
     if name.is_empty() || name.len() > 32 {
         return Err(FieldError::new("device.user", "v3 needs a user of 1 to 32 octets"));
