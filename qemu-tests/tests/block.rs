@@ -154,6 +154,7 @@ fn further_disks_work_and_one_that_hangs_is_alone() {
     extra_disks_have_their_names_sizes_and_users(&node);
     random_work_on_a_file_a_device_and_the_root_disk_is_what_it_should_be(&node);
     a_disk_that_does_not_answer_stalls_itself_only(&node);
+    node.rig(&["disks", "/dev/ram0"]);
     node.power_off();
 }
 

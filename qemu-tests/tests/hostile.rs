@@ -4,7 +4,7 @@
 //! `WARREN_HOSTILE_SEED` makes them others (1); both are printed with what came of each run.
 
 use qemu_tests::state::NodeState;
-use qemu_tests::{Node, Sandbox, shared};
+use qemu_tests::{Node, Sandbox, shared, timing};
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -32,7 +32,7 @@ impl Neighbour {
     }
 }
 
-/// Runs modes one after the other beside a sandbox.
+/// Runs modes, with the keys of `vm-rig hostile` behind them, one after the other beside a sandbox.
 fn attack(modes: &[(&str, &str)], rounds: u64) {
     let node = shared::node();
     // The first sandbox may leave caches and directories that stay.
@@ -41,14 +41,13 @@ fn attack(modes: &[(&str, &str)], rounds: u64) {
     let neighbour = Neighbour::new(&node);
     let seed = setting("WARREN_HOSTILE_SEED", 1);
     for (mode, expected) in modes {
-        let said = node.rig(&[
-            "hostile",
-            mode,
-            &format!("seed={seed}"),
-            &format!("rounds={rounds}"),
-            &format!("expect={expected}"),
-        ]);
-        println!("seed={seed} {}", said.trim_end());
+        let (seed, rounds, expected) =
+            (format!("seed={seed}"), format!("rounds={rounds}"), format!("expect={expected}"));
+        let emulated = if timing::hardware_virtualization() { "emulated=0" } else { "emulated=1" };
+        let words = ["hostile"].into_iter().chain(mode.split(' '));
+        let arguments: Vec<&str> = words.chain([seed.as_str(), rounds.as_str(), expected.as_str(), emulated]).collect();
+        let said = node.rig(&arguments);
+        println!("{seed} {}", said.trim_end());
         neighbour.assert_well();
     }
     drop(neighbour);
@@ -75,6 +74,12 @@ fn garbage_at_the_processor_costs_at_most_the_guest() {
 }
 
 #[test]
+fn a_second_processor_that_joins_in_costs_at_most_the_guest() {
+    let any = "guest-poweroff,guest-reset,kvm-error";
+    attack(&[("rings second=1", any), ("mix second=1", any)], setting("WARREN_HOSTILE_ROUNDS", 40) / 2);
+}
+
+#[test]
 fn each_end_has_its_reason() {
     attack(
         &[
@@ -82,6 +87,7 @@ fn each_end_has_its_reason() {
             ("reset", "guest-reset"),
             ("keyboard-reset", "guest-reset"),
             ("triple-fault", "guest-reset"),
+            ("stray-exception", "guest-reset"),
             ("panic", "guest-panic"),
             ("jump", "guest-reset,kvm-error,guest-poweroff"),
             ("exotic", "kvm-error,guest-reset,guest-poweroff"),

@@ -70,6 +70,11 @@ impl Tap {
         switch_on(&self.name, address);
     }
 
+    /// Tells the node who has an address on it, so that nobody has to be asked.
+    pub fn neighbour(&self, address: &str, hardware_address: &str) {
+        run("arp", &["-i", &self.name, "-s", address, hardware_address]);
+    }
+
     /// Sets the longest frame without its header, in octets.
     pub fn mtu(&self, octets: u32) {
         ip(&["link", "set", &self.name, "mtu", &octets.to_string()]);
@@ -88,8 +93,13 @@ pub fn forward_packets() {
 }
 
 fn ip(arguments: &[&str]) {
-    let output = Command::new("ip").args(arguments).output().expect("the tests' busybox has ip");
-    assert!(output.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    run("ip", arguments);
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output();
+    let output = output.unwrap_or_else(|e| panic!("the tests' busybox has {program}: {e}"));
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 fn check(what: &str, result: libc::c_int) {

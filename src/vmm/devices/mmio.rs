@@ -197,6 +197,13 @@ impl<D: Device> MmioTransport<D> {
         }
     }
 
+    /// Serves a queue, and has it served again where that was not all. On the device's thread.
+    pub fn serve(&self, index: usize) {
+        if self.with_queues(|device, context| device.queue_notified(context, index)) == Some(Progress::More) {
+            self.kick(index);
+        }
+    }
+
     /// Makes the device's thread serve a queue (again) soon.
     pub fn kick(&self, index: usize) {
         if let Some(event) = self.queue_events.get(index) {
@@ -443,8 +450,6 @@ impl<D: Device> Window for MmioTransport<D> {
         if let Some(event) = self.queue_events.get(index) {
             let _ = event.read();
         }
-        if self.with_queues(|device, context| device.queue_notified(context, index)) == Some(Progress::More) {
-            self.kick(index);
-        }
+        self.serve(index);
     }
 }

@@ -2,6 +2,8 @@
 //! address is mapped, and what an attack breaks is its own.
 
 use core::arch::{asm, global_asm};
+use core::fmt;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::Attack;
 
@@ -49,10 +51,10 @@ global_asm!(
 );
 
 unsafe extern "C" {
-    fn on_exception();
+    static exception_gates: [[u8; 16]; 32];
     fn on_interrupt();
     #[link_name = "guarded"]
-    fn guarded_call(function: extern "C" fn(u64), call: u64) -> bool;
+    fn guarded_call(function: extern "C" fn(u64), call: u64) -> *const Exception;
     #[link_name = "triple_fault"]
     fn triple_fault_now() -> !;
     static mut task_descriptor: [u64; 2];
@@ -74,11 +76,43 @@ extern "C" fn run(call: u64) {
     round(attack);
 }
 
-/// Runs a round; `true` when an exception ended it.
-pub fn guarded(round: fn(&mut Attack), attack: &mut Attack) -> bool {
+/// What the processor and a gate of `entry.s` left on the interrupts' stack.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Exception {
+    vector: u64,
+    error: u64,
+    rip: u64,
+    cs: u64,
+    flags: u64,
+    rsp: u64,
+    ss: u64,
+}
+
+impl fmt::Display for Exception {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { vector, error, rip, cs, flags, rsp, ss } = self;
+        let cr2: u64;
+        // SAFETY: reads a register.
+        unsafe { asm!("mov {}, cr2", out(reg) cr2, options(nomem, nostack)) };
+        write!(f, "exception {vector} error {error:#x} rip {cs:#x}:{rip:#x} flags {flags:#x} rsp {ss:#x}:{rsp:#x}")?;
+        write!(f, " cr2 {cr2:#x}")
+    }
+}
+
+/// Runs a round; gives the exception that ended it, if one did.
+pub fn guarded(round: fn(&mut Attack), attack: &mut Attack) -> Option<Exception> {
     let mut call = Call { round, attack };
-    // SAFETY: what an exception cuts off has nothing to drop, and its stack is given up as a whole.
-    unsafe { guarded_call(run, &raw mut call as u64) }
+    // SAFETY: what an exception cuts off has nothing to drop, and its stack is given up as a whole. What it left on
+    // the interrupts' stack is there until the next exception or interrupt; none comes before it was copied, since
+    // the round's end has interrupts off.
+    unsafe { guarded_call(run, &raw mut call as u64).as_ref().copied() }
+}
+
+/// An exception outside of a round, which `entry.s` comes here with: nothing of an attack's is under way there.
+#[unsafe(no_mangle)]
+extern "C" fn outside_of_a_round(exception: &Exception) {
+    crate::say!("\nhostile: {} outside of a round\n", exception);
 }
 
 /// Ends this processor, and so the guest.
@@ -90,14 +124,15 @@ pub fn triple_fault() -> ! {
 /// Interrupt gates (AMD APM 2 §4.8.4) and the task state that names the interrupts' stack.
 static mut GATES: [[u64; 2]; 256] = [[0; 2]; 256];
 static mut TASK: [u32; 26] = [0; 26];
-static mut INTERRUPT_STACK: [u64; 512] = [0; 512];
+static mut INTERRUPT_STACK: [u64; 2048] = [0; 2048];
 
 /// Makes exceptions end the round under way, and interrupts be acknowledged.
 pub fn load_tables() {
     // SAFETY: runs once, on the first processor, before anything else does; the tables live for ever.
     unsafe {
         for vector in 0..256 {
-            let handler = if vector < 32 { on_exception as *const () } else { on_interrupt as *const () } as u64;
+            let interrupt = on_interrupt as *const () as u64;
+            let handler = exception_gates.get(vector).map_or(interrupt, |gate| gate as *const _ as u64);
             // Present, 64-bit interrupt gate, code segment 8, stack 1 of the task state.
             let low = handler & 0xffff | 8 << 16 | 1 << 32 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
             (&raw mut GATES).cast::<[u64; 2]>().add(vector).write([low, handler >> 32]);
@@ -365,17 +400,19 @@ pub fn push_at(address: u64) {
     }
 }
 
-/// Starts the second processor (Intel SDM 3A 10.4.4.1).
-pub fn start_second() {
+/// Tries to start the second processor (Intel SDM 3A 10.4.4.1); gives whether it has said in `runs` that it is there.
+/// It may be called again.
+pub fn start_second(runs: &AtomicBool) -> bool {
     const TO: u64 = 0x8000;
     let (from, to) = ((&raw const trampoline) as u64, (&raw const trampoline_end) as u64);
     move_string(from, TO, to - from);
-    for command in [0x4500, 0x4608, 0x4608] {
-        write32(super::processor::LAPIC + 0x310, 1 << 24);
+    // To all but this one.
+    for command in [0xc_4500, 0xc_4608] {
         write32(super::processor::LAPIC + 0x300, command);
         let start = time();
-        while time().wrapping_sub(start) < 1_000_000 {}
+        while !runs.load(Ordering::Relaxed) && time().wrapping_sub(start) < 200_000_000 {}
     }
+    runs.load(Ordering::Relaxed)
 }
 
 /// Switches the machine off (ACPI 6.5 §4.8.3.7).

@@ -7,6 +7,11 @@ pub fn triple_fault(_: &mut Attack) {
     cpu::triple_fault();
 }
 
+/// An exception. This kernel's loop starts this round in such a way that nothing catches it.
+pub fn exception(_: &mut Attack) {
+    cpu::forbidden(0, 0);
+}
+
 /// Goes on in a device, in nothing, or in data.
 pub fn jump(attack: &mut Attack) {
     let place = attack.random.below(4);

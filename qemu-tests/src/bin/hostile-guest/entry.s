@@ -92,8 +92,8 @@ second_entry:
     xorl %esi, %esi
     jmp to_long_mode
 
-# bool guarded(fn(u64), u64): runs a function; true when an exception ended it. Registers that a callee saves are
-# back in any case.
+# Exception *guarded(fn(u64), u64): runs a function; what ended it when that was an exception, else null. Registers
+# that a callee saves are back in any case.
 .code64
 .globl guarded
 guarded:
@@ -120,10 +120,25 @@ recovered:
     popq %rbx
     ret
 
-# Every exception: back to `guarded`, or, outside of it, the end by a triple fault.
-.globl on_exception
+# Gates of the exceptions, 16 octets each: all leave an error code (AMD APM 2 8.4.1), their vector, and go on alike.
+.globl exception_gates
+    .balign 16
+exception_gates:
+    .set vector, 0
+    .rept 32
+    .balign 16
+    .if (0x60227d00 >> vector & 1) == 0
+    pushq $0
+    .endif
+    pushq $vector
+    jmp on_exception
+    .set vector, vector + 1
+    .endr
+
+# Every exception: back to `guarded`, or, outside of it, the end, after it was told.
 on_exception:
     cld
+    movq %rsp, %rdi
     movq recovery, %rsp
     testq %rsp, %rsp
     jz 4f
@@ -131,9 +146,12 @@ on_exception:
     movw %ax, %ds
     movw %ax, %es
     movw %ax, %ss
-    movl $1, %eax
+    movq %rdi, %rax
     jmp recovered
-4:  lidt no_interrupts
+4:  lidt no_interrupts              # one more exception is a triple fault
+    movq %rdi, %rsp
+    andq $-16, %rsp
+    call outside_of_a_round
     ud2
 
 # Every interrupt: acknowledged at the local APIC.

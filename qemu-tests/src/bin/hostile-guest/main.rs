@@ -16,6 +16,7 @@ mod rings;
 mod text;
 
 use core::panic::PanicInfo;
+use core::sync::atomic::{AtomicBool, Ordering};
 use random::Random;
 
 /// What the worker left for a guest that starts.
@@ -44,6 +45,7 @@ const MODES: &[(&str, Round)] = &[
     ("space", processor::space),
     ("mix", mix),
     ("triple-fault", ends::triple_fault),
+    ("stray-exception", ends::exception),
     ("jump", ends::jump),
     ("halt", ends::halt),
     ("spin", ends::spin),
@@ -78,7 +80,7 @@ extern "C" fn kernel_main(info: u64) -> ! {
     let line = text::CommandLine::of(info);
     let boot = Boot { arena: (cpu::kernel_end().next_multiple_of(1 << 21), cpu::low_ram_end(info)) };
     let (seed, rounds) = (line.number("seed=", 1), line.number("rounds=", 10));
-    let Some((name, round)) = line.value("mode=").and_then(|mode| MODES.iter().find(|(name, _)| *name == mode)) else {
+    let Some(&(name, round)) = line.value("mode=").and_then(|mode| MODES.iter().find(|(name, _)| *name == mode)) else {
         say!("hostile: no such mode\n");
         cpu::power_off();
     };
@@ -86,21 +88,34 @@ extern "C" fn kernel_main(info: u64) -> ! {
     say!("hostile: mode {} seed {} rounds {} devices {}\n", name, seed, rounds, devices.count());
     let mut attack = Attack { random: Random(seed), arena: boot.arena, devices };
     if line.number("second=", 0) == 1 {
-        cpu::start_second();
+        if (0..50).any(|_| cpu::start_second(&SECOND)) {
+            say!("hostile: two processors\n");
+        } else {
+            say!("hostile: fault of its own: no second processor\n");
+        }
     }
     for number in 0..rounds {
         // A round is one seed of its own, so that a failing one can be run alone.
         attack.random = Random(seed.wrapping_mul(1_000_003).wrapping_add(number));
-        let ended = cpu::guarded(*round, &mut attack);
-        say!("hostile: round {}{}\n", number, if ended { " by an exception" } else { "" });
+        if name == "stray-exception" {
+            round(&mut attack);
+        }
+        match cpu::guarded(round, &mut attack) {
+            None => say!("hostile: round {}\n", number),
+            Some(exception) => say!("hostile: round {} by {}\n", number, exception),
+        }
     }
     say!("hostile: done\n");
     cpu::power_off();
 }
 
+/// Whether the second processor runs.
+static SECOND: AtomicBool = AtomicBool::new(false);
+
 /// Where the second processor begins: it attacks the devices' registers all the time.
 #[unsafe(no_mangle)]
 extern "C" fn second_main() -> ! {
+    SECOND.store(true, Ordering::Relaxed);
     let mut attack = Attack { random: Random(cpu::time()), arena: (0, 0), devices: devices::Devices::find() };
     loop {
         devices::registers(&mut attack);

@@ -106,17 +106,7 @@ fn describe(table: u64, index: u64, address: u64, len: u32, flags: u16, next: u1
 /// The start of a request as the device type has it (virtio 1.2 §5), its numbers small enough to mean something.
 fn header(random: &mut Random, kind: u32, at: u64) -> u32 {
     match kind {
-        // Network: flags, segmentation kind, lengths and offsets; then a frame.
-        1 => {
-            cpu::write64(at, random.number() & 0x00ff_00ff_00ff_05ff);
-            cpu::write32(at + 8, random.below(70_000) as u32);
-            let types = [0x0008, 0x0608, 0xdd86, 0x0081];
-            cpu::write64(at + 12, random.number());
-            cpu::write32(at + 20, random.number() as u32);
-            cpu::write16(at + 24, random.pick(&types));
-            cpu::write64(at + 26, 0x0000_0040_0000_4500 | random.number() << 32);
-            12 + random.below(1600) as u32
-        }
+        1 => frame(random, at),
         // Block: type, reserved, sector.
         2 => {
             let types = [0, 1, 4, 8, 11, 13, 0, 1, 14, 16, 20, 21, 0x8000_0000, u32::MAX];
@@ -148,6 +138,37 @@ fn header(random: &mut Random, kind: u32, at: u64) -> u32 {
         }
         _ => length(random) & 0xffff,
     }
+}
+
+/// A network header (virtio 1.2 §5.1.6) that lies about segments and checksums, and a frame from the address that the
+/// device lets through, so that the lies reach the host's network stack.
+fn frame(random: &mut Random, at: u64) -> u32 {
+    let small = |random: &mut Random| if random.one_in(6) { random.nasty() as u16 } else { random.below(120) as u16 };
+    cpu::write8(at, random.pick(&[0, 1, 1, 1, 2, 4, 0xff]));
+    cpu::write8(at + 1, random.pick(&[0, 1, 1, 3, 4, 5, 0x81, 0x80, 0xff]));
+    for field in 1..6 {
+        cpu::write16(at + 2 * field, small(random));
+    }
+    // Destination, source, type: IPv4, IPv6, ARP, VLAN, anything.
+    let destinations = [[0xff; 6], [0x02, 0, 0, 0, 0, 0x02], [0x33, 0x33, 0, 0, 0, 1]];
+    let source = if random.one_in(8) { [random.number() as u8; 6] } else { [0x02, 0, 0, 0, 0, 0x01] };
+    let destination = random.pick(&destinations);
+    for (n, octet) in (12..).zip(destination.iter().chain(&source)) {
+        cpu::write8(at + n, *octet);
+    }
+    cpu::write16(at + 24, random.pick(&[0x0008, 0x0008, 0x0008, 0xdd86, 0x0608, 0x0081, 0xffff]));
+    // An IPv4 header from the guest's address, with a protocol and lengths of all qualities; noise behind it.
+    for n in 0..64 {
+        cpu::write8(at + 26 + n, random.nasty() as u8);
+    }
+    cpu::write8(at + 26, random.pick(&[0x45, 0x45, 0x45, 0x4f, 0x60, 0x40]));
+    cpu::write16(at + 28, small(random).swap_bytes());
+    cpu::write16(at + 32, random.pick(&[0x0040, 0, 0x0020, 0xff1f]));
+    cpu::write8(at + 35, random.pick(&[6, 6, 17, 17, 1, 4, 41, 47, 132]));
+    for (n, octet) in (38..).zip([10u8, 66, 0, 1, 10, 66, 0, 0]) {
+        cpu::write8(at + n, octet);
+    }
+    if random.one_in(8) { random.below(26) as u32 } else { 26 + random.below(1600) as u32 }
 }
 
 /// Makes a chain in a table of `size` entries; gives its first index.

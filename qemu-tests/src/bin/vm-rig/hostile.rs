@@ -3,14 +3,19 @@
 //! `seed=`, `rounds=` and `second=1` (a second processor joins in) go to the guest. `expect=` lists the ends that are
 //! allowed, by the word in the last words. Whatever the guest does, the worker has to answer `vm.stats`, to end when
 //! told to, and to stay within its memory and descriptors.
+//!
+//! `emulated=1` says that the node's processor is QEMU's. That raises page faults now and then that no page table
+//! explains (docs/testing.md, "Known"): a guest that ended by a triple fault that it did not make itself gets one more
+//! run, which has to pass.
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::net::UdpSocket;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use qemu_tests::connection::Connection;
-use qemu_tests::rig::{Setup, Vm};
+use qemu_tests::rig::{Ended, Setup, Tap, TapFlags, Vm};
 use qemu_tests::timing;
 use warren::wire::{Message, Request};
 
@@ -35,13 +40,40 @@ pub fn run(arguments: &[&str]) {
         value("seed").unwrap_or("1"),
         value("second").unwrap_or("0")
     );
+    let attempt = || attempt(mode, &line, second);
+    let (mut end, mut most) = attempt();
+    if value("emulated") == Some("1") && !expected.contains(&"guest-reset") && is_unexplained(&end) {
+        println!("again, because of a triple fault that is not the guest's: {end:?}");
+        (end, most) = attempt();
+    }
+    let told = || format!("{line}: {end:?}");
+    assert!(expected.contains(&end.reason.as_str()), "{}", told());
+    assert!(end.serial.contains("hostile: mode") || end.serial.len() > 200_000, "the guest never came up: {}", told());
+    assert!(!end.serial.contains("fault of its own"), "{}", told());
+    if end.reason == "guest-poweroff" && *mode != "power-off" {
+        assert!(end.serial.contains("hostile: done"), "{}", told());
+    }
+    if *mode == "stray-exception" {
+        assert!(end.serial.contains("exception 6 error 0x0"), "{}", told());
+        assert!(!is_unexplained(&end), "{}", told());
+    }
+    assert!(most.overhead_kib <= OVERHEAD_MAX_KIB, "the worker took {} KiB: {}", most.overhead_kib, told());
+    assert!(most.descriptors <= most.descriptors_at_start + LINKS + 2, "the worker opened descriptors: {}", told());
+    assert!(end.log.len() <= LOG_MAX, "the worker's log has {} octets", end.log.len());
+}
+
+/// Runs the guest once, tells how it ended, and gives what the worker took at most.
+fn attempt(mode: &str, line: &str, second: bool) -> (Ended, Most) {
+    let tap = network();
     let mut vm = Setup::new()
         .bare_kernel("/test/hostile-guest".as_ref())
         .memory_mib(MEMORY_MIB)
         .vcpus(if second { 2 } else { 1 })
-        .command_line(&line)
+        .command_line(line)
         .descriptor_with("disk", "attacked:rw:", disk("rw"))
         .descriptor_with("disk", "looked-at:ro:", disk("ro"))
+        .descriptor("tap", tap.file.try_clone().expect("a descriptor can be copied"))
+        .set("mac", "02:00:00:00:00:01")
         .start();
     // Somebody to talk to for the guest's vsock.
     let links: Vec<UnixStream> = (0..LINKS as u32).filter_map(|n| link(&vm, 1024 + n).ok()).collect();
@@ -51,22 +83,21 @@ pub fn run(arguments: &[&str]) {
 
     let last = end.serial.lines().rev().find_map(|line| line.strip_prefix("hostile: round ")).unwrap_or("none");
     println!(
-        "mode={mode} reason={} last_round={last} overhead_kib={} descriptors={} log_octets={}",
+        "mode={mode} reason={} last_round={last} exceptions={} overhead_kib={} descriptors={} log_octets={}",
         end.reason,
+        end.serial.matches(" by exception ").count(),
         most.overhead_kib,
         most.descriptors,
         end.log.len()
     );
-    let told = || format!("{line}: {end:?}");
-    assert!(expected.contains(&end.reason.as_str()), "{}", told());
-    assert!(end.serial.contains("hostile: mode") || end.serial.len() > 200_000, "the guest never came up: {}", told());
-    assert!(!end.serial.contains("fault of its own"), "{}", told());
-    if end.reason == "guest-poweroff" && *mode != "power-off" {
-        assert!(end.serial.contains("hostile: done"), "{}", told());
-    }
-    assert!(most.overhead_kib <= OVERHEAD_MAX_KIB, "the worker took {} KiB: {}", most.overhead_kib, told());
-    assert!(most.descriptors <= most.descriptors_at_start + LINKS + 2, "the worker opened descriptors: {}", told());
-    assert!(end.log.len() <= LOG_MAX, "the worker's log has {} octets", end.log.len());
+    (end, most)
+}
+
+/// Whether the guest ended by a triple fault and had not said why: it tells exceptions that come outside of a round, and
+/// faults of its own, before it gives up; one inside a round ends that round alone.
+fn is_unexplained(end: &Ended) -> bool {
+    let faulted = end.words.as_ref().is_some_and(|words| words.detail.starts_with("triple fault"));
+    faulted && !["outside of a round", "fault of its own"].iter().any(|text| end.serial.contains(text))
 }
 
 /// A small disk without a file of its own left behind.
@@ -76,6 +107,22 @@ fn disk(name: &str) -> File {
     std::fs::remove_file(path).expect("it was just made");
     file.set_len(8 << 20).expect("a new file takes a length");
     file
+}
+
+/// A network device on which the node has something for the guest all the time.
+fn network() -> Tap {
+    let tap = Tap::create("hostile", TapFlags { vnet_header: 12, offloads: 0 });
+    tap.up("10.66.0.0/31");
+    tap.neighbour("10.66.0.1", "02:00:00:00:00:01");
+    let socket = UdpSocket::bind("10.66.0.0:0").expect("the node has that address");
+    std::thread::spawn(move || {
+        // Ends with the program; the queue of a guest that takes nothing is bounded by the kernel.
+        for len in (0..1400).step_by(7).cycle() {
+            let _ = socket.send_to(&[0x55; 1400][..len], "10.66.0.1:9");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    tap
 }
 
 /// A stream that wants to go to a port of the guest, with something in it.

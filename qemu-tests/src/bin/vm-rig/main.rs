@@ -3,6 +3,7 @@
 //! Each scenario is a function in a file of its own, entered in the table below. It panics when something does not
 //! hold; what it prints is for the test outside, which calls it by `Node::rig`.
 
+mod disks;
 mod hostile;
 mod net;
 mod smoke;
@@ -12,7 +13,8 @@ use std::process::ExitCode;
 /// A scenario by its name.
 type Scenario = (&'static str, fn(&[&str]));
 
-const SCENARIOS: &[Scenario] = &[("hostile", hostile::run), ("net", net::run), ("smoke", smoke::run)];
+const SCENARIOS: &[Scenario] =
+    &[("disks", disks::run), ("hostile", hostile::run), ("net", net::run), ("smoke", smoke::run)];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
