@@ -5,7 +5,11 @@
 
 use aes::cipher::{Block, BlockCipherDecrypt, BlockCipherEncrypt, BlockSizeUser, KeyInit};
 use sha2::Digest;
+use std::sync::Arc;
 use zeroize::Zeroizing;
+
+/// A password's key; overwritten when it is not needed any more.
+pub type Key = Arc<Zeroizing<Vec<u8>>>;
 
 /// How messages are signed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -25,8 +25,6 @@ use mio::Interest;
 use mio::event::Event;
 use mio::net::UdpSocket;
 
-use zeroize::Zeroizing;
-
 use super::{checked, manifest};
 use crate::sentinel::collect::{Cancelled, Finished, Gatherer, Io, Plan, Run, Service};
 use crate::sentinel::model::SeriesTable;
@@ -34,7 +32,7 @@ use crate::sentinel::plugin::{FieldError, Manifest};
 use crate::sentinel::schedule::RunId;
 use crate::sentinel::secret::Secret;
 use crate::sentinel::task::Task;
-use crypto::Auth;
+use crypto::{Auth, Key};
 use message::{Message, Pdu, PduKind, community_message};
 use plan::{Access, SnmpPlan};
 use v3::{Engine, Envelope, Problem};
@@ -62,7 +60,7 @@ pub struct Snmp {
     number: i32,
     salt: u64,
     engines: HashMap<String, Engine>,
-    keys: HashMap<(Auth, Secret), Arc<Zeroizing<Vec<u8>>>>,
+    keys: HashMap<(Auth, Secret), Key>,
 }
 
 struct Job {
@@ -388,7 +386,7 @@ impl Service for Snmp {
 #[cfg(any(test, feature = "fuzzing"))]
 pub fn fuzz_datagram(datagram: &[u8]) {
     let user = |auth, privacy| v3::User { name: "u".into(), auth, privacy, context: String::new() };
-    let key = || Arc::new(Zeroizing::new(vec![7; 20]));
+    let key = || Arc::new(zeroize::Zeroizing::new(vec![7; 20]));
     let with_keys = user(Some((Auth::Sha1, key())), Some((crypto::Privacy::Aes128, key())));
     match Message::decode(datagram) {
         Err(_) => {}

@@ -1,12 +1,11 @@
 //! What a task wants of a device, checked.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use zeroize::Zeroizing;
 
 use super::convert::{Number, Text};
-use super::crypto::{Auth, Privacy};
+use super::crypto::{Auth, Key, Privacy};
 use super::message::{V1, V2C};
 use super::oid::Oid;
 use super::v3::User;
@@ -78,11 +77,7 @@ pub enum Role {
 
 impl SnmpPlan {
     /// From checked values. `key` gives the key of a password: it takes milliseconds, and many devices share one.
-    pub fn new(
-        device: &Values,
-        config: &Values,
-        key: &mut dyn FnMut(Auth, &str) -> Arc<Zeroizing<Vec<u8>>>,
-    ) -> Result<Self, FieldError> {
+    pub fn new(device: &Values, config: &Values, key: &mut dyn FnMut(Auth, &str) -> Key) -> Result<Self, FieldError> {
         let access = match device.text("version") {
             "1" => Access::Community(V1, device.text("community").as_bytes().to_vec().into()),
             "2c" => Access::Community(V2C, device.text("community").as_bytes().to_vec().into()),
@@ -118,7 +113,7 @@ impl SnmpPlan {
     }
 }
 
-fn user(device: &Values, key: &mut dyn FnMut(Auth, &str) -> Arc<Zeroizing<Vec<u8>>>) -> Result<User, FieldError> {
+fn user(device: &Values, key: &mut dyn FnMut(Auth, &str) -> Key) -> Result<User, FieldError> {
     let name = device.text("user").to_string();
     if name.is_empty() || name.len() > 32 {
         return Err(FieldError::new("device.user", "v3 needs a user of 1 to 32 octets"));

@@ -1,12 +1,11 @@
 //! Messages of v3 under the user-based security model (RFC 3412, RFC 3414).
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use zeroize::Zeroizing;
 
 use super::ber::{self, BerError, Reader};
-use super::crypto::{Auth, Privacy, same};
+use super::crypto::{Auth, Key, Privacy, same};
 use super::message::{Pdu, PduKind, V3};
 use super::oid::Oid;
 
@@ -27,9 +26,9 @@ pub struct User {
     /// Its name.
     pub name: String,
     /// How it signs.
-    pub auth: Option<(Auth, Arc<Zeroizing<Vec<u8>>>)>,
+    pub auth: Option<(Auth, Key)>,
     /// How it hides; needs `auth`.
-    pub privacy: Option<(Privacy, Arc<Zeroizing<Vec<u8>>>)>,
+    pub privacy: Option<(Privacy, Key)>,
     /// Context that the variables are in.
     pub context: String,
 }
