@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use qemu_tests::node::Boot;
-use qemu_tests::{Code, Node, Request};
+use qemu_tests::{Code, Node, Request, timing};
 
 const CONFIG: &str = r#"
 [control]
@@ -100,8 +100,10 @@ fn owners_are_nothing_to_each_other_and_each_change_is_on_record() {
     assert_eq!(ok(&node, BOB, &["exec", &given, "--", "echo", "his"]), "his");
 
     // A supervisor that comes after knows whose they are.
-    node.sh(&format!("kill -9 {}", node.supervisor()));
-    node.wait_until_ready();
+    let supervisor = node.supervisor();
+    node.sh(&format!("kill -9 {supervisor}"));
+    timing::wait_for("another supervisor", || (node.supervisor() != supervisor).then_some(()));
+    control.ok(Request::new("", "hello"));
     assert_eq!(ok(&node, ANN, &["ps", "-q"]), id);
     assert_eq!(ok(&node, ANN, &["rm", "-f", "box"]), id);
     ok(&node, BOB, &["rm", "-f", &bobs, &given]);

@@ -7,6 +7,9 @@ use std::os::fd::{AsFd, AsRawFd};
 use nix::sys::socket::{getsockopt, sockopt};
 use serde::Deserialize;
 
+use crate::sentinel;
+use crate::wire::Fields;
+
 /// Groups of one peer that are looked at.
 const MAX_GROUPS: usize = 256;
 /// Owner of what root and the bridge make.
@@ -16,6 +19,8 @@ pub const ROOT: &str = "root";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
+    /// Measures: sees that sandboxes of all owners are there and what they use, but not their environment.
+    Monitor,
     /// Looks at its owner's sandboxes.
     Viewer,
     /// Makes and uses its owner's sandboxes.
@@ -27,10 +32,21 @@ pub enum Role {
 impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Monitor => "monitor",
             Self::Viewer => "viewer",
             Self::Operator => "operator",
             Self::Admin => "admin",
         })
+    }
+}
+
+impl Role {
+    /// What it sees of a sandbox' row: a monitor not what was put into its environment, which may be secret.
+    pub fn shown(self, mut sandbox: Fields) -> Fields {
+        if self == Self::Monitor {
+            sandbox.0.retain(|(key, _)| key != "env");
+        }
+        sandbox
     }
 }
 
@@ -100,8 +116,8 @@ impl Identity {
         Self { role: Role::Admin, owner: ROOT.to_string(), peer: "port".to_string() }
     }
 
-    /// By the first rule that fits. Without one, root and the user that the node runs as are admins, and nobody else
-    /// is anybody.
+    /// By the first rule that fits. Without one, root and the user that the node runs as are admins, the node's sentinel
+    /// is a monitor, and nobody else is anybody.
     pub fn of(peer: &Peer, rules: &[PeerRule], own_uid: u32) -> Option<Self> {
         let fits = |rule: &&PeerRule| {
             rule.uid.is_none_or(|uid| uid == peer.uid) && rule.gid.is_none_or(|gid| peer.groups.contains(&gid))
@@ -109,6 +125,7 @@ impl Identity {
         let (role, owner) = match rules.iter().find(fits) {
             Some(rule) => (rule.role, rule.owner.clone().unwrap_or_else(|| format!("uid{}", peer.uid))),
             None if peer.uid == 0 || peer.uid == own_uid => (Role::Admin, ROOT.to_string()),
+            None if peer.uid == sentinel::USER => (Role::Monitor, "sentinel".to_string()),
             None => return None,
         };
         Some(Self { role, owner, peer: format!("uid={} pid={}", peer.uid, peer.pid) })
@@ -116,7 +133,7 @@ impl Identity {
 
     /// Whether an owner's sandboxes are there for it.
     pub fn sees(&self, owner: &str) -> bool {
-        self.role == Role::Admin || self.owner == owner
+        matches!(self.role, Role::Admin | Role::Monitor) || self.owner == owner
     }
 }
 
@@ -156,6 +173,16 @@ mod tests {
         assert_eq!(who(peer(0, &[0])), Some((Role::Operator, "zero".to_string())), "rules come before root");
         assert_eq!(who(peer(5, &[5])), Some((Role::Admin, ROOT.to_string())), "the node's own user");
         assert_eq!(who(peer(1002, &[1002])), None);
+        let measures = Some((Role::Monitor, "sentinel".to_string()));
+        assert_eq!(who(peer(sentinel::USER, &[sentinel::USER])), measures);
+    }
+
+    #[test]
+    fn a_monitor_does_not_see_what_was_put_into_an_environment() {
+        let sandbox =
+            || Fields::new().with("id", "a").with("env", "TOKEN=x").with("env", "B=y").with("state", "running");
+        assert_eq!(Role::Monitor.shown(sandbox()), Fields::new().with("id", "a").with("state", "running"));
+        assert_eq!(Role::Viewer.shown(sandbox()), sandbox());
     }
 
     #[test]

@@ -6,6 +6,7 @@ use super::access::Role;
 use crate::init::StopMode;
 use crate::sandbox::id::check_name;
 use crate::sandbox::lifecycle::State;
+use crate::sandbox::network;
 use crate::sandbox::spec::{Defaults, MEMORY_MIB, MIN_MEMORY_TARGET_MIB, Spec, Update};
 use crate::storage::audit::AuditQuery;
 use crate::wire::{Arg, Args, Code, Error, Request};
@@ -132,8 +133,8 @@ impl Verb {
     /// The least role that may use it. What is not named here changes something.
     pub fn role(&self) -> Role {
         match self.name {
-            "hello" | "help" | "node.info" | "template.list" | "template.inspect" | "sandbox.list"
-            | "sandbox.inspect" | "sandbox.stats" | "sandbox.logs" | "exec.list" => Role::Viewer,
+            "hello" | "help" | "node.info" | "sandbox.list" | "sandbox.stats" => Role::Monitor,
+            "template.list" | "template.inspect" | "sandbox.inspect" | "sandbox.logs" | "exec.list" => Role::Viewer,
             "node.stop" | "node.audit" => Role::Admin,
             _ => Role::Operator,
         }
@@ -167,7 +168,7 @@ verbs! {
         done(args, Command::TemplateInspect(name))
     };
     "sandbox.create",
-    "[template=base] [name=NAME] [owner=OWNER] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [env=K=V]* [label=K=V]* [progress=true]",
+    "[template=base] [name=NAME] [owner=OWNER] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [net_mbps=N] [env=K=V]* [label=K=V]* [progress=true]",
     "create a sandbox and wait until it answers", sandbox_create;
     "sandbox.list", "[state=STATE] [owner=OWNER]", "the sandboxes", sandbox_list;
     "sandbox.inspect", "SANDBOX", "one sandbox", |_, mut args, _| {
@@ -180,7 +181,7 @@ verbs! {
         let sandbox = sandbox(&mut args)?;
         done(args, Command::SandboxStats(sandbox))
     };
-    "sandbox.update", "SANDBOX memory_target_mib=N", "change a running sandbox", sandbox_update;
+    "sandbox.update", "SANDBOX memory_target_mib=N | network=on|off [allow=CIDR,…]* [deny=CIDR,…]*", "change a running sandbox", sandbox_update;
     "sandbox.logs", "SANDBOX [follow=true]", "the serial log, on channel log", sandbox_logs;
     "exec.start",
     "SANDBOX ARG+ [env=K=V]* [cwd=PATH] [user=USER] [stdin=true] [tty=true cols=N rows=N] [timeout_ms=N] [detach=true]",
@@ -286,9 +287,17 @@ fn sandbox_remove(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error
 
 fn sandbox_update(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
     let sandbox = sandbox(&mut args)?;
-    let target = args.number("memory_target_mib", MIN_MEMORY_TARGET_MIB..=*MEMORY_MIB.end())?;
-    let memory_target_mib = target.ok_or_else(|| missing("memory_target_mib"))?;
-    done(args, Command::SandboxUpdate { sandbox, update: Update { memory_target_mib } })
+    let memory = args.number("memory_target_mib", MIN_MEMORY_TARGET_MIB..=*MEMORY_MIB.end())?;
+    let update = match (memory, network::take(&mut args)?) {
+        (Some(mib), None) => Update::Memory(mib),
+        (None, Some(policy)) => Update::Network(policy),
+        (None, None) => return Err(missing("memory_target_mib")),
+        (Some(_), Some(_)) => {
+            let error = Error::new(Code::BadArgument, "memory and network are changed by a request each");
+            return Err(error.with("argument", "network"));
+        }
+    };
+    done(args, Command::SandboxUpdate { sandbox, update })
 }
 
 fn sandbox_logs(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
@@ -412,8 +421,9 @@ mod tests {
     #[test]
     fn what_changes_something_is_audited_and_no_viewers() {
         for (name, role, audited) in [
-            ("hello", Role::Viewer, false),
-            ("sandbox.list", Role::Viewer, false),
+            ("hello", Role::Monitor, false),
+            ("sandbox.list", Role::Monitor, false),
+            ("sandbox.logs", Role::Viewer, false),
             ("sandbox.create", Role::Operator, true),
             ("exec.start", Role::Operator, true),
             ("exec.attach", Role::Operator, false),

@@ -1,4 +1,4 @@
-//! The control socket's server side: connections, the verb table, typed commands.
+//! The control socket's server side: connections, who may ask what, the verb table, typed commands.
 
 pub mod access;
 pub mod client;

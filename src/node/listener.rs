@@ -3,11 +3,13 @@
 use std::fs;
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use mio::net::{UnixListener, UnixStream};
+use nix::unistd::geteuid;
 
+use crate::sentinel;
 use crate::wire::{Code, Error, Message};
 
 /// A listening Unix socket.
@@ -28,6 +30,13 @@ impl Listener {
             _ => {}
         }
         let listener = UnixListener::bind(path)?;
+        // Who is not root has no group to give it to, and no sentinel.
+        let mode = if geteuid().is_root() {
+            chown(path, None, Some(sentinel::USER))?;
+            mode | 0o660
+        } else {
+            mode
+        };
         fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
         Ok(Self { listener, path: path.to_path_buf() })
     }

@@ -50,6 +50,8 @@ pub enum Job {
         /// The tag on the worker's control link.
         route: String,
     },
+    /// It waits for a change of a sandbox's network, by its ticket.
+    NetworkChange(u64),
     /// It waits for the node to stop.
     NodeStop,
     /// It waits for rows of the audit log.
@@ -230,7 +232,7 @@ impl Supervisor {
                     .filter(|sandbox| self.sees(key, sandbox))
                     .filter(|sandbox| owner.as_ref().is_none_or(|owner| sandbox.owner == *owner))
                     .filter(|sandbox| state.is_none_or(|state| sandbox.state == state))
-                    .map(Sandbox::fields)
+                    .map(|sandbox| self.shown_to(key, sandbox))
                     .collect();
                 for row in rows {
                     self.answer(key, &Message::item(tag, row));
@@ -287,6 +289,12 @@ impl Supervisor {
     /// Whether a sandbox is there for a client.
     fn sees(&self, key: u64, sandbox: &Sandbox) -> bool {
         self.clients.get(&key).is_some_and(|client| client.identity().sees(&sandbox.owner))
+    }
+
+    /// A sandbox's row as a client sees it.
+    fn shown_to(&self, key: u64, sandbox: &Sandbox) -> Fields {
+        let role = self.clients.get(&key).map_or(Role::Monitor, |client| client.identity().role);
+        role.shown(sandbox.fields())
     }
 
     /// Whose a client's new sandbox is. Only an admin makes one for another, or gives it files and devices of the node.
@@ -448,6 +456,7 @@ impl Supervisor {
                 }
             }
             Job::Inquiry { sandbox, route } => self.forget_inquiry(&sandbox, &route),
+            Job::NetworkChange(ticket) => self.forget_network_change(ticket),
             Job::Logs(_) | Job::NodeStop | Job::Audit(_) => {}
         }
     }
