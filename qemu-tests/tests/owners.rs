@@ -103,9 +103,9 @@ fn owners_are_nothing_to_each_other_and_each_change_is_on_record() {
     let supervisor = node.supervisor();
     node.sh(&format!("kill -9 {supervisor}"));
     timing::wait_for("another supervisor", || (node.supervisor() != supervisor).then_some(()));
-    control.ok(Request::new("", "hello"));
+    timing::wait_for("its answer", || control.call(Request::new("", "hello")).ok());
     assert_eq!(ok(&node, ANN, &["ps", "-q"]), id);
-    assert_eq!(ok(&node, ANN, &["rm", "-f", "box"]), id);
+    assert_eq!(ok(&node, ANN, &["rm", "-f", "box"]), "box");
     ok(&node, BOB, &["rm", "-f", &bobs, &given]);
 
     let rows = control.ok(Request::new("", "node.audit").set("limit", 1000)).items;
