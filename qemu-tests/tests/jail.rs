@@ -115,7 +115,10 @@ fn a_sandbox_has_limits_from_its_first_moment_and_one_that_runs_into_them_is_tol
     let node = Boot::kernel().allow("oom-kill").allow("ut of memory").allow("Call Trace:").start();
     let sandbox = node.sandbox(&[("vcpus", "2"), ("memory_mib", "128")]);
     let group = format!("/sys/fs/cgroup/sandboxes/{}", sandbox.id);
-    let limits = node.sh(&format!("cd {group} && cat memory.max pids.max cpu.max"));
+    let slow = node.sandbox(&[("disk_iops", "100")]);
+    let limits = node.sh(&format!("cat /sys/fs/cgroup/sandboxes/{}/io.max", slow.id));
+    assert!(limits.trim().ends_with("rbps=max wbps=max riops=200 wiops=200"), "{limits:?}");
+    let limits = node.sh(&format!("cd {group} && cat memory.max pids.max cpu.max io.max"));
     assert_eq!(limits, format!("{}\n7\n300000 100000\n", (128 + 2 + 64) << 20));
     sandbox.sh("cat /bin/* > /dev/null");
     let threads = node.sh(&format!("cat {group}/pids.current"));
@@ -151,4 +154,12 @@ fn a_node_without_a_user_id_left_says_so_and_goes_on_when_one_comes_back() {
     first.remove().expect("a sandbox can be removed");
     assert_eq!(node.sandbox(&[]).exec(&["echo", "next"]).text("stdout"), "next\n");
     node.power_off();
+}
+
+#[test]
+fn a_worker_that_nobody_confined_refuses_to_run() {
+    let node = shared::node();
+    let run = "warren vmm 3< /dev/null 4> /tmp/words 2> /dev/null; echo $?; cat /tmp/words; rm /tmp/words";
+    let said = node.sh(run);
+    assert!(said.starts_with("1\n") && said.contains("the jail is open: it runs as root"), "{said}");
 }

@@ -139,10 +139,7 @@ const OWN_FLAGS: Rule = Rule::OneOf(
         (libc::F_DUPFD_CLOEXEC as u64, "F_DUPFD_CLOEXEC"),
     ],
 );
-const NAMES_ONLY: Rule = Rule::OneOf(
-    0,
-    &[(libc::PR_SET_NAME as u64, "PR_SET_NAME"), (libc::PR_SET_NO_NEW_PRIVS as u64, "PR_SET_NO_NEW_PRIVS")],
-);
+const NAMES_ONLY: Rule = Rule::OneOf(0, &[(libc::PR_SET_NAME as u64, "PR_SET_NAME")]);
 /// In its own pid namespace the worker is process 1.
 const ITSELF: Rule = Rule::All(&[(0, 1)], "process 1, which is itself");
 const SEND_BUFFER: Rule =
@@ -178,7 +175,7 @@ calls! {
     mprotect "" NO_CODE, "guard pages of threads' stacks";
     mremap "DPKL" Rule::Any, "large buffers that grow";
     munmap "DPKL" Rule::Any, "memory of the allocator and of threads that ended";
-    prctl "" NAMES_ONLY, "names of threads; demanded before a list is closed";
+    prctl "" NAMES_ONLY, "names of threads";
     pread64 "DKL" Rule::Any, "disks' maps, KVM's counters, the log's own end";
     preadv "K" Rule::Any, "a guest's read from a disk";
     pwrite64 "DPKL" Rule::Any, "disks' maps, last words";
