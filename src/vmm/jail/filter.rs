@@ -221,6 +221,37 @@ mod tests {
         assert_eq!(verdict(&program, 0x4000_0003, exit_group, [0; 6]), libc::SECCOMP_RET_TRAP, "32 bits");
     }
 
+    /// How a child ends that puts a list in force and then makes a call; a signal's number counts from 128.
+    fn end_of_child(kind: Kind, number: libc::c_long) -> i32 {
+        let code = compile(kind, Breach::Kill);
+        let program = libc::sock_fprog { len: code.len() as u16, filter: code.as_ptr().cast_mut() };
+        // SAFETY: the child makes nothing but system calls on what was prepared before the fork, and ends.
+        unsafe {
+            let pid = libc::fork();
+            if pid == 0 {
+                libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+                let set = libc::SECCOMP_SET_MODE_FILTER;
+                if libc::syscall(libc::SYS_seccomp, set, 0, &raw const program) != 0 {
+                    libc::_exit(1);
+                }
+                libc::syscall(number, 0, 0, 0, 0, 0, 0);
+                libc::_exit(0);
+            }
+            let mut status = 0;
+            assert_eq!(libc::waitpid(pid, &raw mut status, 0), pid);
+            if libc::WIFSIGNALED(status) { 128 + libc::WTERMSIG(status) } else { libc::WEXITSTATUS(status) }
+        }
+    }
+
+    #[test]
+    fn the_kernel_takes_each_filter_and_kills_for_what_it_refuses() {
+        for kind in Kind::ALL {
+            assert_eq!(end_of_child(kind, libc::SYS_munmap), 0, "{kind:?}");
+            assert_eq!(end_of_child(kind, libc::SYS_getppid), 128 + libc::SIGSYS, "{kind:?}");
+            assert_eq!(end_of_child(kind, libc::SYS_socket), 128 + libc::SIGSYS, "{kind:?}");
+        }
+    }
+
     #[test]
     fn a_call_is_found_in_few_steps() {
         for kind in Kind::ALL {
