@@ -1,8 +1,8 @@
 //! From a list of system calls to the kernel's filter: a program of classic BPF (seccomp(2), seccomp_unotify.h).
 //!
 //! The calls are found by bisection. When a filter is put in force the kernel runs it once for every number there is, to
-//! know which calls it may let pass without asking again, so a program that compares one call after the other costs each
-//! start of a thread half a millisecond.
+//! know which calls it may let pass without asking again, so a program that compares one call after the other costs a
+//! start milliseconds.
 
 use std::io;
 
