@@ -16,7 +16,7 @@ ARGS    ?=
 PEER    ?=
 export SCRIPT ARGS PEER
 
-.PHONY: help run up down test fuzz sanitize image bench deps peers build binaries kernels templates node config-check fmt lint clean
+.PHONY: help run up down test soak fuzz sanitize image bench deps peers build binaries kernels templates node config-check fmt lint clean
 
 help:
 	@cat <<-END
@@ -124,6 +124,12 @@ test: lint config-check peers build $(B)/qemu.img
 	@cargo test --locked -q
 	cargo test -p qemu-tests --locked -q -- --test-threads=1
 	echo "test: all passed"
+
+# For hours: the recovery tests with many kills, cycles and power cuts.
+soak: build
+	@WARREN_SOAK_KILLS=$${WARREN_SOAK_KILLS:-500} WARREN_SOAK_CYCLES=$${WARREN_SOAK_CYCLES:-1000} \
+	    WARREN_SOAK_CUTS=$${WARREN_SOAK_CUTS:-40} \
+	    cargo test -p qemu-tests --locked --test recovery -- --test-threads=1 --nocapture
 
 # Coverage-guided, on the one stable toolchain: see fuzz/build and docs/testing.md.
 MINUTES ?= 10

@@ -66,9 +66,18 @@ impl Supervisor {
             let words = LastWords::read(&sandbox.home.last_words());
             let id = sandbox.id.clone();
             self.take_executions(&mut sandbox, executions);
+            // Its directory goes last when a sandbox is removed: that was done, but for the row.
+            if !sandbox.home.is_there() {
+                discarded.push(sandbox.home);
+                continue;
+            }
             match fate(sandbox.state, !processes.is_empty(), fresh_boot, words.as_ref()) {
                 Fate::Keep => {
-                    self.sandboxes.insert(id, sandbox);
+                    let holds = sandbox.home.holds_worker();
+                    self.sandboxes.insert(id.clone(), sandbox);
+                    if holds {
+                        self.let_go(&id, true);
+                    }
                 }
                 Fate::Discard => discarded.push(sandbox.home),
                 Fate::Ended(state, reason) => {
