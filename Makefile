@@ -23,6 +23,7 @@ help:
 	make run [SCRIPT=x.py ARGS="a b"]  boot a node in QEMU, run a Python script in a microVM (exit code: see README)
 	make up, make down                 the same node in the background (build/run/control.sock), and its end
 	make test                          everything that is checked before a change goes in
+	make soak                          hours of kills, cycles and power cuts (WARREN_SOAK_KILLS=500)
 	make image                         build/warren.img: a disk image that boots under UEFI
 	make bench [PEER=/path/firecracker] build/bench.tsv: how fast, how big
 	make fuzz MINUTES=10               every fuzz target with coverage feedback and AddressSanitizer

@@ -7,6 +7,7 @@
 //! docs/testing.md is the guide.
 
 pub mod artefacts;
+pub mod attacks;
 pub mod bench;
 pub mod client;
 pub mod connection;

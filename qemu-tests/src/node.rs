@@ -339,6 +339,7 @@ impl Node {
         let path = self.rig_there.get_or_init(|| {
             self.put_program(&artefacts::node_tool("guest-tool"));
             self.put_program(&artefacts::node_tool("hostile-guest"));
+            self.put_program(&artefacts::node_tool("jail-probe"));
             self.put_program(&artefacts::node_tool("vm-rig"))
         });
         let mut argv = vec![path.as_str()];

@@ -17,6 +17,10 @@ const SETTINGS: &[(&str, &str)] = &[
     ("/proc/sys/kernel/printk_devkmsg", "on"),
     // Each sandbox has about ten threads.
     ("/proc/sys/kernel/pid_max", "4194304"),
+    // The workers' empty network namespace is really empty: no tunnel devices that nobody asked for.
+    ("/proc/sys/net/core/fb_tunnels_only_for_init_net", "1"),
+    // Nothing on the node needs user namespaces, through which a process without rights reaches much of the kernel.
+    ("/proc/sys/user/max_user_namespaces", "0"),
     // Huge pages are put together only where all the small ones are in use: else the kernel would fill up again what
     // guests gave back with their balloon and by free-page reporting.
     ("/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_none", "0"),

@@ -16,6 +16,7 @@ use crate::sandbox::exec::Exec;
 use crate::sandbox::home::{Home, Places};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
+use crate::sandbox::limits;
 use crate::sandbox::worker::{self, LastWords};
 use crate::storage::state::{ExecutionRow, SandboxRow};
 use crate::wire::{Code, Error, Fields, Link};
@@ -38,7 +39,7 @@ enum Fate {
     Ended(State, String),
 }
 
-fn fate(state: State, alive: bool, fresh_boot: bool, words: Option<&LastWords>) -> Fate {
+fn fate(state: State, alive: bool, fresh_boot: bool, words: Option<&LastWords>, ran_out: bool) -> Fate {
     match state {
         State::Stopped | State::Error | State::Paused => Fate::Keep,
         State::Pending | State::Scheduling | State::Creating | State::Starting => Fate::Discard,
@@ -49,7 +50,7 @@ fn fate(state: State, alive: bool, fresh_boot: bool, words: Option<&LastWords>) 
             Some(words) if words.reason == "guest-poweroff" => {
                 Fate::Ended(State::Stopped, "the guest powered off".to_string())
             }
-            words => Fate::Ended(State::Error, cause_of_death(words, None)),
+            words => Fate::Ended(State::Error, cause_of_death(words, None, ran_out)),
         },
     }
 }
@@ -64,6 +65,7 @@ impl Supervisor {
             };
             let processes = sandbox.home.processes();
             let words = LastWords::read(&sandbox.home.last_words());
+            let ran_out = limits::oom_kills(sandbox.home.cgroup()) > 0;
             let id = sandbox.id.clone();
             self.take_executions(&mut sandbox, executions);
             // Its directory goes last when a sandbox is removed: that was done, but for the row.
@@ -71,7 +73,7 @@ impl Supervisor {
                 discarded.push(sandbox.home);
                 continue;
             }
-            match fate(sandbox.state, !processes.is_empty(), fresh_boot, words.as_ref()) {
+            match fate(sandbox.state, !processes.is_empty(), fresh_boot, words.as_ref(), ran_out) {
                 Fate::Keep => {
                     let holds = sandbox.home.holds_worker();
                     self.sandboxes.insert(id.clone(), sandbox);
@@ -144,7 +146,10 @@ impl Supervisor {
         let stopping = sandbox.state == State::Stopping;
         let descriptors = (pidfd.as_raw_fd(), link.stream_ref().as_raw_fd(), agent.stream().as_raw_fd());
         let tokens = self.watch_worker(id, descriptors.0, descriptors.1, descriptors.2)?;
+        let uid = user_of(pid)?;
+        self.uids.claim(uid);
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
+            sandbox.uid = Some(uid);
             sandbox.worker = Some(Worker {
                 pid,
                 _pidfd: pidfd,
@@ -227,6 +232,14 @@ fn end_execs(sandbox: &mut Sandbox) {
     }
 }
 
+/// The real user id of a process (proc_pid_status(5)).
+fn user_of(pid: i32) -> io::Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let ids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    let id = ids.and_then(|ids| ids.split_whitespace().next()?.parse().ok());
+    id.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
 fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open takes two integers and gives a new descriptor or -1.
     let descriptor = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
@@ -244,24 +257,24 @@ mod tests {
 
     #[test]
     fn a_running_sandbox_is_adopted_only_with_its_worker() {
-        assert_eq!(fate(State::Running, true, false, None), Fate::Adopt);
-        assert_eq!(fate(State::Running, false, true, None), Fate::Ended(State::Error, "node lost power".into()));
+        assert_eq!(fate(State::Running, true, false, None, false), Fate::Adopt);
+        assert_eq!(fate(State::Running, false, true, None, false), Fate::Ended(State::Error, "node lost power".into()));
         let off = LastWords { reason: "guest-poweroff".into(), detail: String::new() };
         assert_eq!(
-            fate(State::Running, false, false, Some(&off)),
+            fate(State::Running, false, false, Some(&off), false),
             Fate::Ended(State::Stopped, "the guest powered off".into())
         );
-        assert!(matches!(fate(State::Running, false, false, None), Fate::Ended(State::Error, _)));
+        assert!(matches!(fate(State::Running, false, false, None, false), Fate::Ended(State::Error, _)));
     }
 
     #[test]
     fn a_sandbox_that_never_ran_is_discarded_and_one_that_ended_is_kept() {
         for state in [State::Pending, State::Scheduling, State::Creating, State::Starting] {
-            assert_eq!(fate(state, true, false, None), Fate::Discard);
+            assert_eq!(fate(state, true, false, None, false), Fate::Discard);
         }
         for state in [State::Stopped, State::Error] {
-            assert_eq!(fate(state, false, true, None), Fate::Keep);
+            assert_eq!(fate(state, false, true, None, false), Fate::Keep);
         }
-        assert_eq!(fate(State::Stopping, false, true, None), Fate::Ended(State::Stopped, "stopped".into()));
+        assert_eq!(fate(State::Stopping, false, true, None, false), Fate::Ended(State::Stopped, "stopped".into()));
     }
 }

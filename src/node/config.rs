@@ -29,6 +29,8 @@ pub struct Config {
     pub paths: Paths,
     /// `[sandbox]`
     pub sandbox: Sandbox,
+    /// `[jail]`
+    pub jail: Jail,
     /// `[disks]`
     pub disks: Disks,
     /// `[log]`
@@ -85,6 +87,16 @@ pub struct Sandbox {
     pub stop_timeout_s: u64,
     /// Output kept of each exec for re-attaching, in KiB, 16–1,048,576.
     pub exec_ring_kib: u64,
+}
+
+/// Where workers are kept in.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Jail {
+    /// First of the user ids, and group ids, of workers: 1,000–4,000,000,000.
+    pub uid_first: u64,
+    /// How many there are; each worker has its own while it runs. 1–1,000,000.
+    pub uid_count: u64,
 }
 
 /// Disks that sandboxes may be given beside their own.
@@ -145,6 +157,21 @@ impl Default for Control {
 impl Default for Paths {
     fn default() -> Self {
         Self { data: "/data".into(), run: "/run/warren".into(), share: "/usr/share/warren".into() }
+    }
+}
+
+impl Default for Jail {
+    fn default() -> Self {
+        // Beyond what distributions give to users, system services and user namespaces (systemd's UIDS-GIDS.md).
+        Self { uid_first: 2_100_000_000, uid_count: 65_536 }
+    }
+}
+
+impl Jail {
+    /// All user ids.
+    pub fn uids(&self) -> std::ops::Range<u32> {
+        let id = |id: u64| u32::try_from(id).unwrap_or(u32::MAX);
+        id(self.uid_first)..id(self.uid_first.saturating_add(self.uid_count))
     }
 }
 
@@ -244,6 +271,8 @@ impl Config {
         within("sandbox.boot_timeout_s", self.sandbox.boot_timeout_s, 1..=600)?;
         within("sandbox.stop_timeout_s", self.sandbox.stop_timeout_s, 0..=600)?;
         within("sandbox.exec_ring_kib", self.sandbox.exec_ring_kib, 16..=1_048_576)?;
+        within("jail.uid_first", self.jail.uid_first, 1000..=4_000_000_000)?;
+        within("jail.uid_count", self.jail.uid_count, 1..=1_000_000)?;
         absolute("disks.directory", &self.disks.directory)?;
         for (name, path) in &self.disks.devices {
             if !is_file_name(name) {

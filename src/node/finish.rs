@@ -11,6 +11,7 @@ use crate::init::{ChildStatus, StopMode};
 use crate::sandbox::agent::{Agent, Approach};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
+use crate::sandbox::limits;
 use crate::sandbox::worker::LastWords;
 use crate::storage::state::Change;
 use crate::wire::{Code, Error, Fields, Message, Request};
@@ -98,7 +99,8 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let Some(worker) = sandbox.worker.take_if(|worker| worker.dead || worker.status.is_some()) else { return };
         let words = LastWords::read(&sandbox.home.last_words());
-        let cause = cause_of_death(words.as_ref(), worker.status);
+        let ran_out = limits::oom_kills(sandbox.home.cgroup()) > 0;
+        let cause = cause_of_death(words.as_ref(), worker.status, ran_out);
         let refusal = worker.refusal.clone();
         let pid = worker.pid;
         self.close_worker(id, worker, &cause);
@@ -276,6 +278,8 @@ impl Supervisor {
             self.record(id);
             return;
         }
+        self.give_back_uid(id);
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         if !gone {
             if sandbox.removing {
                 self.release(id, Extent::Everything);
@@ -299,6 +303,13 @@ impl Supervisor {
         for viewer in sandbox.execs.into_values().flat_map(|exec| exec.viewers) {
             let error = Error::new(Code::NotFound, format!("sandbox {id} was removed"));
             self.finish(viewer.client, &Message::err(&viewer.tag, error));
+        }
+    }
+
+    /// The sandbox's cgroup is empty, so nothing runs by its user id any more.
+    pub(super) fn give_back_uid(&mut self, id: &SandboxId) {
+        if let Some(uid) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.uid.take()) {
+            self.uids.give_back(uid);
         }
     }
 
@@ -362,9 +373,15 @@ enum Extent {
 }
 
 /// Why a worker ended, as far as anybody knows.
-pub(super) fn cause_of_death(words: Option<&LastWords>, status: Option<ChildStatus>) -> String {
+/// `ran_out`: the kernel killed in its group for memory.
+pub(super) fn cause_of_death(words: Option<&LastWords>, status: Option<ChildStatus>, ran_out: bool) -> String {
     match (words, status) {
         (Some(words), _) => words.sentence(),
+        // The status is of no use then: whoever sends signal 9, it looks the same.
+        (None, _) if ran_out => "worker was killed by the kernel: its sandbox's memory limit was reached".to_string(),
+        (None, Some(ChildStatus::Signal(libc::SIGSYS))) => {
+            "worker was killed by its jail: it made a system call that none of its threads makes".to_string()
+        }
         (None, Some(ChildStatus::Signal(signal))) => {
             let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", nix::sys::signal::Signal::as_str);
             format!("worker was killed by signal {signal} ({name})")

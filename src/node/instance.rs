@@ -117,6 +117,8 @@ pub struct Sandbox {
     pub ended_ms: Option<u64>,
     /// Its places on the node.
     pub home: Home,
+    /// The user id that its worker runs by, until all of that is taken down.
+    pub uid: Option<u32>,
     /// Its worker, while there is one.
     pub worker: Option<Worker>,
     /// Its programs.
@@ -148,6 +150,7 @@ impl Sandbox {
             started_ms: None,
             ended_ms: None,
             home,
+            uid: None,
             worker: None,
             execs: BTreeMap::new(),
             next_exec: 1,

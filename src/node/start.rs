@@ -14,7 +14,8 @@ use crate::sandbox::disk::Shelf;
 use crate::sandbox::home::Opened;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
-use crate::sandbox::spawn::Spawned;
+use crate::sandbox::limits::{self, Limits};
+use crate::sandbox::spawn::{Birth, Spawned};
 use crate::sandbox::spec::{MAX_DISK_MIB, Spec};
 use crate::sandbox::worker;
 use crate::storage::overlay;
@@ -163,8 +164,9 @@ impl Supervisor {
             && let Some(sandbox) = self.sandboxes.get(id)
         {
             // Nothing runs in it yet, so this does not wait.
-            if let Err(e) = sandbox.home.remove() {
-                log::error!("sandbox {id}: what was made cannot be taken down: {e}");
+            match sandbox.home.remove() {
+                Ok(()) => self.give_back_uid(id),
+                Err(e) => log::error!("sandbox {id}: what was made cannot be taken down: {e}"),
             }
         }
         built
@@ -188,15 +190,42 @@ impl Supervisor {
             let what = what.to_string();
             move |e: std::io::Error| Error::new(Code::NoCapacity, format!("{what}: {e}"))
         };
-        let Opened { overlay, serial, last_words, listener, cgroup } =
+        let Opened { overlay, serial, last_words, log, listener, cgroup } =
             sandbox.home.make().map_err(no_room("the sandbox's places cannot be made"))?;
         overlay::create(&overlay, disk_bytes, template.manifest.size_bytes, template.manifest.sha256)
             .map_err(|e| Error::new(Code::NoCapacity, format!("overlay: {e}")))?;
         let shelf = Shelf { directory: &self.config.disks.directory, devices: &self.config.disks.devices };
         let disks = sandbox.spec.disks.iter().map(|disk| shelf.open(disk, &sandbox.home));
         let disks = disks.collect::<Result<Vec<File>, Error>>()?;
-        let Spawned { pid, pidfd } =
-            self.spawner.spawn(&cgroup, listener.as_fd(), &last_words).map_err(no_room("worker cannot be started"))?;
+        let in_memory = [&overlay].into_iter().chain(&disks).filter(|disk| limits::is_in_memory(disk));
+        let limits = Limits {
+            vcpus: sandbox.spec.vcpus.into(),
+            memory_bytes: u64::from(sandbox.spec.memory_mib) * MIB,
+            disks: 1 + disks.len() as u64,
+            files_in_memory: in_memory.map(|disk| disk.metadata().map_or(0, |meta| meta.len())).sum(),
+            disk_iops: sandbox.spec.disk_iops,
+            disk_bytes_per_s: sandbox.spec.disk_mbps.map(|mbps| mbps * 1_000_000),
+        };
+        limits
+            .apply(sandbox.home.cgroup(), &overlay)
+            .map_err(no_room("the sandbox's control group cannot be limited"))?;
+        let lengths = disks.iter().chain([&overlay]).map(|disk| disk.metadata().map_or(0, |meta| meta.len()));
+        let uid = self.uids.take().ok_or_else(|| {
+            let count = self.uids.count();
+            Error::new(Code::NoCapacity, format!("all {count} user ids for workers are taken (jail.uid_count)"))
+                .with("resource", "uid")
+                .with("max", count)
+        })?;
+        sandbox.uid = Some(uid);
+        let birth = Birth {
+            cgroup: Some(&cgroup),
+            listener: listener.as_fd(),
+            last_words: &last_words,
+            log: &log,
+            uid,
+            file_bytes: lengths.max().unwrap_or(0),
+        };
+        let Spawned { pid, pidfd } = self.spawner.spawn(&birth).map_err(no_room("worker cannot be started"))?;
 
         let joined = (|| -> std::io::Result<(UnixStream, Agent)> {
             let stream = worker::connect(sandbox.home.socket())?;

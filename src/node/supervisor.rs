@@ -26,6 +26,7 @@ use crate::init::{ExitWatch, StopMode};
 use crate::sandbox::home::Places;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::spawn::Spawner;
+use crate::sandbox::uids::Uids;
 use crate::storage::state::{Change, Snapshot, State as Database, Ticket};
 use crate::storage::template_disk::TemplateEvent;
 use crate::storage::templates::TemplateError;
@@ -103,6 +104,8 @@ pub struct Supervisor {
     pub(super) database: Database,
     pub(super) init: Option<ExitWatch>,
     pub(super) spawner: Spawner,
+    /// User ids of workers.
+    pub(super) uids: Uids,
     pub(super) places: Places,
     pub(super) node_id: String,
     pub(super) started: SystemTime,
@@ -175,7 +178,7 @@ impl Supervisor {
             log::error!("the state database was damaged; it is kept as {} and a new one begun", aside.display());
         }
         let listener = Listener::bind(&config.control.socket).map_err(failed("control socket"))?;
-        let spawner = Spawner::new().map_err(failed("own program"))?;
+        let spawner = Spawner::new().map_err(failed("the workers' namespaces"))?;
 
         let mut sources =
             HashMap::from([(Token(0), Source::Waker), (Token(1), Source::Signals), (Token(2), Source::Listener)]);
@@ -209,6 +212,7 @@ impl Supervisor {
             database,
             init,
             spawner,
+            uids: Uids::new(config.jail.uids()),
             places,
             node_id: snapshot.node_id.clone(),
             started: SystemTime::now(),

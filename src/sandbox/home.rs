@@ -56,6 +56,8 @@ pub struct Opened {
     pub serial: File,
     /// Where the worker leaves why it ended.
     pub last_words: File,
+    /// Takes what the worker says.
+    pub log: File,
     /// The worker's listening socket.
     pub listener: UnixListener,
     /// The cgroup's directory.
@@ -112,6 +114,11 @@ impl Home {
         self.dir.join("serial.log")
     }
 
+    /// What the worker said.
+    pub fn worker_log(&self) -> PathBuf {
+        self.dir.join("worker.log")
+    }
+
     /// Why the worker ended.
     pub fn last_words(&self) -> PathBuf {
         self.dir.join("last-words")
@@ -137,12 +144,13 @@ impl Home {
         options.read(true).write(true).create_new(true).mode(0o600);
         let overlay = options.open(self.overlay())?;
         let last_words = options.open(self.last_words())?;
-        let serial = OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(self.serial_log())?;
+        let append = |path: PathBuf| OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(path);
+        let (serial, log) = (append(self.serial_log())?, append(self.worker_log())?);
         let listener = UnixListener::bind(&self.socket)?;
         listener.set_nonblocking(true)?;
         fs::create_dir(&self.cgroup)?;
         let cgroup = File::open(&self.cgroup)?;
-        Ok(Opened { overlay, serial, last_words, listener, cgroup })
+        Ok(Opened { overlay, serial, last_words, log, listener, cgroup })
     }
 
     /// Processes in the sandbox's cgroup, as pids of the node. Empty when there is no such cgroup.

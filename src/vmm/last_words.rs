@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::{FromRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::wire::{Fields, Message};
 
 /// The descriptor that the record is written to.
-const RECORD_FD: RawFd = 4;
+pub const RECORD_FD: RawFd = 4;
 /// Longest detail, in octets; what is longer is cut.
 const DETAIL_MAX: usize = 1024;
 
@@ -95,6 +96,11 @@ impl fmt::Display for End {
     }
 }
 
+/// A line of the worker's log. A log that takes nothing, on a full disk say, is no reason to end.
+pub fn say(what: &dyn fmt::Display) {
+    let _ = std::io::stderr().write_all(format!("warren vmm: {what}\n").as_bytes());
+}
+
 /// Whether a record was written: the first one tells the cause.
 static WRITTEN: AtomicBool = AtomicBool::new(false);
 
@@ -120,7 +126,7 @@ impl LastWords {
             let what = what.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
             let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
             let end = End::new(Reason::Internal, format!("panic{place}: {what}"));
-            eprintln!("warren vmm: {end}");
+            say(&end);
             put(&end.line());
             // Not abort: as PID 1 of its namespace the worker would ignore its own SIGABRT.
             // SAFETY: ends the process; there is nothing to clean up that the kernel does not.
@@ -135,6 +141,14 @@ impl LastWords {
                 new.sa_sigaction = action as libc::sighandler_t;
                 libc::sigaction(signal, &new, std::ptr::null_mut());
             }
+        }
+        let action: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_refused_call;
+        // SAFETY: as above; SA_SIGINFO goes with a handler of three arguments.
+        unsafe {
+            let mut new: libc::sigaction = std::mem::zeroed();
+            new.sa_sigaction = action as libc::sighandler_t;
+            new.sa_flags = libc::SA_SIGINFO;
+            libc::sigaction(libc::SIGSYS, &new, std::ptr::null_mut());
         }
         Self { file, written: &WRITTEN }
     }
@@ -152,9 +166,8 @@ impl LastWords {
         }
         let line = end.line();
         // There is nobody left to tell of a failure but the log.
-        let written = self.file.write_all_at(&line, 0).and_then(|()| self.file.set_len(line.len() as u64));
-        if let Err(e) = written {
-            eprintln!("warren vmm: last words cannot be written: {e}");
+        if let Err(e) = self.file.write_all_at(&line, 0) {
+            say(&format_args!("last words cannot be written: {e}"));
         }
     }
 }
@@ -170,6 +183,24 @@ const FATAL: [(libc::c_int, &[u8]); 5] = [
     (libc::SIGFPE, b"- item reason=internal detail=\"fatal signal SIGFPE\"\n"),
     (libc::SIGABRT, b"- item reason=internal detail=\"fatal signal SIGABRT\"\n"),
 ];
+
+/// Where `siginfo_t` has the number of a refused system call: after signal, errno, code and an address
+/// (<asm-generic/siginfo.h>, `_sigsys`).
+const SYSCALL_AT: usize = 24;
+
+/// Only where the jail explains (`jail::Breach::Explain`): else the kernel ends the process without this.
+extern "C" fn on_refused_call(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel gives a live `siginfo_t` of 128 octets, whose fields for SIGSYS lie there.
+    let number = unsafe { info.cast::<u8>().add(SYSCALL_AT).cast::<libc::c_int>().read_unaligned() };
+    let mut line = *b"- item reason=internal detail=\"the jail refused system call 0000\"\n";
+    let digits = line.len() - 6;
+    for (at, place) in (digits..).zip([1000, 100, 10, 1]) {
+        line[at] = b'0' + (number / place % 10).unsigned_abs() as u8;
+    }
+    put(&line);
+    // SAFETY: ends the process; safe in signal handlers.
+    unsafe { libc::_exit(1) };
+}
 
 extern "C" fn on_fatal_signal(signal: libc::c_int) {
     if let Some((_, record)) = FATAL.iter().find(|(number, _)| *number == signal) {
@@ -188,7 +219,6 @@ fn put(line: &[u8]) {
     // can be done.
     unsafe {
         libc::pwrite(RECORD_FD, line.as_ptr().cast(), line.len(), 0);
-        libc::ftruncate(RECORD_FD, line.len() as i64);
     }
 }
 

@@ -12,6 +12,7 @@ use mio::Registry;
 
 use super::config::{MIN_TARGET_MIB, StartConfig};
 use super::devices::{DeviceConfig, DeviceError, DeviceSet, QUEUE_NOTIFY};
+use super::jail::{self, lists::Kind};
 use super::kvm::{Bus, ExitCounts, KvmError, Processors, Vm};
 use super::last_words::End;
 use super::memory::{GuestMemory, MemoryError};
@@ -30,6 +31,8 @@ pub enum StartError {
     Boot(BootError),
     /// KVM.
     Kvm(KvmError),
+    /// The list of system calls cannot be put in force.
+    Jail(io::Error),
 }
 
 impl fmt::Display for StartError {
@@ -40,6 +43,7 @@ impl fmt::Display for StartError {
             Self::Watch(e) => write!(f, "the devices cannot be watched: {e}"),
             Self::Boot(e) => e.fmt(f),
             Self::Kvm(e) => e.fmt(f),
+            Self::Jail(e) => write!(f, "the jail cannot be closed: {e}"),
         }
     }
 }
@@ -77,7 +81,7 @@ impl StartError {
             Self::Memory(_) => Code::NoCapacity,
             Self::Devices(DeviceError::Overlay(e)) if e.is_corrupt() => Code::Corrupt,
             Self::Boot(e) => e.code(),
-            Self::Devices(_) | Self::Watch(_) | Self::Kvm(_) => Code::VmFailed,
+            Self::Devices(_) | Self::Watch(_) | Self::Kvm(_) | Self::Jail(_) => Code::VmFailed,
         };
         Error::new(code, self.to_string())
     }
@@ -151,6 +155,10 @@ impl Machine {
         let vcpus = vm.create_vcpus(config.vcpus, entry)?;
         let exits = Arc::new(ExitCounts::default());
         let processors = Processors::start(vcpus, devices.clone(), exits.clone(), ended)?;
+        // Before the guest's first instruction every thread is under its last list.
+        jail::all_entered();
+        jail::enter(Kind::Device).map_err(StartError::Jail)?;
+        processors.run();
         Ok(Self { memory_bytes: config.memory_bytes, processors, exits, devices, _vm: vm })
     }
 

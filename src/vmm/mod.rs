@@ -9,6 +9,7 @@
 //! | `devices` | virtio devices and the serial port |
 //! | `platform` | power-off, reset and panic registers |
 //! | `memory` | the guest's RAM |
+//! | `jail` | what the process gives up before it reads a request |
 //! | `last_words` | why it ended |
 //!
 //! Threads: the main one runs the loop and the devices; each processor and each disk has its own.
@@ -16,6 +17,7 @@
 pub mod boot;
 mod config;
 pub mod devices;
+pub mod jail;
 pub mod kvm;
 mod last_words;
 mod link;

@@ -16,7 +16,8 @@ use mio::net::UnixListener;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use super::config::{MAX_MEMORY_MIB, MIN_TARGET_MIB, StartConfig};
-use super::last_words::{End, LastWords, Reason};
+use super::jail;
+use super::last_words::{End, LastWords, Reason, say};
 use super::link::{Connection, RawStream};
 use super::machine::Machine;
 use crate::wire::{Args, Code, Decoded, Error, Fields, Filled, Message, PROTOCOL_VERSION, Request};
@@ -39,7 +40,16 @@ const FIRST_CONNECTION: usize = 1 << 16;
 
 /// Runs the worker to its end.
 pub fn main() -> ExitCode {
+    // The one argument that a worker knows; see `Breach::Explain`.
+    let explains = std::env::args_os().nth(2).is_some_and(|argument| argument == "explain");
+    let breach = if explains { jail::Breach::Explain } else { jail::Breach::Kill };
     let last_words = LastWords::take_over();
+    if let Err(e) = jail::close(breach) {
+        let end = End::new(Reason::StartFailed, e.to_string());
+        last_words.write(&end);
+        say(&end);
+        return ExitCode::FAILURE;
+    }
     let run = take_over_listener().and_then(Worker::new).and_then(|worker| worker.run(&last_words));
     let end = match run {
         Ok(end) => end,
@@ -49,7 +59,7 @@ pub fn main() -> ExitCode {
             end
         }
     };
-    eprintln!("warren vmm: {end}");
+    say(&end);
     if end.reason.is_orderly() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
@@ -170,7 +180,7 @@ impl Worker {
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::ECONNABORTED)) => continue,
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {
                     // Who waits is served with the next connection that arrives.
-                    eprintln!("warren vmm: a connection cannot be taken: {e}");
+                    say(&format_args!("a connection cannot be taken: {e}"));
                     return Ok(());
                 }
                 Err(e) => return Err(e),
@@ -198,7 +208,7 @@ impl Worker {
             let filled = match connection.fill() {
                 Ok(filled) => filled,
                 Err(e) => {
-                    eprintln!("warren vmm: a connection failed: {e}");
+                    say(&format_args!("a connection failed: {e}"));
                     return self.close(token);
                 }
             };

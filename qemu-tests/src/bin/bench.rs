@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     }
 
     let mut boot = Boot::diskless().virtual_time();
-    for tool in ["node-bench", "guest-tool"] {
+    for tool in ["node-bench", "guest-tool", "jail-probe"] {
         boot = boot.file(&format!("/test/bin/{tool}"), 0o755, bytes(&node_tool(tool)));
     }
     let peer = std::env::var("PEER").ok().filter(|peer| !peer.is_empty());
@@ -42,6 +42,7 @@ fn main() -> ExitCode {
     // By way of the root port alone: while the node waits for the world outside, its virtual clock runs ahead.
     node.run(&["sh", "-c", "until [ -S /run/warren/control.sock ]; do sleep 0.01; done"]);
     let mut complete = measure(&node, &["node-bench", "measure"], &mut rows);
+    complete &= measure(&node, &["node-bench", "jail"], &mut rows);
     let mut net = vec!["node-bench", "net"];
     if peer.is_some() {
         complete &= measure(&node, &["node-bench", "peer", "/test/peer"], &mut rows);

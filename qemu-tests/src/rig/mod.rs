@@ -169,7 +169,13 @@ impl Setup {
         let listener = UnixListener::bind(path("socket")).expect("a socket can be bound");
         listener.set_nonblocking(true).expect("a socket takes flags");
         let last_words = create("last-words");
-        let process = Worker::spawn(&listener, &last_words, &path("log"));
+        let written = self.descriptors.iter().map(|(_, _, descriptor)| {
+            let file = descriptor.try_clone().map(File::from).expect("a descriptor can be cloned");
+            file.metadata().map_or(0, |meta| meta.len())
+        });
+        let overlay_bytes = overlay.metadata().expect("an overlay has a size").len();
+        let file_bytes = written.max().unwrap_or(0).max(overlay_bytes);
+        let process = Worker::spawn(&listener, &last_words, &path("log"), file_bytes);
 
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("the node has KVM");
         let mut descriptors: Vec<(String, String, OwnedFd)> = [

@@ -2,57 +2,60 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::ExitStatus;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use warren::sandbox::spawn::{WORKER_LAST_WORDS_FD, WORKER_LISTENER_FD};
+use warren::sandbox::spawn::{Birth, Parent, Spawned, Spawner};
 
 /// The node's program.
 const WARREN: &str = "/usr/bin/warren";
+/// User ids of workers; the supervisor's are above.
+const FIRST_UID: u32 = 2_000_000_000;
 
 /// A worker's process. Dropping it kills it; so does the end of the thread that started it.
 #[derive(Debug)]
 pub struct Worker {
-    child: Child,
+    spawned: Spawned,
+    status: Option<ExitStatus>,
 }
 
 impl Worker {
-    /// Starts one with the two descriptors that it inherits; what it says goes to the file `log`.
+    /// Starts one as the supervisor does, with the two descriptors that it inherits; what it says goes to the file `log`.
+    /// `file_bytes` is the length of the largest file that it writes to.
     ///
     /// # Panics
     /// When it cannot be started.
-    pub fn spawn(listener: &UnixListener, last_words: &File, log: &Path) -> Self {
-        let log = File::create(log).expect("a log can be made");
-        let moves =
-            [(high(listener.as_raw_fd()), WORKER_LISTENER_FD), (high(last_words.as_raw_fd()), WORKER_LAST_WORDS_FD)];
-        let mut command = Command::new(WARREN);
-        command.arg("vmm").env_clear().stdin(Stdio::null());
-        command.stdout(log.try_clone().expect("a descriptor can be cloned")).stderr(log);
-        let place = move || {
-            for (from, to) in &moves {
-                // SAFETY: system calls on descriptors that live in this closure; safe between fork and exec.
-                if unsafe { libc::dup2(from.as_raw_fd(), *to) } < 0 {
-                    return Err(io::Error::last_os_error());
-                }
-            }
-            // A test that ends in a panic takes its worker along.
-            // SAFETY: sets an attribute of the child.
-            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-            Ok(())
-        };
-        // SAFETY: `place` makes nothing but system calls.
-        unsafe { command.pre_exec(place) };
-        let child = command.spawn().unwrap_or_else(|e| panic!("{WARREN} vmm does not start: {e}"));
-        Self { child }
+    pub fn spawn(listener: &UnixListener, last_words: &File, log: &Path, file_bytes: u64) -> Self {
+        static SPAWNER: OnceLock<Spawner> = OnceLock::new();
+        let spawner = SPAWNER.get_or_init(|| {
+            let program = File::open(WARREN).expect("the node has its program");
+            // A system call that its jail refuses is then named in its last words.
+            Spawner::of(program, &["warren", "vmm", "explain"], Parent::Caller)
+                .expect("the workers' namespaces can be made")
+        });
+        Self::by(spawner, listener, last_words, log, file_bytes)
+    }
+
+    /// The same by another spawner, whose parent is the caller.
+    pub fn by(spawner: &Spawner, listener: &UnixListener, last_words: &File, log: &Path, file_bytes: u64) -> Self {
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let log = File::options().append(true).create(true).open(log).expect("a log can be made");
+        let number = std::process::id() % 1000 * 1000 + STARTED.fetch_add(1, Ordering::Relaxed) % 1000;
+        let uid = FIRST_UID + number;
+        let birth = Birth { cgroup: None, listener: listener.as_fd(), last_words, log: &log, uid, file_bytes };
+        let spawned = spawner.spawn(&birth).unwrap_or_else(|e| panic!("a worker does not start: {e}"));
+        Self { spawned, status: None }
     }
 
     /// Its process id.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.spawned.pid.unsigned_abs()
     }
 
     /// How many descriptors it has open.
@@ -74,20 +77,40 @@ impl Worker {
     pub fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
         let end = Instant::now() + limit;
         loop {
-            if let Some(status) = self.child.try_wait().expect("a child of ours can be waited for") {
-                return Some(status);
+            if self.status.is_some() {
+                return self.status;
             }
-            if Instant::now() > end {
+            let mut status = 0;
+            // SAFETY: waits for a child of ours that nobody else waits for; `status` is live.
+            let ended = unsafe { libc::waitpid(self.spawned.pid, &raw mut status, libc::WNOHANG) };
+            assert!(ended >= 0, "a child of ours cannot be waited for: {}", io::Error::last_os_error());
+            if ended > 0 {
+                self.status = Some(ExitStatus::from_raw(status));
+            } else if Instant::now() > end {
                 return None;
+            } else {
+                std::thread::sleep(Duration::from_millis(20));
             }
-            std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Waits for its end, however long that takes; `None` when the kernel knows no such child.
+    pub fn end(&mut self) -> Option<ExitStatus> {
+        let mut status = 0;
+        // SAFETY: waits for a child of ours that nobody else waits for; `status` is live.
+        if self.status.is_none() && unsafe { libc::waitpid(self.spawned.pid, &raw mut status, 0) } > 0 {
+            self.status = Some(ExitStatus::from_raw(status));
+        }
+        self.status
     }
 
     /// Kills it at once, with no chance to say anything.
     pub fn kill(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if self.status.is_none() {
+            // SAFETY: the process was not waited for, so the number still means it.
+            unsafe { libc::kill(self.spawned.pid, libc::SIGKILL) };
+            self.wait(Duration::from_secs(60));
+        }
     }
 }
 
@@ -95,15 +118,6 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.kill();
     }
-}
-
-/// A copy above the numbers that are handed out, so that none of them is overwritten on the way.
-fn high(fd: RawFd) -> OwnedFd {
-    // SAFETY: fcntl on a descriptor that lives through this call.
-    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 64) };
-    assert!(copy >= 0, "a descriptor cannot be copied: {}", io::Error::last_os_error());
-    // SAFETY: `copy` was just made and nobody else has it.
-    unsafe { OwnedFd::from_raw_fd(copy) }
 }
 
 /// Private memory of a process outside of its guest's memory (which is its largest mapping, at least `memory_mib`

@@ -17,6 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::rate::{Limiter, Limits, Rate};
+use crate::vmm::jail::{self, lists::Kind};
 
 /// Longest log file, in octets.
 pub const LOG_BYTES: u64 = 1 << 20;
@@ -77,7 +78,7 @@ impl ConsoleLog {
         let shared = Arc::new(Shared::default());
         let theirs = shared.clone();
         let mut log = LogFile { file, len, failures: 0 };
-        std::thread::Builder::new().name("console".into()).stack_size(STACK).spawn(move || serve(&theirs, &mut log))?;
+        jail::spawn(Kind::Log, "console".into(), STACK, move || serve(&theirs, &mut log))?;
         Ok(Self { shared })
     }
 

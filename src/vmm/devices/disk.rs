@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::block::{Block, BlockCounters};
 use super::mmio::{MmioTransport, Window};
+use crate::vmm::jail::{self, lists::Kind};
 use crate::vmm::memory::GuestMemory;
 
 /// Stack of a disk's thread, in octets: requests are served with small buffers on it.
@@ -49,7 +50,7 @@ impl Disk {
         let (tell, end) = mpsc::channel();
         // The thread holds what it watches: a descriptor that was closed would never wake it.
         let (served, told) = (window.clone(), stop.clone());
-        std::thread::Builder::new().name(format!("disk {name}")).stack_size(STACK).spawn(move || {
+        jail::spawn(Kind::Disk, format!("disk {name}"), STACK, move || {
             // Nobody listens any more when the set was dropped meanwhile.
             let _ = tell.send(serve(poll, &served));
             drop(told);

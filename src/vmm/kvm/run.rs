@@ -1,14 +1,15 @@
 //! Runs the processors: one thread each, from exit to exit, until the guest ends or the worker says stop.
 
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::stats::{Counters, GuestExits};
 use super::{KvmError, Vcpu, registers};
+use crate::vmm::jail::{self, lists::Kind};
 use crate::vmm::last_words::{End, Reason};
 use crate::vmm::platform;
 
@@ -52,13 +53,34 @@ struct Shared<B, F> {
     bus: Arc<B>,
     exits: Arc<ExitCounts>,
     stop: AtomicBool,
+    gate: Arc<Gate>,
     ended: F,
+}
+
+/// Holds the processors until everything else is ready, the jail of all threads above all.
+#[derive(Debug, Default)]
+struct Gate {
+    is_open: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn open(&self) {
+        *self.is_open.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.opened.notify_all();
+    }
+
+    fn wait(&self) {
+        let is_open = self.is_open.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.opened.wait_while(is_open, |is_open| !*is_open).unwrap_or_else(PoisonError::into_inner));
+    }
 }
 
 /// The running processors. Dropping it stops them.
 pub struct Processors {
     threads: Vec<Running>,
     counters: Vec<Counters>,
+    gate: Arc<Gate>,
     stop: Arc<dyn Fn() + Send + Sync>,
 }
 
@@ -90,7 +112,7 @@ extern "C" fn on_kick(_: libc::c_int) {
 }
 
 impl Processors {
-    /// Starts all processors. `ended` is called, on a processor's thread, when one of them meets the guest's end;
+    /// Makes all processors' threads; they wait for `run`. `ended` is called, on a processor's thread, when one of them meets the guest's end;
     /// it may be called more than once.
     pub fn start<B, F>(vcpus: Vec<Vcpu>, bus: Arc<B>, exits: Arc<ExitCounts>, ended: F) -> Result<Self, KvmError>
     where
@@ -104,33 +126,38 @@ impl Processors {
             new.sa_sigaction = action as libc::sighandler_t;
             libc::sigaction(kick_signal(), &new, std::ptr::null_mut());
         }
-        let shared = Arc::new(Shared { bus, exits, stop: AtomicBool::new(false), ended });
+        let gate = Arc::new(Gate::default());
+        let shared = Arc::new(Shared { bus, exits, stop: AtomicBool::new(false), gate: gate.clone(), ended });
         let stop = {
             let shared = shared.clone();
             Arc::new(move || {
                 shared.stop.store(true, Ordering::SeqCst);
                 shared.bus.let_go();
+                shared.gate.open();
             })
         };
-        let mut all = Self { threads: Vec::with_capacity(vcpus.len()), counters: Vec::new(), stop };
+        let mut all = Self { threads: Vec::with_capacity(vcpus.len()), counters: Vec::new(), gate, stop };
         for mut vcpu in vcpus {
             all.counters.extend(vcpu.counters.take());
             let field: *mut u8 = &raw mut vcpu.fd.get_kvm_run().immediate_exit;
             let shared = shared.clone();
             let name = format!("vcpu{}", vcpu.id);
-            let handle = std::thread::Builder::new()
-                .name(name)
-                .stack_size(STACK)
-                .spawn(move || {
-                    if let Some(end) = run(&mut vcpu, &shared) {
-                        (shared.ended)(end);
-                    }
-                    vcpu.fd
-                })
-                .map_err(KvmError::Thread)?;
+            let body = move || {
+                shared.gate.wait();
+                if let Some(end) = run(&mut vcpu, &shared) {
+                    (shared.ended)(end);
+                }
+                vcpu.fd
+            };
+            let handle = jail::spawn(Kind::Processor, name, STACK, body).map_err(KvmError::Thread)?;
             all.threads.push(Running { handle, immediate_exit: field.cast::<AtomicU8>() });
         }
         Ok(all)
+    }
+
+    /// Lets them run.
+    pub fn run(&self) {
+        self.gate.open();
     }
 
     /// How often the processors left the guest, by KVM's own count; nothing where this kernel does not count.

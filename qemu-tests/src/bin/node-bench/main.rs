@@ -2,6 +2,7 @@
 //!
 //! Rows go to standard output, tab-separated. All files are in RAM: a disk's speed has no meaning in virtual time.
 
+mod jail;
 mod net;
 
 use std::fs::{self, File};
@@ -40,10 +41,11 @@ fn main() -> ExitCode {
         ["boot"] => boot(),
         ["measure"] => measure(),
         ["wall"] => wall(),
+        ["jail"] => jail::measure(),
         ["net"] => net::measure(None),
         ["net", peer] => net::measure(Some(peer)),
         ["peer", program] => Peer::measure(program),
-        _ => Err(io::Error::other("usage: node-bench boot | measure | wall | net [PROGRAM] | peer PROGRAM")),
+        _ => Err(io::Error::other("usage: node-bench boot | measure | wall | jail | net [PROGRAM] | peer PROGRAM")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

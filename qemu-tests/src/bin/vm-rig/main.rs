@@ -5,6 +5,7 @@
 
 mod disks;
 mod hostile;
+mod jail;
 mod net;
 mod smoke;
 
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 type Scenario = (&'static str, fn(&[&str]));
 
 const SCENARIOS: &[Scenario] =
-    &[("disks", disks::run), ("hostile", hostile::run), ("net", net::run), ("smoke", smoke::run)];
+    &[("disks", disks::run), ("hostile", hostile::run), ("jail", jail::run), ("net", net::run), ("smoke", smoke::run)];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -5,11 +5,9 @@
 //! guest's buffers, never more than the guest's credit, so nothing is kept.
 
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
-
-use nix::sys::socket::{self, MsgFlags};
 
 use super::super::segments::Segments;
 use super::packet::{HEADER, HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
@@ -145,7 +143,7 @@ impl Connection {
     /// Sends a plain buffer to the link, without waiting.
     pub fn send(&self, octets: &[u8]) -> io::Result<usize> {
         let link = self.link.as_ref().ok_or(ErrorKind::NotConnected)?;
-        Ok(socket::send(link.as_raw_fd(), octets, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL)?)
+        memory::send_octets(link.as_fd(), octets)
     }
 
     /// A header for a packet of this connection to the guest. Every header carries the credit of the guest.

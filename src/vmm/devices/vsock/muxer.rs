@@ -7,16 +7,17 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{self, MsgFlags};
+use nix::sys::socket;
 
 use super::super::segments::Segments;
 use super::connection::{Connection, Key, Settled, State, Violation};
 use super::packet::{HEADER, HOST_CID, Header, Op, TYPE_STREAM};
+use crate::vmm::memory;
 use crate::wire::{Code, Error, Fields, Message};
 
 /// Connections at one time, in all states.
@@ -518,5 +519,5 @@ impl Muxer {
 /// Tells a link's client that it gets no stream. Best effort: the link closes in any case.
 fn refuse(link: &UnixStream, tag: &str, code: Code, sentence: String) {
     let line = Message::err(tag, Error::new(code, sentence)).to_bytes();
-    let _ = socket::send(link.as_raw_fd(), &line, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
+    let _ = memory::send_octets(link.as_fd(), &line);
 }
