@@ -16,7 +16,7 @@ ARGS    ?=
 PEER    ?=
 export SCRIPT ARGS PEER
 
-.PHONY: help run up down test soak fuzz sanitize image bench deps peers build binaries kernels templates node config-check fmt lint clean
+.PHONY: help package run up down test soak fuzz sanitize image bench deps peers build binaries kernels templates node config-check fmt lint clean
 
 help:
 	@cat <<-END
@@ -25,8 +25,9 @@ help:
 	make test                          everything that is checked before a change goes in
 	make soak                          hours of kills, cycles and power cuts (WARREN_SOAK_KILLS=500)
 	make image                         build/warren.img: a disk image that boots under UEFI
+	make package                       build/warren-sentinel.tar.gz: the sentinel for other Linux hosts
 	make bench [PEER=/path/firecracker] build/bench.tsv: how fast, how big
-	make fuzz MINUTES=10               every fuzz target with coverage feedback and AddressSanitizer
+	make fuzz MINUTES=10 [NAMES="a b"] every fuzz target with coverage feedback and AddressSanitizer
 	make sanitize                      devices, memory and parsers under AddressSanitizer
 	make build                         all parts: binaries, kernels, templates
 	make kernels, templates, binaries  one kind of part
@@ -108,6 +109,10 @@ $(B)/warren.img: image/build image/uki $(B)/hardware/bzImage $(B)/hardware/initr
 $(B)/qemu.img: image/build image/uki $(B)/bzImage $(B)/host-initramfs.img $(B)/data.img
 	@image/build $(B)/bzImage $(B)/host-initramfs.img $(B)/data.img $@
 
+# The sentinel alone, for other Linux hosts.
+package: binaries
+	@packaging/sentinel/package $(B)/warren $(B)/warren-sentinel.tar.gz
+
 # --- checks ----------------------------------------------------------------------------------------------------
 
 fmt: deps
@@ -134,9 +139,10 @@ soak: build
 
 # Coverage-guided, on the one stable toolchain: see fuzz/build and docs/testing.md.
 MINUTES ?= 10
+NAMES   ?=
 fuzz: deps
 	@fuzz/build "$$PWD/target/fuzz"
-	fuzz/run target/fuzz/x86_64-unknown-linux-gnu/release $(B)/fuzz $(MINUTES)
+	fuzz/run target/fuzz/x86_64-unknown-linux-gnu/release $(B)/fuzz $(MINUTES) $(NAMES)
 
 sanitize: deps
 	@fuzz/sanitize "$$PWD/target/sanitize"

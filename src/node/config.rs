@@ -11,6 +11,7 @@ use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
 
 use crate::sandbox::disk::is_file_name;
+use crate::sentinel;
 
 /// Where the node keeps the file.
 pub const DEFAULT_PATH: &str = "/etc/warren/warren.toml";
@@ -18,7 +19,7 @@ pub const DEFAULT_PATH: &str = "/etc/warren/warren.toml";
 const MAX_FILE: u64 = 1024 * 1024;
 
 /// The whole file.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// `[node]`
@@ -35,6 +36,8 @@ pub struct Config {
     pub disks: Disks,
     /// `[log]`
     pub log: Log,
+    /// `[sentinel]`, with the tables of the sentinel's own file in it; without it no sentinel runs.
+    pub sentinel: Option<sentinel::config::Config>,
 }
 
 /// The node itself.
@@ -250,8 +253,12 @@ impl Config {
     /// Checks a text; `path` is only named in errors.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let place = Place { text, path };
-        let config: Self = toml::from_str(text).map_err(|e| place.of_error(&e))?;
+        let mut config: Self = toml::from_str(text).map_err(|e| place.of_error(&e))?;
         config.validate().map_err(|(key, message)| place.of_key(key, message))?;
+        if let Some(sentinel) = &mut config.sentinel {
+            sentinel.settle_on_node(&config.node.name, &config.paths.data, &config.control.socket);
+            sentinel.validate().map_err(|(key, message)| place.of_key(&format!("sentinel.{key}"), message))?;
+        }
         Ok(config)
     }
 
@@ -393,7 +400,8 @@ mod tests {
         walk(DeTable::parse(EXAMPLE).unwrap().get_ref(), "", &mut |path, _, _| keys.push(path.to_string()));
         // Serde names the keys that it knows when it meets one that it does not.
         let mut known = Vec::new();
-        for table in expected(&fails("unknown = 1")) {
+        // The sentinel's keys stand in a file of their own, whose test is its own.
+        for table in expected(&fails("unknown = 1")).into_iter().filter(|table| table != "sentinel") {
             for key in expected(&fails(&format!("[{table}]\nunknown = 1"))) {
                 known.push(format!("{table}.{key}"));
             }
@@ -463,6 +471,23 @@ mod tests {
             assert_eq!((error.line, error.key.as_deref()), (Some(2), Some("node.name")), "{name}");
         }
         assert_eq!(parse("[node]\nname = \"n-1.rack2\"").unwrap().node.name, "n-1.rack2");
+    }
+
+    #[test]
+    fn the_sentinels_tables_are_part_of_the_file_with_what_the_node_knows() {
+        assert_eq!(parse("").unwrap().sentinel, None);
+        let target = "[[sentinel.target]]\nname = \"a\"\nkind = \"prometheus\"\nurl = \"http://localhost/\"\n";
+        let sentinel = parse(&format!("node.name = \"n1\"\npaths.data = \"/d\"\n{target}")).unwrap().sentinel.unwrap();
+        assert_eq!((&*sentinel.name, sentinel.paths.data.to_str()), ("n1", Some("/d/sentinel")));
+        let plugins: Vec<&str> = sentinel.task.iter().map(|task| &*task.plugin).collect();
+        assert_eq!(plugins, ["node", "sandbox"]);
+        assert_eq!(sentinel.task[1].device["socket"], "/run/warren/control.sock");
+        let task = "[[sentinel.task]]\nid = \"x\"\nplugin = \"ping\"\ninterval_ms = 1000\n";
+        assert_eq!(parse(&format!("{target}{task}")).unwrap().sentinel.unwrap().task.len(), 1);
+        let error = parse(&format!("{target}[sentinel.sender]\nbatch = 0\n")).unwrap_err();
+        assert_eq!((error.line, error.key.as_deref()), (Some(6), Some("sentinel.sender.batch")));
+        assert!(fails("[sentinel]\ncolour = 1").contains("w.toml:2: sentinel.colour"));
+        assert!(fails("[sentinel]\n").contains("samples would go nowhere"));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -22,6 +23,7 @@ use super::requests::Job;
 use super::timers::Timers;
 use crate::control::client::Client;
 use crate::control::port::Port;
+use crate::control::role::Role;
 use crate::init::{ExitWatch, StopMode};
 use crate::sandbox::home::Places;
 use crate::sandbox::id::SandboxId;
@@ -164,6 +166,9 @@ impl Supervisor {
             sockets: config.paths.run.join("sandboxes"),
             cgroups: std::path::PathBuf::from("/sys/fs/cgroup/sandboxes"),
         };
+        // The sentinel, which is not root, must find the control socket in it.
+        let run = std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&config.paths.run);
+        run.map_err(failed("paths.run"))?;
         places.prepare().map_err(failed("directories of the sandboxes"))?;
         if let Err(e) = std::fs::create_dir_all(&config.disks.directory) {
             log::warn!("disks.directory {}: {e}", config.disks.directory.display());
@@ -334,7 +339,10 @@ impl Supervisor {
                         continue;
                     }
                     let max_jobs = usize::try_from(self.config.control.max_requests_per_client).unwrap_or(usize::MAX);
-                    self.add_client(Client::socket(stream, max_jobs));
+                    match Role::of(&stream) {
+                        Ok(role) => self.add_client(Client::socket(stream, role, max_jobs)),
+                        Err(e) => log::error!("control socket: a peer without a name: {e}"),
+                    }
                 }
                 Ok(None) => return,
                 Err(e) => {
