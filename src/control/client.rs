@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use mio::net::UnixStream;
 
 use super::port::Port;
+use super::role::Role;
 use crate::sandbox::exec::Sink;
 use crate::wire::{Code, Decoded, Error, Filled, Link, Message};
 
@@ -25,6 +26,8 @@ enum Transport {
 #[derive(Debug)]
 pub struct Client<J> {
     transport: Transport,
+    /// What it may ask.
+    pub role: Role,
     /// Requests under way by their tags.
     pub jobs: HashMap<String, J>,
     /// The client has closed its sending side; it still gets its answers.
@@ -34,13 +37,25 @@ pub struct Client<J> {
 
 impl<J> Client<J> {
     /// A client of the control socket.
-    pub fn socket(stream: UnixStream, max_jobs: usize) -> Self {
-        Self { transport: Transport::Socket(Link::new(stream)), jobs: HashMap::new(), half_closed: false, max_jobs }
+    pub fn socket(stream: UnixStream, role: Role, max_jobs: usize) -> Self {
+        Self {
+            transport: Transport::Socket(Link::new(stream)),
+            role,
+            jobs: HashMap::new(),
+            half_closed: false,
+            max_jobs,
+        }
     }
 
     /// The clients behind a bridge, as one.
     pub fn port(port: Port, max_jobs: usize) -> Self {
-        Self { transport: Transport::Port(Box::new(port)), jobs: HashMap::new(), half_closed: false, max_jobs }
+        Self {
+            transport: Transport::Port(Box::new(port)),
+            role: Role::Admin,
+            jobs: HashMap::new(),
+            half_closed: false,
+            max_jobs,
+        }
     }
 
     /// The port, where this is one.

@@ -1,5 +1,6 @@
-//! The control socket's server side: connections, the verb table, typed commands.
+//! The control socket's server side: connections, who may ask what, the verb table, typed commands.
 
 pub mod client;
 pub mod command;
 pub mod port;
+pub mod role;

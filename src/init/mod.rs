@@ -49,6 +49,6 @@ pub fn main() -> ExitCode {
     machine::set_up(&config.node.name);
     cgroups::set_up();
     let data = data::mount(&config.paths.data, parameters.data_wait);
-    let mode = run::run(parameters.services);
+    let mode = run::run(parameters.services, config.sentinel.is_some());
     shutdown::shut_down(mode, data.as_ref())
 }

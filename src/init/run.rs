@@ -15,6 +15,7 @@ use super::power_button::PowerButtons;
 use super::reaper::{Kept, Reaped, reap};
 use super::service::Service;
 use super::spawn::Program;
+use crate::node::config::DEFAULT_PATH;
 
 /// How long the supervisor may take to stop the node's sandboxes after a signal.
 const ORDERLY_STOP: Duration = Duration::from_secs(15);
@@ -41,11 +42,15 @@ struct Ready {
 }
 
 /// Runs until the node must stop; gives how.
-pub fn run(services: Vec<Vec<String>>) -> StopMode {
+pub fn run(services: Vec<Vec<String>>, sentinel: bool) -> StopMode {
     let signals = signals();
     let mut init = Init {
         supervisor: supervisor(),
-        services: services.iter().filter_map(|argv| service(argv)).collect(),
+        services: sentinel
+            .then(sentinel_service)
+            .into_iter()
+            .chain(services.iter().filter_map(|argv| service(argv)))
+            .collect(),
         link: None,
         kept: Kept::default(),
         ports: Ports::new(),
@@ -70,13 +75,22 @@ fn signals() -> SignalFd {
 }
 
 fn supervisor() -> Service {
+    own_service("supervisor", &["supervise"], &[format!("{LINK_VARIABLE}={LINK_FD}")], cgroups::SUPERVISE)
+}
+
+/// It reads the node's configuration and then gives up being root.
+fn sentinel_service() -> Service {
+    own_service("sentinel", &["sentinel", "start", "--node", "--config", DEFAULT_PATH], &[], cgroups::SENTINEL)
+}
+
+/// This very program in another role.
+fn own_service(name: &str, role: &[&str], more: &[String], group: &str) -> Service {
     let own = std::env::current_exe().ok().and_then(|path| path.into_os_string().into_string().ok());
     let path = own.unwrap_or_else(|| "/usr/bin/warren".to_string());
-    let mut environment: Vec<String> = ENVIRONMENT.map(str::to_string).to_vec();
-    environment.push(format!("{LINK_VARIABLE}={LINK_FD}"));
-    let argv = ["warren".to_string(), "supervise".to_string()];
+    let environment: Vec<String> = ENVIRONMENT.map(str::to_string).iter().chain(more).cloned().collect();
+    let argv: Vec<String> = ["warren"].iter().chain(role).map(|word| word.to_string()).collect();
     let program = Program::new(&path, &argv, &environment).unwrap_or_else(|_| panic!("{path:?} holds a NUL"));
-    Service::new("supervisor".to_string(), program, cgroups::open(cgroups::SUPERVISE))
+    Service::new(name.to_string(), program, cgroups::open(group))
 }
 
 fn service(argv: &[String]) -> Option<Service> {

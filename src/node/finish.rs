@@ -224,8 +224,13 @@ impl Supervisor {
     /// Takes a sandbox away, by force if it has a worker.
     pub(super) fn remove(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
-        if std::mem::replace(&mut sandbox.removing, true) && sandbox.worker.is_some() {
+        let removing = std::mem::replace(&mut sandbox.removing, true);
+        if removing && sandbox.worker.is_some() {
             return;
+        }
+        if !removing {
+            // First: what of it is there when the row is not, the next supervisor takes down.
+            sandbox.writing = Some(self.database.submit(Change::RemoveSandbox { id: id.to_string() }));
         }
         let pending: Vec<_> = sandbox.waiters.extract_if(.., |w| matches!(w.what, Awaited::Created { .. })).collect();
         if sandbox.worker.is_some() {
@@ -244,6 +249,13 @@ impl Supervisor {
     fn release(&mut self, id: &SandboxId, extent: Extent) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.releasing = true;
+        sandbox.tap = None;
+        if let (true, Some(network)) = (std::mem::take(&mut sandbox.holds_slot), &self.network) {
+            // Its end of the network first: `slot_released` goes on.
+            sandbox.after_network = Some(extent);
+            network.release(id.as_str());
+            return;
+        }
         let (home, owned) = (sandbox.home.clone(), id.clone());
         let started = self.background.run("release", move || {
             let result = match extent {
@@ -259,6 +271,16 @@ impl Supervisor {
         }
     }
 
+    /// A sandbox's network slot is given back: the rest follows.
+    pub(super) fn slot_released(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        sandbox.slot = None;
+        if let Some(extent) = sandbox.after_network.take() {
+            self.record(id);
+            self.release(id, extent);
+        }
+    }
+
     /// Things of a sandbox were taken down.
     pub(super) fn released(&mut self, id: &SandboxId, gone: bool, result: io::Result<()>) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
@@ -270,6 +292,7 @@ impl Supervisor {
             for waiter in std::mem::take(&mut sandbox.waiters) {
                 self.finish(waiter.client, &Message::err(&waiter.tag, error.clone()));
             }
+            self.record(id);
             return;
         }
         self.give_back_uid(id);
@@ -282,8 +305,15 @@ impl Supervisor {
             }
             return;
         }
+        sandbox.gone = true;
+        if sandbox.writing.is_none() {
+            self.removed(id);
+        }
+    }
+
+    /// Nothing of a sandbox is left, on the node or in the database.
+    pub(super) fn removed(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.remove(id) else { return };
-        self.database.submit(Change::RemoveSandbox { id: id.to_string() });
         for waiter in sandbox.waiters {
             self.finish(waiter.client, &Message::ok(&waiter.tag, Fields::new().with("id", id)));
         }
@@ -350,7 +380,7 @@ impl Supervisor {
 
 /// How much of a sandbox is taken down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Extent {
+pub enum Extent {
     /// Socket and cgroup; the disk stays.
     Worker,
     /// The disk as well; logs and outputs stay.

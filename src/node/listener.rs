@@ -3,14 +3,16 @@
 use std::fs;
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use mio::net::{UnixListener, UnixStream};
+use nix::unistd::geteuid;
 
+use crate::sentinel;
 use crate::wire::{Code, Error, Message};
 
-/// A listening Unix socket that only its owner may use.
+/// A listening Unix socket that only its owner may use, and the node's sentinel.
 #[derive(Debug)]
 pub struct Listener {
     listener: UnixListener,
@@ -29,6 +31,11 @@ impl Listener {
         }
         let listener = UnixListener::bind(path)?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        // Who is not root has no group to give it to, and no sentinel.
+        if geteuid().is_root() {
+            chown(path, None, Some(sentinel::USER))?;
+            fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
+        }
         Ok(Self { listener, path: path.to_path_buf() })
     }
 

@@ -8,6 +8,7 @@ use super::instance::{Awaited, Route, Sandbox, Waiter};
 use super::supervisor::{Source, Supervisor, TURN};
 use crate::control::client::{ANSWERS_HIGH, Client};
 use crate::control::command::{Command, VERBS};
+use crate::control::role::Role;
 use crate::sandbox::exec::{Sink, output_index};
 use crate::sandbox::flow::Gate;
 use crate::sandbox::id::SandboxId;
@@ -47,8 +48,14 @@ pub enum Job {
         /// The tag on the worker's control link.
         route: String,
     },
+    /// It waits for a change of a sandbox's network, by its ticket.
+    NetworkChange(u64),
     /// It waits for the node to stop.
     NodeStop,
+}
+
+fn role_forbids(verb: &str) -> Error {
+    Error::new(Code::Forbidden, format!("{verb} is not for viewers")).with("verb", verb)
 }
 
 impl Supervisor {
@@ -159,6 +166,7 @@ impl Supervisor {
             memory_mib: u32::try_from(self.config.sandbox.default_memory_mib).unwrap_or(512),
         };
         let admitted = match self.clients.get(&key) {
+            Some(client) if !client.role.may(&request.verb) => Err(role_forbids(&request.verb)),
             Some(client) => client.admit(&tag),
             None => return,
         };
@@ -203,11 +211,12 @@ impl Supervisor {
                 }
             }
             Command::SandboxList(state) => {
+                let role = self.clients.get(&key).map_or(Role::Viewer, |client| client.role);
                 let rows: Vec<Fields> = self
                     .sandboxes
                     .values()
                     .filter(|sandbox| state.is_none_or(|state| sandbox.state == state))
-                    .map(Sandbox::fields)
+                    .map(|sandbox| role.shown(sandbox.fields()))
                     .collect();
                 for row in rows {
                     self.answer(key, &Message::item(tag, row));
@@ -395,6 +404,7 @@ impl Supervisor {
                 }
             }
             Job::Inquiry { sandbox, route } => self.forget_inquiry(&sandbox, &route),
+            Job::NetworkChange(ticket) => self.forget_network_change(ticket),
             Job::Logs(_) | Job::NodeStop => {}
         }
     }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -18,11 +19,14 @@ use super::catalogue::Catalogue;
 use super::config::Config;
 use super::instance::Sandbox;
 use super::listener::Listener;
+use super::network::NetworkChange;
 use super::requests::Job;
 use super::timers::Timers;
 use crate::control::client::Client;
 use crate::control::port::Port;
+use crate::control::role::Role;
 use crate::init::{ExitWatch, StopMode};
+use crate::network::{Network, Report, Settings};
 use crate::sandbox::home::Places;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::spawn::Spawner;
@@ -78,6 +82,8 @@ pub(super) enum Done {
     Imported(Vec<TemplateEvent>),
     /// What an earlier supervisor left over was taken down.
     Swept { reclaimed: usize },
+    /// The network did something.
+    Network(Report),
 }
 
 /// A supervisor of one node.
@@ -107,6 +113,13 @@ pub struct Supervisor {
     /// User ids of workers.
     pub(super) uids: Uids,
     pub(super) places: Places,
+    /// The network's thread, once it runs.
+    pub(super) network: Option<Network>,
+    pub(super) network_settings: Settings,
+    /// Changes of sandboxes' networks under way, by their tickets.
+    pub(super) network_changes: HashMap<u64, NetworkChange>,
+    /// The last ticket that was given out.
+    pub(super) last_ticket: u64,
     pub(super) node_id: String,
     pub(super) started: SystemTime,
     pub(super) log_timer: bool,
@@ -164,6 +177,9 @@ impl Supervisor {
             sockets: config.paths.run.join("sandboxes"),
             cgroups: std::path::PathBuf::from("/sys/fs/cgroup/sandboxes"),
         };
+        // The sentinel, which is not root, must find the control socket in it.
+        let run = std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&config.paths.run);
+        run.map_err(failed("paths.run"))?;
         places.prepare().map_err(failed("directories of the sandboxes"))?;
         if let Err(e) = std::fs::create_dir_all(&config.disks.directory) {
             log::warn!("disks.directory {}: {e}", config.disks.directory.display());
@@ -177,6 +193,8 @@ impl Supervisor {
         if let Some(aside) = &snapshot.moved_aside {
             log::error!("the state database was damaged; it is kept as {} and a new one begun", aside.display());
         }
+        let network_settings =
+            config.network.settings(&config.paths.run).map_err(|(key, message)| format!("{key}: {message}"))?;
         let listener = Listener::bind(&config.control.socket).map_err(failed("control socket"))?;
         let spawner = Spawner::new().map_err(failed("the workers' namespaces"))?;
 
@@ -214,6 +232,10 @@ impl Supervisor {
             spawner,
             uids: Uids::new(config.jail.uids()),
             places,
+            network: None,
+            network_settings,
+            network_changes: HashMap::new(),
+            last_ticket: 0,
             node_id: snapshot.node_id.clone(),
             started: SystemTime::now(),
             log_timer: false,
@@ -225,6 +247,7 @@ impl Supervisor {
             config,
         };
         supervisor.take_up(&snapshot);
+        supervisor.start_network();
         supervisor.open_port();
         supervisor.import_templates();
         supervisor.timers.after(HASH_AFTER, Timer::Verify);
@@ -334,7 +357,10 @@ impl Supervisor {
                         continue;
                     }
                     let max_jobs = usize::try_from(self.config.control.max_requests_per_client).unwrap_or(usize::MAX);
-                    self.add_client(Client::socket(stream, max_jobs));
+                    match Role::of(&stream) {
+                        Ok(role) => self.add_client(Client::socket(stream, role, max_jobs)),
+                        Err(e) => log::error!("control socket: a peer without a name: {e}"),
+                    }
                 }
                 Ok(None) => return,
                 Err(e) => {
@@ -384,19 +410,21 @@ impl Supervisor {
     }
 
     fn take_results(&mut self) {
-        for (Ticket { .. }, result) in self.database.completed() {
+        for (ticket, result) in self.database.completed() {
             if let Err(e) = result {
                 log::error!("state database: {e}");
                 if !std::mem::replace(&mut self.unrecorded, true) {
                     self.timers.after(RECORD_AGAIN, Timer::Record);
                 }
             }
+            self.written(ticket);
         }
         while let Some(done) = self.background.finished() {
             match done {
                 Done::Released { sandbox, gone, result } => self.released(&sandbox, gone, result),
                 Done::Verified { template, result } => self.verified(&template, result),
                 Done::Imported(events) => self.imported(events),
+                Done::Network(report) => self.network_reported(report),
                 Done::Swept { reclaimed } => log::warn!("reclaimed {reclaimed} leftovers of an earlier run"),
             }
         }
@@ -440,18 +468,37 @@ impl Supervisor {
         let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
         for id in ids {
             self.record(&id);
-            let Some(sandbox) = self.sandboxes.get(&id) else { continue };
-            for exec in sandbox.execs.values() {
-                let row = sandbox.execution_row(exec, now_ms());
-                self.database.submit(Change::PutExecution(Box::new(row)));
-            }
+            let numbers: Vec<u64> = self.sandboxes.get(&id).into_iter().flat_map(|s| s.execs.keys().copied()).collect();
+            numbers.into_iter().for_each(|number| self.record_exec(&id, number));
         }
     }
 
-    /// Writes a sandbox's row to the database.
-    pub(super) fn record(&mut self, id: &SandboxId) {
-        if let Some(sandbox) = self.sandboxes.get(id) {
-            self.database.submit(Change::PutSandbox(Box::new(sandbox.row())));
+    /// Writes a sandbox's row to the database. One that is being removed has none any more.
+    pub(super) fn record(&mut self, id: &SandboxId) -> Option<Ticket> {
+        let sandbox = self.sandboxes.get(id).filter(|sandbox| !sandbox.removing)?;
+        Some(self.database.submit(Change::PutSandbox(Box::new(sandbox.row()))))
+    }
+
+    /// Writes a program's row to the database, unless its sandbox is being removed.
+    pub(super) fn record_exec(&mut self, id: &SandboxId, number: u64) {
+        let Some(sandbox) = self.sandboxes.get(id).filter(|sandbox| !sandbox.removing) else { return };
+        if let Some(exec) = sandbox.execs.get(&number) {
+            let row = sandbox.execution_row(exec, now_ms());
+            self.database.submit(Change::PutExecution(Box::new(row)));
+        }
+    }
+
+    /// A change is in the database, or was refused for good: clients that waited for it are told. A supervisor that is
+    /// killed, or a node that loses power, then knows all that anybody was told.
+    fn written(&mut self, ticket: Ticket) {
+        let of = self.sandboxes.values_mut().find(|sandbox| sandbox.writing == Some(ticket));
+        let Some(sandbox) = of else { return };
+        sandbox.writing = None;
+        let id = sandbox.id.clone();
+        if sandbox.gone {
+            self.removed(&id);
+        } else {
+            self.notify_waiters(&id);
         }
     }
 }

@@ -1,13 +1,13 @@
 //! `warren sentinel …`.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 
-use super::config::Config;
+use super::config::{Config, Source};
 use super::control;
 use super::core_sim;
 use super::inspect;
@@ -54,6 +54,19 @@ struct File {
     /// The configuration file
     #[arg(long, value_name = "PATH", default_value = CONFIG)]
     config: PathBuf,
+    /// It is a node's file, whose [sentinel] tables count
+    #[arg(long)]
+    node: bool,
+}
+
+impl File {
+    fn source(&self) -> Source {
+        Source { path: self.config.clone(), node: self.node }
+    }
+
+    fn load(&self) -> Result<Config, String> {
+        self.source().load().map_err(|e| e.to_string())
+    }
 }
 
 #[derive(clap::Args)]
@@ -110,26 +123,26 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
 
 fn act(verb: Verb) -> Result<ExitCode, String> {
     match verb {
-        Verb::Start(file) => control::run(&file.config)?,
-        Verb::Stop(file) => return ask(&file.config, "stop"),
-        Verb::Status(file) => return ask(&file.config, "status"),
-        Verb::Tasks(file) => return ask(&file.config, "tasks"),
-        Verb::Reload(file) => return ask(&file.config, "reload"),
+        Verb::Start(file) => control::run(&file.source())?,
+        Verb::Stop(file) => return ask(&file, "stop"),
+        Verb::Status(file) => return ask(&file, "status"),
+        Verb::Tasks(file) => return ask(&file, "tasks"),
+        Verb::Reload(file) => return ask(&file, "reload"),
         Verb::Check(file) => {
-            let config = Config::load(&file.config).map_err(|e| e.to_string())?;
+            let config = file.load()?;
             for lane in config.lanes()?.iter().filter(|lane| lane.url.tls) {
                 lane.tls.load().map_err(|e| format!("target {}: {e}", lane.name))?;
             }
             println!("{}: good", file.config.display());
         }
         Verb::Register(file) => {
-            let config = Config::load(&file.config).map_err(|e| e.to_string())?;
+            let config = file.load()?;
             let id = if config.id.is_empty() { stored_id(&config)? } else { config.id.clone() };
             let mut core = control::CoreOptions::new(&config, &id)?.ok_or("the configuration has no core")?;
             core.register()?;
             println!("registered as {id}");
         }
-        Verb::Test(file) => return test(&file.config),
+        Verb::Test(file) => return test(&file),
         Verb::CoreSim(sim) => {
             let token = match &sim.token_env {
                 Some(name) => std::env::var(name).map_err(|_| format!("the environment has no {name}"))?,
@@ -159,16 +172,16 @@ fn stored_id(config: &Config) -> Result<String, String> {
     id.map(|id| id.trim().to_string()).map_err(|e| format!("{}: {e}: start it first, or set id", path.display()))
 }
 
-fn ask(config: &Path, word: &str) -> Result<ExitCode, String> {
-    let path = control::socket_path(config)?;
+fn ask(file: &File, word: &str) -> Result<ExitCode, String> {
+    let path = control::socket_path(&file.source())?;
     let answer = control::ask(&path, word).map_err(|e| format!("{}: {e}: is it running?", path.display()))?;
     println!("{answer}");
     let refused = serde_json::from_str::<serde_json::Value>(&answer).is_ok_and(|answer| answer["ok"] == false);
     Ok(if refused { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn test(path: &Path) -> Result<ExitCode, String> {
-    let config = Config::load(path).map_err(|e| e.to_string())?;
+fn test(file: &File) -> Result<ExitCode, String> {
+    let config = file.load()?;
     let table = Arc::new(SeriesTable::new(config.collector.max_series as usize));
     let results = super::collect::once(control::settings(&config), config.tasks(), table)
         .map_err(|e| format!("collector: {e}"))?;

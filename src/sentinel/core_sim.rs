@@ -161,11 +161,16 @@ impl Core {
     }
 
     fn state(&self) -> Value {
+        // Samples that lie between others of the same log and have not come.
+        let missing = |ranges: &BTreeMap<u64, u64>| -> u64 {
+            ranges.values().zip(ranges.keys().skip(1)).map(|(end, first)| first - end).sum()
+        };
         let of = |sentinel: &Sentinel| {
             json!({
                 "registration": sentinel.registration, "heartbeats": sentinel.heartbeats,
                 "last_heartbeat": sentinel.last_heartbeat, "reports": sentinel.reports,
                 "samples": sentinel.samples, "repeats": sentinel.repeats,
+                "missing": sentinel.logs.values().map(missing).sum::<u64>(),
             })
         };
         self.sentinels.iter().map(|(id, sentinel)| (id.clone(), of(sentinel))).collect()

@@ -24,3 +24,4 @@ pub mod send;
 pub mod task;
 
 pub use cli::main;
+pub use control::USER;

@@ -1,13 +1,15 @@
 //! Passwords and tokens: never shown, overwritten when they are not needed any more.
 
 use std::fmt;
+use std::ops::{Deref, DerefMut};
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value};
 use zeroize::Zeroize;
 
 /// A secret text.
-#[derive(Clone, PartialEq, Eq, Default)]
+#[derive(Clone, PartialEq, Eq, Hash, Default)]
 pub struct Secret(String);
 
 impl Secret {
@@ -46,6 +48,47 @@ impl Drop for Secret {
     }
 }
 
+/// What a task gives for its fields, passwords among them: all of it is overwritten when it is not needed any more.
+#[derive(Clone, PartialEq, Default, Deserialize)]
+#[serde(transparent)]
+pub struct Given(Map<String, Value>);
+
+impl From<Map<String, Value>> for Given {
+    fn from(fields: Map<String, Value>) -> Self {
+        Self(fields)
+    }
+}
+
+impl Deref for Given {
+    type Target = Map<String, Value>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl DerefMut for Given {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
+}
+
+impl Drop for Given {
+    fn drop(&mut self) {
+        self.0.values_mut().for_each(wipe);
+    }
+}
+
+/// Overwrites every text in a value.
+pub fn wipe(value: &mut Value) {
+    match value {
+        Value::String(text) => text.zeroize(),
+        Value::Array(items) => items.iter_mut().for_each(wipe),
+        Value::Object(fields) => fields.values_mut().for_each(wipe),
+        _ => {}
+    }
+}
+
 /// Base64 with padding (RFC 4648 section 4).
 pub fn base64(data: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
@@ -63,6 +106,13 @@ pub fn base64(data: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_text_of_a_value_is_overwritten() {
+        let mut value = serde_json::json!({"a": "secret", "b": [{"c": "secret"}, 7], "d": null});
+        wipe(&mut value);
+        assert_eq!(value, serde_json::json!({"a": "", "b": [{"c": ""}, 7], "d": null}));
+    }
 
     #[test]
     fn the_examples_of_rfc_4648_hold() {

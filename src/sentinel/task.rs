@@ -6,9 +6,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::{Map, Value};
-
 use super::model::Batch;
+use super::secret::Given;
 
 /// A thing to be collected from again and again.
 #[derive(Clone, PartialEq)]
@@ -18,9 +17,9 @@ pub struct Task {
     /// Name of the plugin that runs it.
     pub plugin: String,
     /// What is asked: the plugin's device fields by name. May hold secrets: never logged, never shown.
-    pub device: Map<String, Value>,
+    pub device: Given,
     /// The plugin's own settings for this task. May hold secrets as well.
-    pub config: Map<String, Value>,
+    pub config: Given,
     /// Added to every sample of the task, over the plugin's own where both name one.
     pub labels: BTreeMap<String, String>,
     /// From one run's start to the next one's.

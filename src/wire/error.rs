@@ -74,6 +74,8 @@ codes! {
     FileFailed = "FILE_FAILED",
     /// The node has no memory, disk or descriptors left for this.
     NoCapacity = "NO_CAPACITY",
+    /// The peer's role does not allow the verb.
+    Forbidden = "FORBIDDEN",
     /// The node is stopping and takes nothing new.
     Stopping = "STOPPING",
     /// The supervisor was restarted while the request ran.

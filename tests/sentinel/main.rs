@@ -1,12 +1,17 @@
-//! The sentinel as a process: started, killed, cut off, restarted, against receivers of our own and a real Prometheus.
+//! The sentinel as a process: started, killed, cut off, restarted, against receivers of our own and real peers.
 
 #![allow(clippy::unwrap_used)] // a failure is the finding
 
 mod buffer;
+mod clickhouse;
 mod config;
 mod core;
+mod exporter;
 mod measure;
+mod peers;
 mod process;
 mod prometheus;
 mod receiver;
+mod snmpd;
 mod survival;
+mod tls;

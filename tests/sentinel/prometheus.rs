@@ -1,84 +1,16 @@
 //! A real Prometheus and a real VictoriaMetrics as receivers: every sample is queried back.
 
-use std::net::TcpListener;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::process::Command;
 
 use serde_json::Value;
-use warren::sentinel::http::{Client, Request, TlsOptions, Url};
 
-use crate::process::{NODE, QUICK, Scratch, Sentinel, target, until};
-
-/// Where `image/peers` puts a program, or anywhere on the path.
-fn program(name: &str) -> Option<PathBuf> {
-    let cache = std::env::var_os("WARREN_CACHE")
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("XDG_CACHE_HOME").map(|path| PathBuf::from(path).join("warren")))
-        .or_else(|| std::env::var_os("HOME").map(|path| PathBuf::from(path).join(".cache/warren")))?;
-    let path = std::env::var_os("PATH")?;
-    let on_path = std::env::split_paths(&path).map(|directory| directory.join(name));
-    let cached = cache.join("peers").join(name).join("usr/bin").join(name);
-    let found = std::iter::once(cached).chain(on_path).find(|path| path.exists());
-    if found.is_none() {
-        eprintln!("SKIPPED: there is no {name} here; image/peers gets it");
-    }
-    found
-}
+use crate::peers::Peer;
+use crate::process::{NODE, QUICK, Sentinel, target, until};
 
 /// Sorted labels with the name, time in ms, value.
-type Sample = (Vec<(String, String)>, i64, f64);
-
-/// A receiver in a directory and on a port of its own.
-struct Peer {
-    child: Child,
-    url: String,
-    _scratch: Scratch,
-}
+pub type Sample = (Vec<(String, String)>, i64, f64);
 
 impl Peer {
-    /// `arguments` gets the directory and the address to listen on; `ready` answers 200 when it is.
-    fn start(name: &str, ready: &str, arguments: impl Fn(&str, &str) -> Vec<String>) -> Option<Self> {
-        let program = program(name)?;
-        let scratch = Scratch::new();
-        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-        let child = Command::new(program)
-            .args(arguments(&scratch.0.display().to_string(), &address))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let peer = Self { child, url: format!("http://{address}"), _scratch: scratch };
-        until(name, || peer.get(ready).map(drop));
-        Some(peer)
-    }
-
-    fn prometheus() -> Option<Self> {
-        Self::start("prometheus", "/-/ready", |directory, address| {
-            std::fs::write(format!("{directory}/empty.yml"), "").unwrap();
-            vec![
-                format!("--config.file={directory}/empty.yml"),
-                format!("--storage.tsdb.path={directory}/tsdb"),
-                format!("--web.listen-address={address}"),
-                "--web.enable-remote-write-receiver".into(),
-            ]
-        })
-    }
-
-    fn victoriametrics() -> Option<Self> {
-        Self::start("victoria-metrics", "/health", |directory, address| {
-            vec![format!("-storageDataPath={directory}/data"), format!("-httpListenAddr={address}")]
-        })
-    }
-
-    fn get(&self, target: &str) -> Option<Vec<u8>> {
-        let url = Url::parse(&self.url).unwrap();
-        let mut client = Client::new(url, &TlsOptions::default(), Duration::from_secs(60)).unwrap();
-        let request = Request { method: "GET", target, headers: &[], body: b"", keep: 64 << 20 };
-        client.send(&request).ok().filter(|answer| answer.status == 200).map(|answer| answer.body)
-    }
-
     /// Every sample of every series of the last hour, from Prometheus' interface.
     fn queried(&self) -> Vec<Sample> {
         let body = self.get("/api/v1/query?query=%7B__name__%3D~%22.%2B%22%7D%5B1h%5D").unwrap();
@@ -117,16 +49,8 @@ impl Peer {
     }
 }
 
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Sends this machine's metrics to a peer, and gives what was sent, in order.
-fn sent(kind: &str, url: &str) -> Vec<Sample> {
-    let to = target("real", kind, url);
+/// Sends this machine's metrics to a peer, the target `real`, and gives what was sent, in order.
+pub fn sent(to: &str) -> Vec<Sample> {
     // The second one, which nobody serves, keeps everything in the buffer.
     let never = target("never", "prometheus", "http://127.0.0.1:9/");
     let mut sentinel = Sentinel::new(&format!("{QUICK}labels.rack = \"r1\"\n{to}{never}{NODE}"));
@@ -160,7 +84,7 @@ fn sent(kind: &str, url: &str) -> Vec<Sample> {
 }
 
 /// In order, without what is no number.
-fn sorted(mut samples: Vec<Sample>) -> Vec<Sample> {
+pub fn sorted(mut samples: Vec<Sample>) -> Vec<Sample> {
     samples.retain(|(_, _, value)| value.is_finite());
     samples.sort_by(|a, b| (&a.0, a.1).cmp(&(&b.0, b.1)));
     samples
@@ -171,7 +95,7 @@ fn what_a_real_prometheus_has_is_what_the_buffer_has_to_the_last_value() {
     // The second kind is not known to Debian's Prometheus 2: it has to fall back.
     for kind in ["prometheus", "prometheus2"] {
         let Some(prometheus) = Peer::prometheus() else { return };
-        let sent = sent(kind, &format!("{}/api/v1/write", prometheus.url));
+        let sent = sent(&target("real", kind, &format!("{}/api/v1/write", prometheus.url())));
         let there = sorted(prometheus.queried());
         assert_eq!(there.len(), sent.len(), "{kind}");
         assert!(there == sent, "{kind}: a value differs");
@@ -181,7 +105,7 @@ fn what_a_real_prometheus_has_is_what_the_buffer_has_to_the_last_value() {
 #[test]
 fn what_a_real_victoriametrics_has_is_what_the_buffer_has() {
     let Some(victoriametrics) = Peer::victoriametrics() else { return };
-    let sent = sent("victoriametrics", &format!("{}/api/v1/write", victoriametrics.url));
+    let sent = sent(&target("real", "victoriametrics", &format!("{}/api/v1/write", victoriametrics.url())));
     let there = until("all samples", || {
         // What was written is searchable a moment later.
         let there = sorted(victoriametrics.exported());

@@ -6,6 +6,7 @@ pub mod http;
 pub mod modbus;
 pub mod node;
 pub mod ping;
+pub mod sandbox;
 pub mod snmp;
 
 use std::collections::HashMap;
@@ -16,11 +17,12 @@ use crate::sentinel::plugin::{FieldError, Manifest, Values};
 use crate::sentinel::task::Task;
 
 /// Every built-in plugin's manifest, as text.
-pub const BUILT_IN: [(&str, &str); 5] = [
+pub const BUILT_IN: [(&str, &str); 6] = [
     ("http", include_str!("http/plugin.toml")),
     ("modbus", include_str!("modbus/plugin.toml")),
     ("node", include_str!("node/plugin.toml")),
     ("ping", include_str!("ping/plugin.toml")),
+    ("sandbox", include_str!("sandbox/plugin.toml")),
     ("snmp", include_str!("snmp/plugin.toml")),
 ];
 
@@ -46,11 +48,12 @@ pub struct Services {
 
 /// All services.
 pub fn services(settings: &Settings, stats: &Arc<Stats>) -> Services {
-    let built_in: [(&str, Box<dyn Service>); 5] = [
+    let built_in: [(&str, Box<dyn Service>); 6] = [
         ("http", Box::new(http::Http::new())),
         ("modbus", Box::new(modbus::Modbus::new())),
         ("node", Box::new(node::Node::new())),
         ("ping", Box::new(ping::Ping::new())),
+        ("sandbox", Box::new(sandbox::Sandboxes::new())),
         ("snmp", Box::new(snmp::Snmp::new())),
     ];
     let names = built_in.iter().enumerate().map(|(number, (name, _))| (*name, number)).collect();

@@ -3,6 +3,7 @@
 mod core;
 mod intake;
 mod metrics;
+mod privileges;
 mod run;
 mod seal;
 mod socket;
@@ -11,6 +12,7 @@ mod system;
 mod taskbook;
 
 pub use core::{CoreOptions, CoreStats};
+pub use privileges::USER;
 pub use run::{run, settings, socket_path};
 pub use socket::ask;
 pub use state::State;

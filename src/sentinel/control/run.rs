@@ -15,6 +15,7 @@ use serde_json::json;
 use super::core::{CoreLink, CoreOptions};
 use super::intake::Intake;
 use super::metrics::{self, Snapshot};
+use super::privileges;
 use super::seal::replace;
 use super::socket;
 use super::state::{Shared, State};
@@ -22,7 +23,7 @@ use super::system;
 use super::taskbook::TaskBook;
 use crate::sentinel::collect::{Collector, Settings};
 use crate::sentinel::collectors::BUILT_IN;
-use crate::sentinel::config::{BufferMode, Config, Overlay};
+use crate::sentinel::config::{BufferMode, Config, Overlay, Source};
 use crate::sentinel::http::{Answer, Server};
 use crate::sentinel::log::files::{Disk, Files, Memory};
 use crate::sentinel::log::{Fsync, Log};
@@ -81,12 +82,15 @@ struct Live {
 
 /// Runs a sentinel until it is told to end: by SIGTERM, SIGINT or its control socket. SIGHUP reads the configuration
 /// again, and so does a change of the file.
-pub fn run(path: &Path) -> Result<(), String> {
+pub fn run(source: &Source) -> Result<(), String> {
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
     // Before any thread is started, so that none of them is interrupted.
     signals.thread_block().map_err(|e| format!("signals: {e}"))?;
+    let config = source.load().map_err(|e| e.to_string())?;
+    if source.node {
+        privileges::give_up(&config.paths.data)?;
+    }
     no_core_dumps();
-    let config = Config::load(path).map_err(|e| e.to_string())?;
     let (events, inbox) = channel();
     let parts = Arc::new(start(config, &events)?);
     watch_signals(signals, events.clone()).map_err(|e| format!("signals: {e}"))?;
@@ -95,7 +99,7 @@ pub fn run(path: &Path) -> Result<(), String> {
     tick(&parts).map_err(|e| format!("threads: {e}"))?;
     let marker = parts.live().config.paths.data.join(RUNNING);
     replace(&marker, b"").map_err(|e| format!("{}: {e}", marker.display()))?;
-    wait(&parts, path, &inbox);
+    wait(&parts, source, &inbox);
     parts.state.go(State::Stopping);
     stop(&parts)?;
     drop(server);
@@ -335,26 +339,26 @@ fn tick(parts: &Arc<Parts>) -> io::Result<()> {
     Ok(())
 }
 
-fn wait(parts: &Parts, path: &Path, inbox: &Receiver<Event>) {
-    let mut seen = modified(path);
+fn wait(parts: &Parts, source: &Source, inbox: &Receiver<Event>) {
+    let mut seen = modified(&source.path);
     loop {
         match inbox.recv_timeout(WATCH) {
             Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => return,
             Ok(Event::Reload(reply)) => {
-                seen = modified(path);
-                let result = parts.reload(path);
+                seen = modified(&source.path);
+                let result = parts.reload(source);
                 if let Some(reply) = reply {
                     let _ = reply.send(result);
                 }
             }
             Ok(Event::Overlay(version, text, reply)) => {
-                let _ = reply.send(parts.set_overlay(path, version, &text));
+                let _ = reply.send(parts.set_overlay(source, version, &text));
             }
             Err(RecvTimeoutError::Timeout) => {
-                let now = modified(path);
+                let now = modified(&source.path);
                 if now != seen && now.is_some() {
                     seen = now;
-                    let _ = parts.reload(path);
+                    let _ = parts.reload(source);
                 }
             }
         }
@@ -394,12 +398,12 @@ impl Parts {
     }
 
     /// Reads the configuration again. One that is not good leaves everything as it is.
-    fn reload(&self, path: &Path) -> Result<(), String> {
-        let result = self.try_reload(path);
+    fn reload(&self, source: &Source) -> Result<(), String> {
+        let result = self.try_reload(source);
         let reloads = &mut self.live().reloads;
         match &result {
             Ok(()) => {
-                log::info!("{}: in force", path.display());
+                log::info!("{}: in force", source.path.display());
                 *reloads = (reloads.0 + 1, reloads.1, true);
             }
             Err(message) => {
@@ -411,14 +415,14 @@ impl Parts {
     }
 
     /// Puts what the core says over what the file says, for this and the next lives.
-    fn set_overlay(&self, path: &Path, version: String, text: &str) -> Result<(), String> {
+    fn set_overlay(&self, source: &Source, version: String, text: &str) -> Result<(), String> {
         if version.contains('\n') {
             return Err("a version with a line end".into());
         }
         let overlay = Overlay::parse(text)?;
         let data = self.live().config.paths.data.clone();
         let before = std::mem::replace(&mut self.live().overlay, (version.clone(), overlay));
-        let kept = self.try_reload(path).and_then(|()| {
+        let kept = self.try_reload(source).and_then(|()| {
             let file = data.join(OVERLAY);
             replace(&file, format!("{version}\n{text}").as_bytes()).map_err(|e| format!("{}: {e}", file.display()))
         });
@@ -428,9 +432,9 @@ impl Parts {
         kept
     }
 
-    fn try_reload(&self, path: &Path) -> Result<(), String> {
+    fn try_reload(&self, source: &Source) -> Result<(), String> {
         let live = &mut *self.live();
-        let config = Config::load(path).map_err(|e| e.to_string())?.overlaid(&live.overlay.1)?;
+        let config = source.load().map_err(|e| e.to_string())?.overlaid(&live.overlay.1)?;
         let old = &live.config;
         for (key, changed) in [
             ("id", config.id != old.id),
@@ -441,7 +445,7 @@ impl Parts {
             ("metrics.listen", config.metrics != old.metrics),
         ] {
             if changed {
-                return Err(format!("{}: {key} can only be changed by a new start", path.display()));
+                return Err(format!("{}: {key} can only be changed by a new start", source.path.display()));
             }
         }
         let lanes = config.lanes()?;
@@ -557,13 +561,7 @@ impl Parts {
     }
 }
 
-/// Where a sentinel with this configuration file is spoken to. The file may be as wrong as it likes: one that runs is to
-/// be asked and told all the same.
-pub fn socket_path(config: &Path) -> Result<PathBuf, String> {
-    let text = fs::read_to_string(config).map_err(|e| format!("{}: {e}", config.display()))?;
-    let (table, _) = toml::de::DeTable::parse_recoverable(&text);
-    let paths = table.get_ref().get("paths").and_then(|paths| paths.get_ref().as_table());
-    let data = paths.and_then(|paths| paths.get("data")).and_then(|data| data.get_ref().as_str());
-    let data = data.map_or_else(|| crate::sentinel::config::Paths::default().data, PathBuf::from);
-    Ok(data.join(socket::SOCKET))
+/// Where a sentinel with this configuration is spoken to.
+pub fn socket_path(source: &Source) -> Result<PathBuf, String> {
+    Ok(source.data_directory()?.join(socket::SOCKET))
 }

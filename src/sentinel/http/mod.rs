@@ -2,6 +2,7 @@
 //! bounded, and a smaller server.
 
 mod client;
+mod date;
 pub mod response;
 mod server;
 mod tls;
@@ -11,6 +12,7 @@ use std::fmt;
 use std::io;
 
 pub use client::{Abort, Client, KEPT_BODY, Request};
+pub use date::parse as parse_date;
 pub use response::Response;
 pub use server::{Answer, Server, ServerRequest};
 pub use tls::TlsOptions;

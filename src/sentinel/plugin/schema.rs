@@ -5,6 +5,8 @@ use std::fmt;
 use regex_lite::Regex;
 use serde_json::{Map, Value};
 
+use crate::sentinel::secret::Given;
+
 /// Longest string that a field takes, in octets.
 const MAX_TEXT: usize = 64 * 1024;
 /// Most items of a list.
@@ -123,7 +125,7 @@ impl Schema {
             let value = field.check(&place, value)?;
             values.insert(field.name.clone(), value);
         }
-        Ok(Values(values))
+        Ok(Values(values.into()))
     }
 }
 
@@ -183,7 +185,9 @@ impl Field {
                 self.check_text(place, text)?;
                 Ok(item.clone())
             }
-            Value::Object(table) if !items.0.is_empty() => Ok(Value::Object(items.check(place, table)?.0)),
+            Value::Object(table) if !items.0.is_empty() => {
+                Ok(Value::Object(std::mem::take(&mut *items.check(place, table)?.0)))
+            }
             other => {
                 let expected = if items.0.is_empty() { "text" } else { "a table" };
                 Err(FieldError::new(place, format!("is {}, expected {expected}", name_of(other))))
@@ -238,7 +242,7 @@ fn name_of(value: &Value) -> &'static str {
 /// Checked values, defaults included. The getters give what the schema promised; for a key that it does not have they
 /// give the empty value.
 #[derive(Clone, Default)]
-pub struct Values(Map<String, Value>);
+pub struct Values(Given);
 
 impl fmt::Debug for Values {
     /// The keys only: a value may be a secret.
@@ -285,7 +289,7 @@ impl Values {
 
     /// The tables of a list.
     pub fn tables(&self, key: &str) -> Vec<Values> {
-        self.list(key).filter_map(|item| item.as_object().cloned().map(Values)).collect()
+        self.list(key).filter_map(|item| item.as_object().cloned().map(|table| Values(table.into()))).collect()
     }
 
     /// The entries of a table, each value as text.

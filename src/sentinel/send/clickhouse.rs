@@ -27,6 +27,8 @@ pub fn encode(samples: &[Sample], out: &mut String) {
             value if value.is_nan() => write!(out, "nan"),
             f64::INFINITY => write!(out, "inf"),
             f64::NEG_INFINITY => write!(out, "-inf"),
+            // Old versions read a number with an exponent inexactly.
+            value if value == 0.0 || (1e-6..1e17).contains(&value.abs()) => write!(out, "{value}"),
             value => write!(out, "{value:e}"),
         };
         out.push_str("}\n");

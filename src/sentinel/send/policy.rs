@@ -11,10 +11,10 @@
 //! | 400, 415 | 2.0: fall back to 1.0; 1.0: refused | refused | refused |
 //! | other 4xx | refused | refused | refused |
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::encode::Protocol;
-use crate::sentinel::http::Response;
+use crate::sentinel::http::{Response, parse_date};
 
 /// Longest `Retry-After` that is believed.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
@@ -57,10 +57,14 @@ fn says_written(response: &Response) -> bool {
     response.headers.iter().any(|(name, _)| name.starts_with("x-prometheus-remote-write-"))
 }
 
-/// Seconds only; a date is as good as none.
+/// Seconds, or a date: by the receiver's own clock where it tells it.
 fn retry_after(response: &Response) -> Option<Duration> {
-    let seconds = response.header("retry-after")?.parse().ok()?;
-    Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER))
+    let text = response.header("retry-after")?;
+    let wait = text.parse().ok().map(Duration::from_secs).or_else(|| {
+        let now = response.header("date").and_then(parse_date).unwrap_or_else(SystemTime::now);
+        Some(parse_date(text)?.duration_since(now).unwrap_or_default())
+    })?;
+    Some(wait.min(MAX_RETRY_AFTER))
 }
 
 #[cfg(test)]
@@ -113,6 +117,15 @@ mod tests {
         for (text, seconds) in [("7", Some(7)), ("0", Some(0)), ("999999", Some(3600)), ("soon", None), ("-1", None)] {
             let verdict = judge(&Protocol::Core, true, &answer(429, &[("retry-after", text)]));
             assert_eq!(verdict, Verdict::Retry(seconds.map(Duration::from_secs)), "{text}");
+        }
+        let now = ("date", "Sun, 06 Nov 1994 08:49:37 GMT");
+        for (text, seconds) in [
+            ("Sun, 06 Nov 1994 08:50:00 GMT", 23),
+            ("Sun, 06 Nov 1994 08:00:00 GMT", 0),
+            ("Mon, 07 Nov 1994 08:00:00 GMT", 3600),
+        ] {
+            let verdict = judge(&Protocol::Core, true, &answer(503, &[now, ("retry-after", text)]));
+            assert_eq!(verdict, Verdict::Retry(Some(Duration::from_secs(seconds))), "{text}");
         }
     }
 }

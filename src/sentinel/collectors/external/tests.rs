@@ -92,15 +92,15 @@ fn the_examples_of_the_tree_work() {
     let object = |value: serde_json::Value| value.as_object().unwrap().clone();
     let tasks = vec![
         Task {
-            device: object(json!({"path": files})),
-            config: object(json!({"suffixes": [".sh"]})),
+            device: object(json!({"path": files})).into(),
+            config: object(json!({"suffixes": [".sh"]})).into(),
             ..task("files", 30_000)
         },
         task("load", 30_000),
-        Task { config: object(json!({"program": "no \"such\" program"})), ..task("processes", 30_000) },
+        Task { config: object(json!({"program": "no \"such\" program"})).into(), ..task("processes", 30_000) },
     ];
     let mut named = tasks.clone();
-    named[2].config = object(json!({"program": "no-such one"}));
+    named[2].config = object(json!({"program": "no-such one"})).into();
     let settings = Settings { plugin_directory: Some(directory), testing: true, ..Settings::default() };
     let ends = run(settings.clone(), named);
     for (report, _) in &ends {

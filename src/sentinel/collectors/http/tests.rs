@@ -35,8 +35,8 @@ fn run(url: &str, config: serde_json::Value) -> (Report, Vec<Sample>) {
     let task = Task {
         id: "t".into(),
         plugin: "http".into(),
-        device: object(json!({"url": url})),
-        config: object(config),
+        device: object(json!({"url": url})).into(),
+        config: object(config).into(),
         labels: Default::default(),
         interval: Duration::from_secs(600),
         timeout: Duration::from_secs(20),

@@ -13,8 +13,8 @@ fn task(device: serde_json::Value, config: serde_json::Value) -> Task {
     Task {
         id: "t".into(),
         plugin: "modbus".into(),
-        device: object(device),
-        config: object(config),
+        device: object(device).into(),
+        config: object(config).into(),
         labels: Default::default(),
         interval: Duration::from_secs(600),
         timeout: Duration::from_secs(20),

@@ -8,8 +8,8 @@ fn task(host: &str) -> Task {
     Task {
         id: host.into(),
         plugin: "ping".into(),
-        device: object(serde_json::json!({"host": host})),
-        config: object(serde_json::json!({"count": 3, "spacing_ms": 20, "wait_ms": 5000})),
+        device: object(serde_json::json!({"host": host})).into(),
+        config: object(serde_json::json!({"count": 3, "spacing_ms": 20, "wait_ms": 5000})).into(),
         labels: Default::default(),
         interval: Duration::from_secs(600),
         timeout: Duration::from_secs(30),

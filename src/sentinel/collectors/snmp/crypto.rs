@@ -5,6 +5,11 @@
 
 use aes::cipher::{Block, BlockCipherDecrypt, BlockCipherEncrypt, BlockSizeUser, KeyInit};
 use sha2::Digest;
+use std::sync::Arc;
+use zeroize::Zeroizing;
+
+/// A password's key; overwritten when it is not needed any more.
+pub type Key = Arc<Zeroizing<Vec<u8>>>;
 
 /// How messages are signed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -65,7 +70,7 @@ impl Auth {
         if password.is_empty() {
             return self.hash(&[]);
         }
-        let repeated: Vec<u8> = password.iter().copied().cycle().take(TOTAL).collect();
+        let repeated: Zeroizing<Vec<u8>> = Zeroizing::new(password.iter().copied().cycle().take(TOTAL).collect());
         self.hash(&[&repeated])
     }
 
@@ -83,8 +88,8 @@ impl Auth {
         // Localised keys are hashes, never longer than a block.
         let mut padded = key.to_vec();
         padded.resize(block, 0);
-        let inner: Vec<u8> = padded.iter().map(|octet| octet ^ 0x36).collect();
-        let outer: Vec<u8> = padded.iter().map(|octet| octet ^ 0x5c).collect();
+        let inner: Zeroizing<Vec<u8>> = Zeroizing::new(padded.iter().map(|octet| octet ^ 0x36).collect());
+        let outer: Zeroizing<Vec<u8>> = Zeroizing::new(padded.iter().map(|octet| octet ^ 0x5c).collect());
         let mut parts: Vec<&[u8]> = vec![&inner];
         parts.extend_from_slice(message);
         let mut signature = self.hash(&[&outer, &self.hash(&parts)]);

@@ -30,8 +30,9 @@ use crate::sentinel::collect::{Cancelled, Finished, Gatherer, Io, Plan, Run, Ser
 use crate::sentinel::model::SeriesTable;
 use crate::sentinel::plugin::{FieldError, Manifest};
 use crate::sentinel::schedule::RunId;
+use crate::sentinel::secret::Secret;
 use crate::sentinel::task::Task;
-use crypto::Auth;
+use crypto::{Auth, Key};
 use message::{Message, Pdu, PduKind, community_message};
 use plan::{Access, SnmpPlan};
 use v3::{Engine, Envelope, Problem};
@@ -59,7 +60,7 @@ pub struct Snmp {
     number: i32,
     salt: u64,
     engines: HashMap<String, Engine>,
-    keys: HashMap<(Auth, String), Arc<Vec<u8>>>,
+    keys: HashMap<(Auth, Secret), Key>,
 }
 
 struct Job {
@@ -198,7 +199,7 @@ impl Snmp {
         let plan = Arc::clone(&job.plan);
         match (&plan.access, message) {
             (Access::Community(version, community), Message::Community { version: v, community: c, pdu })
-                if *version == v && community == c && pdu.kind == PduKind::Response =>
+                if *version == v && community.as_slice() == c && pdu.kind == PduKind::Response =>
             {
                 self.answered(id, pdu, io);
             }
@@ -319,8 +320,8 @@ impl Service for Snmp {
             if keys.len() >= MOST_KEYS {
                 keys.clear();
             }
-            let key = keys.entry((auth, password.to_string()));
-            Arc::clone(key.or_insert_with(|| Arc::new(auth.password_key(password.as_bytes()))))
+            let key = keys.entry((auth, Secret::new(password.to_string())));
+            Arc::clone(key.or_insert_with(|| Arc::new(auth.password_key(password.as_bytes()).into())))
         })?;
         Ok(Arc::new(Arc::new(plan)))
     }
@@ -385,7 +386,7 @@ impl Service for Snmp {
 #[cfg(any(test, feature = "fuzzing"))]
 pub fn fuzz_datagram(datagram: &[u8]) {
     let user = |auth, privacy| v3::User { name: "u".into(), auth, privacy, context: String::new() };
-    let key = || Arc::new(vec![7; 20]);
+    let key = || Arc::new(zeroize::Zeroizing::new(vec![7; 20]));
     let with_keys = user(Some((Auth::Sha1, key())), Some((crypto::Privacy::Aes128, key())));
     match Message::decode(datagram) {
         Err(_) => {}

@@ -1,10 +1,11 @@
 //! What a task wants of a device, checked.
 
-use std::sync::Arc;
 use std::time::Duration;
 
+use zeroize::Zeroizing;
+
 use super::convert::{Number, Text};
-use super::crypto::{Auth, Privacy};
+use super::crypto::{Auth, Key, Privacy};
 use super::message::{V1, V2C};
 use super::oid::Oid;
 use super::v3::User;
@@ -37,7 +38,7 @@ pub struct SnmpPlan {
 /// How the device lets us in.
 pub enum Access {
     /// v1 or v2c.
-    Community(i32, Vec<u8>),
+    Community(i32, Zeroizing<Vec<u8>>),
     /// v3.
     User(User),
 }
@@ -76,14 +77,10 @@ pub enum Role {
 
 impl SnmpPlan {
     /// From checked values. `key` gives the key of a password: it takes milliseconds, and many devices share one.
-    pub fn new(
-        device: &Values,
-        config: &Values,
-        key: &mut dyn FnMut(Auth, &str) -> Arc<Vec<u8>>,
-    ) -> Result<Self, FieldError> {
+    pub fn new(device: &Values, config: &Values, key: &mut dyn FnMut(Auth, &str) -> Key) -> Result<Self, FieldError> {
         let access = match device.text("version") {
-            "1" => Access::Community(V1, device.text("community").as_bytes().to_vec()),
-            "2c" => Access::Community(V2C, device.text("community").as_bytes().to_vec()),
+            "1" => Access::Community(V1, device.text("community").as_bytes().to_vec().into()),
+            "2c" => Access::Community(V2C, device.text("community").as_bytes().to_vec().into()),
             _ => Access::User(user(device, key)?),
         };
         let fields = columns(config, "config.fields", "fields")?;
@@ -116,7 +113,7 @@ impl SnmpPlan {
     }
 }
 
-fn user(device: &Values, key: &mut dyn FnMut(Auth, &str) -> Arc<Vec<u8>>) -> Result<User, FieldError> {
+fn user(device: &Values, key: &mut dyn FnMut(Auth, &str) -> Key) -> Result<User, FieldError> {
     let name = device.text("user").to_string();
     if name.is_empty() || name.len() > 32 {
         return Err(FieldError::new("device.user", "v3 needs a user of 1 to 32 octets"));

@@ -19,8 +19,8 @@ pub fn task(id: &str, device: serde_json::Value, config: serde_json::Value) -> T
     Task {
         id: id.into(),
         plugin: "snmp".into(),
-        device: map(device),
-        config: map(config),
+        device: map(device).into(),
+        config: map(config).into(),
         labels: Default::default(),
         interval: Duration::from_secs(3600),
         timeout: Duration::from_secs(30),
@@ -189,8 +189,8 @@ fn a_message_of_v3_is_read_by_who_has_the_keys_and_by_nobody_else() {
     let now = Instant::now();
     let user = |auth: Auth, privacy: Privacy, password: &str| v3::User {
         name: "user".into(),
-        auth: Some((auth, Arc::new(auth.password_key(password.as_bytes())))),
-        privacy: Some((privacy, Arc::new(auth.password_key(b"privacy password")))),
+        auth: Some((auth, Arc::new(auth.password_key(password.as_bytes()).into()))),
+        privacy: Some((privacy, Arc::new(auth.password_key(b"privacy password").into()))),
         context: "context".into(),
     };
     let pdu = Pdu { id: 77, ..Pdu::request(PduKind::Get, [Oid::parse("1.3.6.1").unwrap()]) };

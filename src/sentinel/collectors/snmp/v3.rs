@@ -1,10 +1,11 @@
 //! Messages of v3 under the user-based security model (RFC 3412, RFC 3414).
 
-use std::sync::Arc;
 use std::time::Instant;
 
+use zeroize::Zeroizing;
+
 use super::ber::{self, BerError, Reader};
-use super::crypto::{Auth, Privacy, same};
+use super::crypto::{Auth, Key, Privacy, same};
 use super::message::{Pdu, PduKind, V3};
 use super::oid::Oid;
 
@@ -25,9 +26,9 @@ pub struct User {
     /// Its name.
     pub name: String,
     /// How it signs.
-    pub auth: Option<(Auth, Arc<Vec<u8>>)>,
+    pub auth: Option<(Auth, Key)>,
     /// How it hides; needs `auth`.
-    pub privacy: Option<(Privacy, Arc<Vec<u8>>)>,
+    pub privacy: Option<(Privacy, Key)>,
     /// Context that the variables are in.
     pub context: String,
 }
@@ -40,8 +41,8 @@ pub struct Engine {
     time: u32,
     /// When `time` was so.
     at: Instant,
-    auth_key: Vec<u8>,
-    privacy_key: Vec<u8>,
+    auth_key: Zeroizing<Vec<u8>>,
+    privacy_key: Zeroizing<Vec<u8>>,
 }
 
 impl Engine {
@@ -52,7 +53,7 @@ impl Engine {
             (Some((auth, _)), Some((privacy, key))) => privacy.localized(*auth, key, id),
             _ => Vec::new(),
         };
-        Self { id: id.to_vec(), boots, time, at: now, auth_key, privacy_key }
+        Self { id: id.to_vec(), boots, time, at: now, auth_key: auth_key.into(), privacy_key: privacy_key.into() }
     }
 
     /// Its time now: it goes on by itself between messages.
