@@ -4,7 +4,8 @@ use crate::process::{QUICK, Sentinel, target, until, write_private};
 use crate::receiver::Receiver;
 
 /// Each is wrong in its own way; the text must be in the complaint.
-const MISTAKES: [(&str, &str); 32] = [
+const MISTAKES: [(&str, &str); 33] = [
+    ("[log]\noutput = \"file\"", "log.file"),
     ("unknown = 1", "unknown"),
     ("[buffer]\nsize = 1", "buffer.size"),
     ("buffer = 3", "buffer"),
@@ -115,4 +116,27 @@ fn secrets_are_in_no_log_no_status_no_metric_and_no_core_dump() {
             assert!(!octets.windows(9).any(|nine| nine == b"swordfish"));
         }
     }
+}
+
+#[test]
+fn log_lines_go_to_a_file_as_json_when_that_is_asked_for() {
+    let receiver = Receiver::new();
+    let to = target("one", "prometheus", &receiver.url());
+    let mut sentinel = Sentinel::new("");
+    let file = sentinel.scratch.path("s.log");
+    sentinel.configure(&format!("log = {{ output = \"file\", format = \"json\", file = {file:?} }}\n{to}"));
+    sentinel.start();
+    sentinel.configure(&format!("log = {{ output = \"both\", file = {file:?} }}\n{to}"));
+    assert!(sentinel.command("reload").status.success());
+    let lines = |text: &str| text.lines().map(str::to_string).collect::<Vec<_>>();
+    let text = until("a line of text", || {
+        let text = lines(&std::fs::read_to_string(&file).unwrap());
+        text.last().is_some_and(|last| last.contains("in force")).then_some(text)
+    });
+    let (json, plain): (Vec<_>, Vec<_>) = text.iter().partition(|line| line.starts_with('{'));
+    assert!(json.iter().all(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["level"].is_string()));
+    assert!(plain.iter().all(|line| line.contains("Z warren[sentinel]: ")));
+    // Standard error has what was told since, and nothing from before.
+    assert!(sentinel.log().contains("in force") && !sentinel.log().contains('{'));
+    assert_eq!(sentinel.stop(), 0);
 }
