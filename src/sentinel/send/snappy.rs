@@ -133,13 +133,13 @@ fn cost(offset: usize, length: usize) -> usize {
 
 fn put_copy(out: &mut Vec<u8>, offset: usize, length: usize) {
     match cost(offset, length) {
-        2 => out.extend([1 | (length - 4 << 2) as u8 | (offset >> 8 << 5) as u8, offset as u8]),
+        2 => out.extend([1 | ((length - 4) << 2) as u8 | ((offset >> 8) << 5) as u8, offset as u8]),
         3 => {
-            out.push(2 | (length - 1 << 2) as u8);
+            out.push(2 | ((length - 1) << 2) as u8);
             out.extend_from_slice(&(offset as u16).to_le_bytes());
         }
         _ => {
-            out.push(3 | (length - 1 << 2) as u8);
+            out.push(3 | ((length - 1) << 2) as u8);
             out.extend_from_slice(&(offset as u32).to_le_bytes());
         }
     }
@@ -152,7 +152,7 @@ fn put_literal(out: &mut Vec<u8>, octets: &[u8]) {
     } else {
         let length = (last as u32).to_le_bytes();
         let significant = 4 - (last as u32).leading_zeros() as usize / 8;
-        out.push((59 + significant << 2) as u8);
+        out.push(((59 + significant) << 2) as u8);
         out.extend_from_slice(&length[..significant]);
     }
     out.extend_from_slice(octets);
