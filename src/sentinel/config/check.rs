@@ -91,6 +91,9 @@ impl Config {
         for rule in &self.rule {
             rule.check().map_err(|message| wrong("rule", message))?;
         }
+        for aggregate in &self.aggregate {
+            aggregate.check().map_err(|message| wrong("aggregate", message))?;
+        }
         Ok(())
     }
 }

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use super::aggregate::Aggregate;
 use super::log::Policy;
 use super::process::Rule;
 use super::secret::{Given, Secret};
@@ -55,6 +56,8 @@ pub struct Config {
     pub log: LogSettings,
     /// `[[rule]]`: the processor stage, in order.
     pub rule: Vec<Rule>,
+    /// `[[aggregate]]`: windows, after the rules.
+    pub aggregate: Vec<Aggregate>,
     /// `[[task]]`: tasks of this file's own.
     pub task: Vec<TaskEntry>,
 }

@@ -22,6 +22,7 @@ use super::socket;
 use super::state::{Shared, State};
 use super::system;
 use super::taskbook::TaskBook;
+use crate::sentinel::aggregate::Aggregator;
 use crate::sentinel::collect::{Collector, Settings, Stats};
 use crate::sentinel::collectors::BUILT_IN;
 use crate::sentinel::config::{BufferMode, Config, Overlay, SenderMode, Source};
@@ -170,6 +171,7 @@ fn start(config: Config, events: &Sender<Event>) -> Result<Parts, String> {
     let table = Arc::new(SeriesTable::new(config.collector.max_series as usize));
     let processor =
         Processor::new(labels(&config), &config.rule, Arc::clone(&table)).map_err(|e| failed("rule", &e))?;
+    let aggregator = Aggregator::new(&config.aggregate, Arc::clone(&table)).map_err(|e| failed("aggregate", &e))?;
     let files: Arc<dyn Files> = match config.buffer.mode {
         BufferMode::Memory => Arc::new(Memory::default()),
         BufferMode::Disk => {
@@ -198,7 +200,7 @@ fn start(config: Config, events: &Sender<Event>) -> Result<Parts, String> {
         })
         .transpose()
         .map_err(|e| failed("core", &e))?;
-    let intake = Arc::new(Intake::new(processor, Arc::clone(&log)));
+    let intake = Arc::new(Intake::new(processor, aggregator, Arc::clone(&log)));
     let collector = Collector::start(
         settings(&config),
         Arc::clone(&book) as Arc<dyn TaskSource>,
@@ -339,6 +341,7 @@ fn tick(parts: &Arc<Parts>) -> io::Result<()> {
                 _ => Duration::from_secs(1),
             };
             thread::sleep(interval);
+            parts.intake.close_windows(Some(wall_ms()));
             parts.log.tick();
             if swept.elapsed() >= SWEEP {
                 swept = Instant::now();
@@ -376,6 +379,12 @@ fn wait(parts: &Parts, source: &Source, inbox: &Receiver<Event>) {
     }
 }
 
+/// Milliseconds since 1970-01-01 UTC.
+fn wall_ms() -> i64 {
+    let since = SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
 /// When a file was changed, and its number: an editor may put a new one in its place.
 fn modified(path: &Path) -> Option<(SystemTime, u64)> {
     use std::os::unix::fs::MetadataExt;
@@ -391,6 +400,7 @@ fn stop(parts: &Parts) -> Result<(), String> {
     if let Some(collector) = collector {
         collector.stop(STOP_WAIT);
     }
+    parts.intake.close_windows(None);
     let lanes = std::mem::take(&mut parts.live().lanes);
     parts.log.close();
     lanes.iter().for_each(Lane::drain);
@@ -466,12 +476,16 @@ impl Parts {
                 != (old.sender.mode, &old.core, &old.heartbeat, &old.name, &old.region, &old.labels);
         let core = if core_changed { CoreOptions::new(&config, &self.id)? } else { None };
         let processor = Processor::new(labels(&config), &config.rule, Arc::clone(&self.table))?;
+        let aggregator = Aggregator::new(&config.aggregate, Arc::clone(&self.table))?;
         if config.log != old.log {
             logfile::apply(&config.log)?;
         }
         // From here on nothing is wrong with it.
         if config.rule != old.rule || labels(&config) != labels(old) {
             self.intake.set_processor(processor);
+        }
+        if config.aggregate != old.aggregate {
+            self.intake.set_aggregator(aggregator);
         }
         self.log.set_options(config.log_options());
         self.book.set_own(config.tasks());
