@@ -10,6 +10,7 @@ pub mod control;
 pub mod fuzz;
 pub mod guest;
 pub mod init;
+pub mod network;
 pub mod node;
 pub mod sandbox;
 pub mod sentinel;

@@ -134,7 +134,10 @@ fn ps_is_a_table_of_what_is_not_stopped() {
     let text = stdout(&run(&node, &["ps"]));
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines.len(), 2);
-    assert!(lines[0].starts_with("ID             NAME   TEMPLATE   STATE     CPUS   MEMORY    CREATED"), "{text}");
+    assert!(
+        lines[0].starts_with("ID             NAME   TEMPLATE   STATE     CPUS   MEMORY    NETWORK   CREATED"),
+        "{text}"
+    );
     assert!(lines[1].starts_with("abcdefghijkl   7      base       running   1      512 MiB   "), "{text}");
     assert_eq!(stdout(&run(&node, &["ps", "-aq"])), "abcdefghijkl\nmnopqrstuvwx\n");
 }

@@ -331,18 +331,22 @@ impl Node {
         path
     }
 
+    /// Where `vm-rig` is on the node, put there by the first call.
+    pub fn rig_program(&self) -> &str {
+        self.rig_there.get_or_init(|| {
+            self.put_program(&artefacts::node_tool("guest-tool"));
+            self.put_program(&artefacts::node_tool("hostile-guest"));
+            self.put_program(&artefacts::node_tool("jail-probe"));
+            self.put_program(&artefacts::node_tool("vm-rig"))
+        })
+    }
+
     /// Runs a scenario of `vm-rig` on the node (see docs/testing.md) and gives what it printed.
     ///
     /// # Panics
     /// When it fails; the message is its standard error.
     pub fn rig(&self, arguments: &[&str]) -> String {
-        let path = self.rig_there.get_or_init(|| {
-            self.put_program(&artefacts::node_tool("guest-tool"));
-            self.put_program(&artefacts::node_tool("hostile-guest"));
-            self.put_program(&artefacts::node_tool("jail-probe"));
-            self.put_program(&artefacts::node_tool("vm-rig"))
-        });
-        let mut argv = vec![path.as_str()];
+        let mut argv = vec![self.rig_program()];
         argv.extend(arguments);
         let factor = format!("WARREN_TEST_TIME_FACTOR={}", timing::factor());
         let mut call = self.root().start(root_exec(&argv).set("env", factor));

@@ -7,6 +7,8 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use clap_complete::Shell;
 
+use crate::wire::Request;
+
 /// Where the node listens when neither `--socket` nor `WARREN_SOCKET` says otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/warren/control.sock";
 
@@ -70,8 +72,11 @@ pub enum Verb {
         #[arg(value_name = "SANDBOX")]
         id: String,
         /// Memory it is asked to do with; what is above goes back to the node as far as the guest can spare it
-        #[arg(long, required = true, value_name = "SIZE", value_parser = parse_mib)]
-        memory_target: u64,
+        #[arg(long, required_unless_present = "network", value_name = "SIZE", value_parser = parse_mib)]
+        memory_target: Option<u64>,
+        /// What it may reach; the lists are as a whole what they are from now on
+        #[command(flatten)]
+        network: NetworkArgs,
     },
     /// Stop sandboxes; their disks stay
     Stop {
@@ -157,6 +162,29 @@ pub enum TemplateVerb {
     },
 }
 
+/// What a sandbox may reach.
+#[derive(Debug, Default, Args)]
+pub struct NetworkArgs {
+    /// Whether it reaches the internet [default: off]
+    #[arg(long, value_name = "on|off", value_parser = ["on", "off"])]
+    pub network: Option<String>,
+    /// A range of IPv4 addresses that it may reach; nothing else then, but for what has a longer prefix in --deny
+    #[arg(long, value_name = "CIDR", requires = "network", value_delimiter = ',')]
+    pub allow: Vec<String>,
+    /// A range of IPv4 addresses that it may not reach
+    #[arg(long, value_name = "CIDR", requires = "network", value_delimiter = ',')]
+    pub deny: Vec<String>,
+}
+
+impl NetworkArgs {
+    /// The request with these.
+    pub fn add_to(&self, request: Request) -> Request {
+        let request = self.network.iter().fold(request, |request, network| request.set("network", network));
+        let request = self.allow.iter().fold(request, |request, range| request.set("allow", range));
+        self.deny.iter().fold(request, |request, range| request.set("deny", range))
+    }
+}
+
 /// What a new sandbox shall be like.
 #[derive(Debug, Default, Args)]
 pub struct Shape {
@@ -179,6 +207,12 @@ pub struct Shape {
     /// Most megabytes (10^6) a second to and from all disks together
     #[arg(long, value_name = "N")]
     pub disk_mbps: Option<u64>,
+    /// Its network
+    #[command(flatten)]
+    pub network: NetworkArgs,
+    /// Most megabytes (10^6) a second over the network, each way
+    #[arg(long, value_name = "N", requires = "network")]
+    pub net_mbps: Option<u64>,
     /// An environment variable for commands; without =VALUE it is taken from here
     #[arg(short, long, value_name = "NAME[=VALUE]", action = ArgAction::Append)]
     pub env: Vec<String>,

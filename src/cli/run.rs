@@ -149,10 +149,12 @@ fn make(client: &mut Client, shape: &Shape, template: Option<&str>) -> Result<Fi
         ("memory_mib", shape.memory),
         ("disk_iops", shape.disk_iops),
         ("disk_mbps", shape.disk_mbps),
+        ("net_mbps", shape.net_mbps),
     ];
     for (key, value) in numbers.into_iter().filter_map(|(key, value)| Some((key, value?))) {
         request = request.set(key, value);
     }
+    request = shape.network.add_to(request);
     for disk in &shape.disk {
         request = match disk {
             // Given twice, the node says so.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::Failure;
-use super::args::PsArgs;
+use super::args::{NetworkArgs, PsArgs};
 use super::client::{CONNECTION_LOST, Call, Client};
 use super::output::{ago, human_bytes, human_seconds, json_object, print, print_error, print_json, printable, table};
 use crate::wire::{Code, Error, Fields, Request};
@@ -40,7 +40,7 @@ pub fn ps(client: &mut Client, args: &PsArgs, json: bool) -> Result<u8, Failure>
         print(rows.iter().map(|row| text(row, "id") + "\n").collect::<String>())?;
     } else {
         let rows: Vec<Vec<String>> = rows.iter().map(sandbox_row).collect();
-        print(table(&["ID", "NAME", "TEMPLATE", "STATE", "CPUS", "MEMORY", "CREATED"], &rows))?;
+        print(table(&["ID", "NAME", "TEMPLATE", "STATE", "CPUS", "MEMORY", "NETWORK", "CREATED"], &rows))?;
     }
     Ok(0)
 }
@@ -52,7 +52,12 @@ fn sandbox_row(row: &Fields) -> Vec<String> {
     };
     let created = row.number("created_ms").map(ago).unwrap_or_default();
     let memory = size(row, "memory_mib", MIB);
-    vec![text(row, "id"), text(row, "name"), text(row, "template"), state, text(row, "vcpus"), memory, created]
+    let network = match (row.get("network"), row.get("address")) {
+        (Some("on"), Some(address)) => address.to_string(),
+        _ => text(row, "network"),
+    };
+    let (id, name, template) = (text(row, "id"), text(row, "name"), text(row, "template"));
+    vec![id, name, template, state, text(row, "vcpus"), memory, network, created]
 }
 
 /// `warren inspect` and `warren template inspect`: a JSON list, one object a name, as docker has it.
@@ -112,11 +117,25 @@ fn usage_row(row: &Fields) -> Vec<String> {
 }
 
 /// `warren update`.
-pub fn update(client: &mut Client, id: &str, memory_target_mib: u64, json: bool) -> Result<u8, Failure> {
-    let request = Request::new("", "sandbox.update").arg(id).set("memory_target_mib", memory_target_mib);
-    let reply = client.call(request)?;
+pub fn update(
+    client: &mut Client,
+    id: &str,
+    memory_target_mib: Option<u64>,
+    network: &NetworkArgs,
+    json: bool,
+) -> Result<u8, Failure> {
+    let request = || Request::new("", "sandbox.update").arg(id);
+    // The node takes a request for each.
+    let memory = memory_target_mib.map(|mib| request().set("memory_target_mib", mib));
+    let network = network.network.as_ref().map(|_| network.add_to(request()));
+    let mut said = Fields::new();
+    for request in memory.into_iter().chain(network) {
+        let reply = client.call(request)?.fields;
+        let first = said.0.is_empty();
+        said.0.extend(reply.0.into_iter().filter(|(key, _)| first || key != "id"));
+    }
     if json {
-        print_json(&json_object(&reply.fields))?;
+        print_json(&json_object(&said))?;
     } else {
         print(format!("{id}\n"))?;
     }

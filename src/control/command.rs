@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::init::StopMode;
 use crate::sandbox::lifecycle::State;
+use crate::sandbox::network;
 use crate::sandbox::spec::{Defaults, MEMORY_MIB, MIN_MEMORY_TARGET_MIB, Spec, Update};
 use crate::wire::{Arg, Args, Code, Error, Request};
 
@@ -131,7 +132,7 @@ verbs! {
         done(args, Command::TemplateInspect(name))
     };
     "sandbox.create",
-    "[template=base] [name=NAME] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [env=K=V]* [label=K=V]* [progress=true]",
+    "[template=base] [name=NAME] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [net_mbps=N] [env=K=V]* [label=K=V]* [progress=true]",
     "create a sandbox and wait until it answers", sandbox_create;
     "sandbox.list", "[state=STATE]", "the sandboxes", sandbox_list;
     "sandbox.inspect", "SANDBOX", "one sandbox", |_, mut args, _| {
@@ -144,7 +145,7 @@ verbs! {
         let sandbox = sandbox(&mut args)?;
         done(args, Command::SandboxStats(sandbox))
     };
-    "sandbox.update", "SANDBOX memory_target_mib=N", "change a running sandbox", sandbox_update;
+    "sandbox.update", "SANDBOX memory_target_mib=N | network=on|off [allow=CIDR,…]* [deny=CIDR,…]*", "change a running sandbox", sandbox_update;
     "sandbox.logs", "SANDBOX [follow=true]", "the serial log, on channel log", sandbox_logs;
     "exec.start",
     "SANDBOX ARG+ [env=K=V]* [cwd=PATH] [user=USER] [stdin=true] [tty=true cols=N rows=N] [timeout_ms=N] [detach=true]",
@@ -232,9 +233,17 @@ fn sandbox_remove(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error
 
 fn sandbox_update(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
     let sandbox = sandbox(&mut args)?;
-    let target = args.number("memory_target_mib", MIN_MEMORY_TARGET_MIB..=*MEMORY_MIB.end())?;
-    let memory_target_mib = target.ok_or_else(|| missing("memory_target_mib"))?;
-    done(args, Command::SandboxUpdate { sandbox, update: Update { memory_target_mib } })
+    let memory = args.number("memory_target_mib", MIN_MEMORY_TARGET_MIB..=*MEMORY_MIB.end())?;
+    let update = match (memory, network::take(&mut args)?) {
+        (Some(mib), None) => Update::Memory(mib),
+        (None, Some(policy)) => Update::Network(policy),
+        (None, None) => return Err(missing("memory_target_mib")),
+        (Some(_), Some(_)) => {
+            let error = Error::new(Code::BadArgument, "memory and network are changed by a request each");
+            return Err(error.with("argument", "network"));
+        }
+    };
+    done(args, Command::SandboxUpdate { sandbox, update })
 }
 
 fn sandbox_logs(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {

@@ -11,6 +11,7 @@ mod influx;
 mod mmio;
 mod modbus;
 mod net;
+mod netlink;
 mod node;
 mod overlay;
 mod sentinel_log;
@@ -27,6 +28,7 @@ pub use influx::influx;
 pub use mmio::mmio;
 pub use modbus::modbus;
 pub use net::net;
+pub use netlink::netlink;
 pub use node::node;
 pub use overlay::overlay;
 pub use sentinel_log::sentinel_log;
@@ -73,7 +75,7 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 15] = [
+    const TARGETS: [Target; 16] = [
         ("block", block),
         ("elf", elf),
         ("exposition", exposition),
@@ -81,6 +83,7 @@ mod tests {
         ("influx", influx),
         ("modbus", modbus),
         ("net", net),
+        ("netlink", netlink),
         ("node", node),
         ("mmio", mmio),
         ("overlay", overlay),

@@ -85,10 +85,12 @@ impl Supervisor {
                     self.let_go(&id, fresh_boot || state == State::Stopped);
                 }
                 Fate::Adopt => {
+                    self.take_over_slot(&mut sandbox, row.net_address.as_deref());
                     self.sandboxes.insert(id.clone(), sandbox);
                     if let Err(e) = self.take_over_worker(&id, processes[0]) {
                         log::error!("sandbox {id} cannot be taken over: {e}");
                         if let Some(sandbox) = self.sandboxes.get_mut(&id) {
+                            (sandbox.slot, sandbox.holds_slot) = (None, false);
                             sandbox.state = State::Error;
                             sandbox.reason = format!("its worker could not be taken over: {e}");
                             sandbox.ended_ms = Some(now_ms());
@@ -120,6 +122,17 @@ impl Supervisor {
             }
             sandbox.next_exec = sandbox.next_exec.max(row.exec_id + 1);
             sandbox.execs.insert(row.exec_id, exec);
+        }
+    }
+
+    /// The slot goes with the worker. Without it the sandbox reaches nothing.
+    fn take_over_slot(&self, sandbox: &mut Sandbox, address: Option<&str>) {
+        let Some(address) = address else { return };
+        sandbox.slot = address.parse().ok().and_then(|address| self.network_settings.plan.slot_of(address));
+        sandbox.holds_slot = sandbox.slot.is_some();
+        if !sandbox.holds_slot {
+            let (id, range) = (&sandbox.id, self.network_settings.plan.range());
+            log::error!("sandbox {id} has the address {address}, which is not in network.range {range} any more");
         }
     }
 

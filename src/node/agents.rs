@@ -93,11 +93,11 @@ impl Supervisor {
             worker.routes.remove(message.tag());
         }
         match route {
-            Route::Configure => {
-                if let Message::Err { error, .. } = message {
-                    log::error!("sandbox {id} could not be configured: {error}");
-                }
-            }
+            Route::Configure => match message {
+                Message::Ok { .. } => self.configured(id, Ok(())),
+                Message::Err { error, .. } => self.configured(id, Err(error)),
+                _ => {}
+            },
             Route::PowerOff | Route::Unheeded => {}
             Route::Survey => self.surveyed(id, &message),
             Route::Exec(number) => self.take_exec_answer(id, number, message),

@@ -35,6 +35,15 @@ impl<D: Send + 'static> Background<D> {
         Ok(())
     }
 
+    /// A way for a thread that stays to hand results to the loop.
+    pub fn reporter(&self) -> impl Fn(D) + Send + 'static + use<D> {
+        let (done, waker) = (self.done.clone(), Arc::clone(&self.waker));
+        move |result| {
+            let _ = done.send(result);
+            let _ = waker.wake();
+        }
+    }
+
     /// The next result.
     pub fn finished(&self) -> Option<D> {
         self.results.try_recv().ok()

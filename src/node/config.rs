@@ -10,11 +10,18 @@ use std::time::Duration;
 use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
 
+use crate::network::Settings;
+use crate::network::cidr::Cidr;
+use crate::network::plan::{MAX_SLOTS, Plan};
+use crate::network::policy::special;
+use crate::network::pool::Limits;
 use crate::sandbox::disk::is_file_name;
 use crate::sentinel;
 
 /// Where the node keeps the file.
 pub const DEFAULT_PATH: &str = "/etc/warren/warren.toml";
+/// Most name servers: what resolvers take (MAXNS, resolv.conf(5)).
+pub const MAX_DNS: usize = 3;
 /// More than this is no configuration file.
 const MAX_FILE: u64 = 1024 * 1024;
 
@@ -34,6 +41,8 @@ pub struct Config {
     pub jail: Jail,
     /// `[disks]`
     pub disks: Disks,
+    /// `[network]`
+    pub network: Network,
     /// `[log]`
     pub log: Log,
     /// `[sentinel]`, with the tables of the sentinel's own file in it; without it no sentinel runs.
@@ -112,6 +121,28 @@ pub struct Disks {
     pub devices: BTreeMap<String, PathBuf>,
 }
 
+/// The sandboxes' network: docs/network.md.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Network {
+    /// Addresses of all links, two for each, /15 to /31.
+    pub range: String,
+    /// Ranges that no sandbox reaches, beside those that are not the public internet.
+    pub never: Vec<String>,
+    /// IPv4 addresses that guests ask for names.
+    pub dns: Vec<String>,
+    /// Slots kept ready, 0–1,024.
+    pub min_ready: u64,
+    /// Slots at most, ready or in use, 1–65,536 and no more than the range has.
+    pub max: u64,
+    /// Seconds after which an unused slot beyond `min_ready` goes, 1–86,400.
+    pub idle_timeout_s: u64,
+    /// Seconds after which a slot is not used again, 60–2,592,000.
+    pub max_age_s: u64,
+    /// Milliseconds that a sandbox waits for a slot, 0–600,000.
+    pub wait_ms: u64,
+}
+
 /// The log.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -181,6 +212,68 @@ impl Jail {
 impl Default for Disks {
     fn default() -> Self {
         Self { directory: "/data/disks".into(), devices: BTreeMap::new() }
+    }
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            range: "10.201.0.0/16".to_string(),
+            never: Vec::new(),
+            dns: vec!["1.1.1.1".to_string(), "9.9.9.9".to_string()],
+            min_ready: 4,
+            max: 1024,
+            idle_timeout_s: 300,
+            max_age_s: 86_400,
+            wait_ms: 5000,
+        }
+    }
+}
+
+impl Network {
+    /// The table as the network takes it. The error names the key that is at fault.
+    pub fn settings(&self, run: &Path) -> Result<Settings, (&'static str, String)> {
+        let range = self.range.parse().map_err(|e| ("network.range", e))?;
+        let plan = Plan::new(range)
+            .ok_or_else(|| ("network.range", format!("{range} is out of range: a prefix of /15 to /31")))?;
+        within("network.min_ready", self.min_ready, 0..=1024)?;
+        within("network.max", self.max, 1..=u64::from(MAX_SLOTS))?;
+        let slots = plan.slots();
+        if self.max > u64::from(slots) {
+            return Err(("network.max", format!("{} slots are more than {range} has: {slots}", self.max)));
+        }
+        within("network.idle_timeout_s", self.idle_timeout_s, 1..=86_400)?;
+        within("network.max_age_s", self.max_age_s, 60..=2_592_000)?;
+        within("network.wait_ms", self.wait_ms, 0..=600_000)?;
+        let never = self.never.iter().map(|text| text.parse().map_err(|e| ("network.never", e)));
+        let never = never.collect::<Result<Vec<Cidr>, _>>()?;
+        self.servers(&never, range)?;
+        let limits = Limits {
+            min_ready: self.min_ready as u32,
+            max: self.max as u32,
+            idle: Duration::from_secs(self.idle_timeout_s),
+            age: Duration::from_secs(self.max_age_s),
+            wait: Duration::from_millis(self.wait_ms),
+        };
+        Ok(Settings { plan, limits, never, run: run.to_path_buf() })
+    }
+
+    /// Name servers that no sandbox could reach are a mistake.
+    fn servers(&self, never: &[Cidr], range: Cidr) -> Result<(), (&'static str, String)> {
+        if self.dns.len() > MAX_DNS {
+            return Err(("network.dns", format!("{} servers are over the limit of {MAX_DNS}", self.dns.len())));
+        }
+        for server in &self.dns {
+            let address = server.parse::<std::net::Ipv4Addr>();
+            let address = address.map_err(|_| ("network.dns", format!("{server:?} is no IPv4 address")))?;
+            let one = Cidr::new(address.octets(), 32);
+            let why = never.iter().chain([&range]).find(|range| range.contains(address));
+            let why = special(one).map(str::to_string).or_else(|| why.map(|range| format!("within {range}")));
+            if let Some(why) = why {
+                return Err(("network.dns", format!("{server} can be reached by no sandbox: {why}")));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -287,6 +380,7 @@ impl Config {
             }
             absolute("disks.devices", path)?;
         }
+        self.network.settings(&self.paths.run)?;
         Ok(())
     }
 }
@@ -465,6 +559,13 @@ mod tests {
             fails("[disks]\ndevices = { a = \"/dev/vdc\", b = \"vdd\" }"),
             "w.toml:2: disks.devices: \"vdd\" is not an absolute path"
         );
+        assert_eq!(
+            fails("[network]\nrange = \"10.0.0.0/24\""),
+            "w.toml: network.max: 1024 slots are more than 10.0.0.0/24 has: 128"
+        );
+        assert!(fails("[network]\nrange = \"10.0.0.0/14\"").starts_with("w.toml:2: network.range: 10.0.0.0/14 is out"));
+        assert!(fails("[network]\ndns = [\"10.0.0.1\"]").ends_with("reached by no sandbox: private use, RFC 1918"));
+        assert!(fails("[network]\nnever = [\"1.2.3.4/8\"]").contains("bits behind its prefix"));
         assert!(fails("[disks]\ndevices = { \"a/b\" = \"/dev/vdc\" }").contains("is not a name"));
         for name in ["", "Node", "-a", "a-", "a..b", "a_b", "a b", &"a".repeat(64), &["a"; 33].join(".")] {
             let error = parse(&format!("[node]\nname = {name:?}")).unwrap_err();

@@ -244,6 +244,13 @@ impl Supervisor {
     fn release(&mut self, id: &SandboxId, extent: Extent) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.releasing = true;
+        sandbox.tap = None;
+        if let (true, Some(network)) = (std::mem::take(&mut sandbox.holds_slot), &self.network) {
+            // Its end of the network first: `slot_released` goes on.
+            sandbox.after_network = Some(extent);
+            network.release(id.as_str());
+            return;
+        }
         let (home, owned) = (sandbox.home.clone(), id.clone());
         let started = self.background.run("release", move || {
             let result = match extent {
@@ -256,6 +263,16 @@ impl Supervisor {
         if let Err(e) = started {
             log::error!("sandbox {id}: no thread to take it down: {e}");
             sandbox.releasing = false;
+        }
+    }
+
+    /// A sandbox's network slot is given back: the rest follows.
+    pub(super) fn slot_released(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        sandbox.slot = None;
+        if let Some(extent) = sandbox.after_network.take() {
+            self.record(id);
+            self.release(id, extent);
         }
     }
 
@@ -350,7 +367,7 @@ impl Supervisor {
 
 /// How much of a sandbox is taken down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Extent {
+pub enum Extent {
     /// Socket and cgroup; the disk stays.
     Worker,
     /// The disk as well; logs and outputs stay.

@@ -1,19 +1,23 @@
 //! A sandbox while the supervisor looks after it: its record, its worker, its programs, who waits for it.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use mio::Token;
 use mio::net::UnixStream;
 
+use super::finish::Extent;
 use super::stats::Inquiry;
 use crate::init::ChildStatus;
+use crate::network::plan::Slot;
 use crate::sandbox::agent::Agent;
 use crate::sandbox::disk::DiskSpec;
 use crate::sandbox::exec::Exec;
 use crate::sandbox::home::Home;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
+use crate::sandbox::network;
 use crate::sandbox::spec::Spec;
 use crate::storage::state::{ExecutionRow, SandboxRow};
 use crate::wire::{Error, Fields, Link};
@@ -117,6 +121,14 @@ pub struct Sandbox {
     pub ended_ms: Option<u64>,
     /// Its places on the node.
     pub home: Home,
+    /// Its place in the network, while it has one.
+    pub slot: Option<Slot>,
+    /// Its end of the network, until the worker has it.
+    pub tap: Option<File>,
+    /// A slot was asked for and not given back.
+    pub holds_slot: bool,
+    /// What is to be taken down once its slot is given back.
+    pub after_network: Option<Extent>,
     /// The user id that its worker runs by, until all of that is taken down.
     pub uid: Option<u32>,
     /// Its worker, while there is one.
@@ -146,6 +158,10 @@ impl Sandbox {
             started_ms: None,
             ended_ms: None,
             home,
+            slot: None,
+            tap: None,
+            holds_slot: false,
+            after_network: None,
             uid: None,
             worker: None,
             execs: BTreeMap::new(),
@@ -168,6 +184,11 @@ impl Sandbox {
             disks: row.disks.iter().map(|disk| DiskSpec::parse(disk).ok()).collect::<Option<_>>()?,
             disk_iops: row.disk_iops,
             disk_mbps: row.disk_mbps,
+            network: match &row.network {
+                Some(word) => Some(network::of_row(word, &row.net_allow, &row.net_deny)?),
+                None => None,
+            },
+            net_mbps: row.net_mbps,
             env: row.env.clone(),
             labels: row.labels.iter().map(|(k, v)| (k.clone(), v.clone())).collect(),
         };
@@ -184,6 +205,7 @@ impl Sandbox {
 
     /// The sandbox as the database keeps it.
     pub fn row(&self) -> SandboxRow {
+        let policy = self.spec.network.as_ref();
         SandboxRow {
             id: self.id.to_string(),
             name: self.spec.name.clone(),
@@ -197,6 +219,11 @@ impl Sandbox {
             disks: self.spec.disks.iter().map(ToString::to_string).collect(),
             disk_iops: self.spec.disk_iops,
             disk_mbps: self.spec.disk_mbps,
+            network: self.spec.network.as_ref().map(|policy| network::word(policy).to_string()),
+            net_allow: policy.iter().flat_map(|policy| policy.allow()).map(|range| range.to_string()).collect(),
+            net_deny: policy.iter().flat_map(|policy| policy.deny()).map(|range| range.to_string()).collect(),
+            net_mbps: self.spec.net_mbps,
+            net_address: self.slot.as_ref().map(|slot| slot.guest.to_string()),
             env: self.spec.env.clone(),
             labels: self.spec.labels.iter().cloned().collect(),
             created_ms: self.created_ms,
@@ -216,7 +243,11 @@ impl Sandbox {
         if !self.reason.is_empty() {
             fields = fields.with("reason", &self.reason);
         }
-        fields = self.spec.fields(fields).with("created_ms", self.created_ms);
+        fields = self.spec.fields(fields);
+        if let Some(slot) = &self.slot {
+            fields = fields.with("address", slot.guest);
+        }
+        fields = fields.with("created_ms", self.created_ms);
         for (key, time) in [("started_ms", self.started_ms), ("ended_ms", self.ended_ms)] {
             if let Some(time) = time {
                 fields = fields.with(key, time);

@@ -11,6 +11,7 @@ mod instance;
 mod listener;
 pub mod logging;
 mod logs;
+mod network;
 mod requests;
 mod settle;
 mod start;

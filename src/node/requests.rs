@@ -48,6 +48,8 @@ pub enum Job {
         /// The tag on the worker's control link.
         route: String,
     },
+    /// It waits for a change of a sandbox's network, by its ticket.
+    NetworkChange(u64),
     /// It waits for the node to stop.
     NodeStop,
 }
@@ -402,6 +404,7 @@ impl Supervisor {
                 }
             }
             Job::Inquiry { sandbox, route } => self.forget_inquiry(&sandbox, &route),
+            Job::NetworkChange(ticket) => self.forget_network_change(ticket),
             Job::Logs(_) | Job::NodeStop => {}
         }
     }

@@ -9,6 +9,7 @@ use mio::net::UnixStream;
 
 use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
 use super::supervisor::{Done, Supervisor, Timer, now_ms};
+use crate::network::MTU;
 use crate::sandbox::agent::{Agent, Approach};
 use crate::sandbox::disk::Shelf;
 use crate::sandbox::home::Opened;
@@ -63,7 +64,7 @@ impl Supervisor {
     }
 
     /// Goes on with a sandbox once its template is known to be whole.
-    fn schedule(&mut self, id: &SandboxId) -> Result<(), Error> {
+    pub(super) fn schedule(&mut self, id: &SandboxId) -> Result<(), Error> {
         let Some(sandbox) = self.sandboxes.get(id) else { return Ok(()) };
         let name = sandbox.spec.template.clone();
         if self.catalogue.importing && self.catalogue.row(&name).is_err() {
@@ -72,6 +73,9 @@ impl Supervisor {
         }
         let template = self.catalogue.get(&name)?.clone();
         if self.catalogue.is_verified(&name)? {
+            if !self.has_slot(id)? {
+                return Ok(());
+            }
             return self.build(id, &template);
         }
         self.verify(template)
@@ -245,7 +249,16 @@ impl Supervisor {
                 request = request.set("disk", format!("{}:{mode}:fd:{}", spec.name, descriptors.len()));
                 descriptors.push(file.as_fd());
             }
+            if let (Some(slot), Some(tap)) = (&sandbox.slot, &sandbox.tap) {
+                let mac = slot.mac.map(|octet| format!("{octet:02x}")).join(":");
+                request = request.set("tap", format!("fd:{}", descriptors.len())).set("mac", mac);
+                request = request.set("ipv4", slot.guest).set("mtu", MTU);
+                descriptors.push(tap.as_fd());
+            }
+            let net_bytes = sandbox.spec.net_mbps.map(|mbps| mbps * 1_000_000);
             for (key, limit) in [
+                ("net_rx_bytes_per_s", net_bytes),
+                ("net_tx_bytes_per_s", net_bytes),
                 ("disk_iops", sandbox.spec.disk_iops),
                 ("disk_bytes_per_s", sandbox.spec.disk_mbps.map(|mbps| mbps * 1_000_000)),
             ] {
@@ -259,6 +272,7 @@ impl Supervisor {
         })();
         let (stream, mut agent) = joined.map_err(|e| Error::new(Code::VmFailed, format!("worker {pid}: {e}")))?;
         let link = Link::new(stream);
+        sandbox.tap = None;
         sandbox.state.become_(State::Starting)?;
         let (process, control, guest) = (pidfd.as_raw_fd(), link_descriptor(&link), agent.stream().as_raw_fd());
         let mut held = Worker {
@@ -292,9 +306,10 @@ impl Supervisor {
     /// The agent of a sandbox greeted: the sandbox runs.
     pub(super) fn agent_ready(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
-        let Some(worker) = &mut sandbox.worker else { return };
         let configure =
             configure_request(sandbox.spec.name.as_deref().unwrap_or(id.as_str()), &sandbox.spec, &self.catalogue);
+        let configure = sandbox.configure_network(configure, &self.config.network.dns);
+        let Some(worker) = &mut sandbox.worker else { return };
         let tag = worker.agent.request(configure);
         worker.routes.insert(tag, Route::Configure);
         self.touched_sandboxes.insert(id.clone());
@@ -302,6 +317,28 @@ impl Supervisor {
             self.survey(id);
             return;
         }
+        if sandbox.slot.is_none() {
+            self.runs(id);
+        }
+    }
+
+    /// The agent of a sandbox took its settings, or refused them. One with a network runs only with these.
+    pub(super) fn configured(&mut self, id: &SandboxId, outcome: Result<(), Error>) {
+        let Some(sandbox) = self.sandboxes.get(id) else { return };
+        let starting = sandbox.state == State::Starting;
+        match outcome {
+            Ok(()) if starting => self.runs(id),
+            Ok(()) => {}
+            Err(error) if starting => {
+                let message = format!("the guest could not be configured: {}", error.message);
+                self.fail_start(id, Error::new(Code::VmFailed, message));
+            }
+            Err(error) => log::error!("sandbox {id} could not be configured: {error}"),
+        }
+    }
+
+    fn runs(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         if let Err(e) = sandbox.state.become_(State::Running) {
             log::error!("sandbox {id}: {e}");
         }

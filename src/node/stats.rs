@@ -23,6 +23,20 @@ const PASSED_ON: &[&str] = &[
     "block_requests",
     "block_flushes",
     "block_errors",
+    "net_rx_bytes",
+    "net_rx_packets",
+    "net_rx_waits",
+    "net_rx_dropped",
+    "net_tx_bytes",
+    "net_tx_packets",
+    "net_tx_waits",
+    "net_tx_dropped_length",
+    "net_tx_dropped_header",
+    "net_tx_dropped_mac",
+    "net_tx_dropped_address",
+    "net_tx_dropped_vlan",
+    "net_tx_dropped_protocol",
+    "net_tx_dropped_host",
     "serial_dropped_bytes",
     "vsock_rx_bytes",
     "vsock_tx_bytes",
@@ -95,8 +109,12 @@ impl Supervisor {
     /// Asks a sandbox's worker to change it.
     pub(super) fn ask_update(&mut self, key: u64, tag: &str, given: &str, update: Update) -> Result<(), Error> {
         let id = self.find(given)?;
+        let mib = match update {
+            Update::Memory(mib) => mib,
+            Update::Network(policy) => return self.ask_network(key, tag, &id, policy),
+        };
         let Some(sandbox) = self.sandboxes.get(&id) else { return Ok(()) };
-        let (mib, max) = (update.memory_target_mib, u64::from(sandbox.spec.memory_mib));
+        let max = u64::from(sandbox.spec.memory_mib);
         if mib > max {
             let why = format!(
                 "memory_target_mib={mib} is out of range: {MIN_MEMORY_TARGET_MIB} to {max} (the sandbox's memory)"

@@ -19,12 +19,14 @@ use super::catalogue::Catalogue;
 use super::config::Config;
 use super::instance::Sandbox;
 use super::listener::Listener;
+use super::network::NetworkChange;
 use super::requests::Job;
 use super::timers::Timers;
 use crate::control::client::Client;
 use crate::control::port::Port;
 use crate::control::role::Role;
 use crate::init::{ExitWatch, StopMode};
+use crate::network::{Network, Report, Settings};
 use crate::sandbox::home::Places;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::spawn::Spawner;
@@ -80,6 +82,8 @@ pub(super) enum Done {
     Imported(Vec<TemplateEvent>),
     /// What an earlier supervisor left over was taken down.
     Swept { reclaimed: usize },
+    /// The network did something.
+    Network(Report),
 }
 
 /// A supervisor of one node.
@@ -109,6 +113,13 @@ pub struct Supervisor {
     /// User ids of workers.
     pub(super) uids: Uids,
     pub(super) places: Places,
+    /// The network's thread, once it runs.
+    pub(super) network: Option<Network>,
+    pub(super) network_settings: Settings,
+    /// Changes of sandboxes' networks under way, by their tickets.
+    pub(super) network_changes: HashMap<u64, NetworkChange>,
+    /// The last ticket that was given out.
+    pub(super) last_ticket: u64,
     pub(super) node_id: String,
     pub(super) started: SystemTime,
     pub(super) log_timer: bool,
@@ -182,6 +193,8 @@ impl Supervisor {
         if let Some(aside) = &snapshot.moved_aside {
             log::error!("the state database was damaged; it is kept as {} and a new one begun", aside.display());
         }
+        let network_settings =
+            config.network.settings(&config.paths.run).map_err(|(key, message)| format!("{key}: {message}"))?;
         let listener = Listener::bind(&config.control.socket).map_err(failed("control socket"))?;
         let spawner = Spawner::new().map_err(failed("the workers' namespaces"))?;
 
@@ -219,6 +232,10 @@ impl Supervisor {
             spawner,
             uids: Uids::new(config.jail.uids()),
             places,
+            network: None,
+            network_settings,
+            network_changes: HashMap::new(),
+            last_ticket: 0,
             node_id: snapshot.node_id.clone(),
             started: SystemTime::now(),
             log_timer: false,
@@ -230,6 +247,7 @@ impl Supervisor {
             config,
         };
         supervisor.take_up(&snapshot);
+        supervisor.start_network();
         supervisor.open_port();
         supervisor.import_templates();
         supervisor.timers.after(HASH_AFTER, Timer::Verify);
@@ -405,6 +423,7 @@ impl Supervisor {
                 Done::Released { sandbox, gone, result } => self.released(&sandbox, gone, result),
                 Done::Verified { template, result } => self.verified(&template, result),
                 Done::Imported(events) => self.imported(events),
+                Done::Network(report) => self.network_reported(report),
                 Done::Swept { reclaimed } => log::warn!("reclaimed {reclaimed} leftovers of an earlier run"),
             }
         }

@@ -10,6 +10,7 @@ pub mod home;
 pub mod id;
 pub mod lifecycle;
 pub mod limits;
+pub mod network;
 pub mod ring;
 pub mod spawn;
 pub mod spec;

@@ -4,6 +4,8 @@ use crate::wire::{Args, Code, Error, Fields};
 
 use super::disk::DiskSpec;
 use super::id::check_name;
+use super::network;
+use crate::network::policy::Policy;
 
 /// Fewest and most virtual CPUs.
 pub const VCPUS: std::ops::RangeInclusive<u64> = 1..=16;
@@ -17,6 +19,8 @@ pub const MAX_DISK_MIB: u64 = 1024 * 1024;
 pub const DISK_IOPS: std::ops::RangeInclusive<u64> = 1..=10_000_000;
 /// Limit of octets to and from all disks together, in 10^6 for each second.
 pub const DISK_MBPS: std::ops::RangeInclusive<u64> = 1..=1_000_000;
+/// Limit of octets each way over the network, in 10^6 for each second.
+pub const NET_MBPS: std::ops::RangeInclusive<u64> = 1..=1_000_000;
 /// Most env entries and labels, each.
 const MAX_ENTRIES: usize = 256;
 
@@ -39,6 +43,10 @@ pub struct Spec {
     pub disk_iops: Option<u64>,
     /// Octets to and from all disks together, in 10^6 for each second; no limit when not said.
     pub disk_mbps: Option<u64>,
+    /// What it may reach; without a network device when not said, or off.
+    pub network: Option<Policy>,
+    /// Octets each way over the network, in 10^6 for each second; no limit when not said.
+    pub net_mbps: Option<u64>,
     /// `KEY=value` for every program in the sandbox.
     pub env: Vec<String>,
     /// For people and programs to find it by.
@@ -46,10 +54,12 @@ pub struct Spec {
 }
 
 /// What is to be changed of a running sandbox.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Update {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Update {
     /// Memory that the guest is asked to do with, in MiB; at least `MIN_MEMORY_TARGET_MIB`.
-    pub memory_target_mib: u64,
+    Memory(u64),
+    /// What it may reach over the network.
+    Network(Policy),
 }
 
 /// What the node gives when a request does not say.
@@ -78,6 +88,11 @@ impl Spec {
         let disk_iops = args.number("disk_iops", DISK_IOPS)?;
         let disk_mbps = args.number("disk_mbps", DISK_MBPS)?;
         let disks = DiskSpec::take(args)?;
+        let network = network::take(args)?.filter(|policy| policy.on);
+        let net_mbps = args.number("net_mbps", NET_MBPS)?;
+        if net_mbps.is_some() && network.is_none() {
+            return Err(bad("net_mbps", "net_mbps has a meaning with network=on only"));
+        }
         let mut env = Vec::new();
         for entry in args.all("env") {
             env.push(check_env(entry)?);
@@ -97,7 +112,20 @@ impl Spec {
                     .with("max", MAX_ENTRIES));
             }
         }
-        Ok(Self { template, name, vcpus, memory_mib, disk_mib, disks, disk_iops, disk_mbps, env, labels })
+        Ok(Self {
+            template,
+            name,
+            vcpus,
+            memory_mib,
+            disk_mib,
+            disks,
+            disk_iops,
+            disk_mbps,
+            network,
+            net_mbps,
+            env,
+            labels,
+        })
     }
 
     /// The spec as fields of a reply.
@@ -108,7 +136,8 @@ impl Spec {
             .with("memory_mib", self.memory_mib)
             .with("disk_mib", self.disk_mib.unwrap_or(0));
         let fields = self.disks.iter().fold(fields, |fields, disk| fields.with("disk", disk));
-        let limits = [("disk_iops", self.disk_iops), ("disk_mbps", self.disk_mbps)];
+        let fields = network::fields(self.network.as_ref(), fields);
+        let limits = [("disk_iops", self.disk_iops), ("disk_mbps", self.disk_mbps), ("net_mbps", self.net_mbps)];
         let limits = limits.into_iter().filter_map(|(key, limit)| Some((key, limit?)));
         let fields = limits.fold(fields, |fields, (key, limit)| fields.with(key, limit));
         let fields = self.env.iter().fold(fields, |fields, entry| fields.with("env", entry));

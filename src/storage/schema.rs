@@ -63,6 +63,13 @@ const MIGRATIONS: &[&str] = &[
     ALTER TABLE sandboxes ADD COLUMN disk_iops INTEGER;
     ALTER TABLE sandboxes ADD COLUMN disk_mbps INTEGER;
 ",
+    "
+    ALTER TABLE sandboxes ADD COLUMN network TEXT;                          -- on, off; NULL without a device
+    ALTER TABLE sandboxes ADD COLUMN net_allow TEXT NOT NULL DEFAULT '[]';  -- JSON array of strings
+    ALTER TABLE sandboxes ADD COLUMN net_deny TEXT NOT NULL DEFAULT '[]';   -- JSON array of strings
+    ALTER TABLE sandboxes ADD COLUMN net_mbps INTEGER;
+    ALTER TABLE sandboxes ADD COLUMN net_address TEXT;                      -- while it has a slot
+",
 ];
 
 /// Rows that a table may bring at start: more than a node can ever have made is not read.
@@ -95,6 +102,16 @@ pub struct SandboxRow {
     pub disk_iops: Option<u64>,
     /// Limit of octets to and from disks, in 10^6 for each second.
     pub disk_mbps: Option<u64>,
+    /// `on` or `off`; `None` without a network device.
+    pub network: Option<String>,
+    /// Ranges that it may reach expressly.
+    pub net_allow: Vec<String>,
+    /// Ranges that it may not reach.
+    pub net_deny: Vec<String>,
+    /// Limit of octets each way, in 10^6 for each second.
+    pub net_mbps: Option<u64>,
+    /// The guest's address, while it has a network slot.
+    pub net_address: Option<String>,
     /// `KEY=value` each.
     pub env: Vec<String>,
     /// Metadata.
@@ -219,7 +236,8 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
     rows(
         connection,
         "SELECT id, name, template, template_sha256, state, reason, vcpus, memory_mib, disk_mib, env, labels,
-                created_ms, started_ms, ended_ms, pid, disks, disk_iops, disk_mbps FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
+                created_ms, started_ms, ended_ms, pid, disks, disk_iops, disk_mbps, network, net_allow, net_deny,
+                net_mbps, net_address FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
         |row| {
             Ok(SandboxRow {
                 id: row.get(0)?,
@@ -240,6 +258,11 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
                 disks: json(row, 15)?,
                 disk_iops: maybe_unsigned(row, 16)?,
                 disk_mbps: maybe_unsigned(row, 17)?,
+                network: row.get(18)?,
+                net_allow: json(row, 19)?,
+                net_deny: json(row, 20)?,
+                net_mbps: maybe_unsigned(row, 21)?,
+                net_address: row.get(22)?,
             })
         },
     )
@@ -293,15 +316,18 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
             .prepare(
                 "INSERT INTO sandboxes (id, name, template, template_sha256, state, reason, vcpus, memory_mib,
                                         disk_mib, env, labels, created_ms, started_ms, ended_ms, pid, disks,
-                                        disk_iops, disk_mbps)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)
+                                        disk_iops, disk_mbps, network, net_allow, net_deny, net_mbps, net_address)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20,
+                         ?21, ?22, ?23)
                  ON CONFLICT (id) DO UPDATE SET
                      name = excluded.name, template = excluded.template, template_sha256 = excluded.template_sha256,
                      state = excluded.state, reason = excluded.reason, vcpus = excluded.vcpus,
                      memory_mib = excluded.memory_mib, disk_mib = excluded.disk_mib, env = excluded.env,
                      labels = excluded.labels, created_ms = excluded.created_ms, started_ms = excluded.started_ms,
                      ended_ms = excluded.ended_ms, pid = excluded.pid, disks = excluded.disks,
-                     disk_iops = excluded.disk_iops, disk_mbps = excluded.disk_mbps",
+                     disk_iops = excluded.disk_iops, disk_mbps = excluded.disk_mbps, network = excluded.network,
+                     net_allow = excluded.net_allow, net_deny = excluded.net_deny, net_mbps = excluded.net_mbps,
+                     net_address = excluded.net_address",
             )?
             .execute(params![
                 row.id,
@@ -322,6 +348,11 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 to_json(&row.disks)?,
                 row.disk_iops.map(signed),
                 row.disk_mbps.map(signed),
+                row.network,
+                to_json(&row.net_allow)?,
+                to_json(&row.net_deny)?,
+                row.net_mbps.map(signed),
+                row.net_address,
             ])?,
         Change::RemoveSandbox { id } => connection.prepare("DELETE FROM sandboxes WHERE id = ?1")?.execute([id])?,
         Change::PutTemplate(row) => connection

@@ -81,6 +81,8 @@ fn state() -> Vec<String> {
     tree("file", Path::new("/data/templates"), false, &mut lines);
     tree("file", Path::new("/run/warren"), false, &mut lines);
     tree("interface", Path::new("/sys/class/net"), false, &mut lines);
+    // The pool of network slots is filled and emptied at its own pace; the network's own tests look at it.
+    lines.retain(|line| !line.starts_with("interface /sys/class/net/wt") && !line.contains("/dev/net/tun"));
     let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();
     lines.extend(mounts.lines().map(|line| format!("mount {}", line.split(' ').nth(1).unwrap_or_default())));
     lines

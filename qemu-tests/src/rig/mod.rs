@@ -10,6 +10,7 @@
 //! assert_eq!(vm.stop().reason, "stopped");
 //! ```
 
+pub mod outside;
 mod process;
 mod tap;
 
@@ -32,7 +33,7 @@ use crate::files::TempDir;
 use crate::timing;
 
 pub use process::{Worker, overhead_kib};
-pub use tap::{Tap, TapFlags, forward_packets, switch_on};
+pub use tap::{Tap, TapFlags, own_network, switch_on};
 
 /// What the node's image has for its guests.
 const SHARE: &str = "/usr/share/warren";

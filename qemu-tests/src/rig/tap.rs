@@ -65,7 +65,7 @@ impl Tap {
         &self.name
     }
 
-    /// Gives it an address (`10.0.0.0/31`) and switches it on. With `forward_packets` two TAPs are joined by the node.
+    /// Gives it an address (`10.0.0.0/31`) and switches it on. In an `own_network` two TAPs are joined by the node.
     pub fn up(&self, address: &str) {
         switch_on(&self.name, address);
     }
@@ -87,8 +87,11 @@ pub fn switch_on(name: &str, address: &str) {
     ip(&["link", "set", name, "up"]);
 }
 
-/// Lets the node pass packets on between its devices.
-pub fn forward_packets() {
+/// Leaves the node's network for one of this thread's own, which passes packets on between its devices: the node's own
+/// packet policy is not for these. Threads and programs that are started later are there as well.
+pub fn own_network() {
+    super::outside::new_namespace();
+    super::outside::up("lo");
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").expect("root may set it");
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use qemu_tests::bench::median;
 use qemu_tests::client::Client;
-use qemu_tests::rig::{Setup, Tap, TapFlags, put_guest_tool, switch_on};
+use qemu_tests::rig::{Setup, Tap, TapFlags, own_network, put_guest_tool, switch_on};
 use warren::wire::Request;
 
 use crate::{MEMORY_MIB, Peer, exec, peer_cmdline, print};
@@ -32,6 +32,7 @@ const SIOCGSTAMPNS: libc::c_ulong = 0x8907;
 pub fn measure(peer: Option<&str>) -> io::Result<()> {
     // A sandbox needs a template that was hashed whole: nothing else runs on the node's one processor from here on.
     let cmdline = peer_cmdline()?;
+    own_network();
     let tap = Tap::create(TAP, TapFlags { vnet_header: 12, offloads: 0 });
     tap.up(&format!("{NODE}/31"));
     let setup = Setup::new().memory_mib(MEMORY_MIB).descriptor("tap", tap.file.try_clone()?);

@@ -4,9 +4,12 @@
 //! hold; what it prints is for the test outside, which calls it by `Node::rig`.
 
 mod disks;
+mod frames;
 mod hostile;
+mod internet;
 mod jail;
 mod net;
+mod network;
 mod smoke;
 
 use std::process::ExitCode;
@@ -14,8 +17,15 @@ use std::process::ExitCode;
 /// A scenario by its name.
 type Scenario = (&'static str, fn(&[&str]));
 
-const SCENARIOS: &[Scenario] =
-    &[("disks", disks::run), ("hostile", hostile::run), ("jail", jail::run), ("net", net::run), ("smoke", smoke::run)];
+const SCENARIOS: &[Scenario] = &[
+    ("disks", disks::run),
+    ("hostile", hostile::run),
+    ("internet", internet::run),
+    ("jail", jail::run),
+    ("net", net::run),
+    ("network", network::run),
+    ("smoke", smoke::run),
+];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

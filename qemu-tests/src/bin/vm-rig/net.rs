@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Instant;
 
 use qemu_tests::client::Call;
-use qemu_tests::rig::{Setup, Tap, TapFlags, Vm, forward_packets};
+use qemu_tests::rig::{Setup, Tap, TapFlags, Vm, own_network};
 use warren::wire::Request;
 
 /// A guest with its TAP device. Each has a network of two addresses with the node: even is the node's, odd the guest's.
@@ -50,8 +50,18 @@ impl Guest {
 
     /// A counter of the TAP device: what the host's kernel saw. What it receives is what the guest sends.
     fn tap(&self, name: &str) -> u64 {
-        let path = format!("/sys/class/net/{}/statistics/{name}", self.tap.name());
-        fs::read_to_string(path).expect("the device is there").trim().parse().expect("it is a number")
+        // Of this network namespace, which /sys is not.
+        let text = fs::read_to_string("/proc/thread-self/net/dev").expect("the node has /proc");
+        let line = text.lines().find_map(|line| line.trim_start().strip_prefix(self.tap.name())?.strip_prefix(':'));
+        let counters: Vec<&str> = line.expect("the device is there").split_whitespace().collect();
+        let column = match name {
+            "rx_bytes" => 0,
+            "rx_packets" => 1,
+            "tx_bytes" => 8,
+            "tx_packets" => 9,
+            _ => panic!("{name} is no counter of a device"),
+        };
+        counters[column].parse().expect("it is a number")
     }
 
     /// A counter of the guest's own driver.
@@ -80,7 +90,7 @@ impl Guest {
 }
 
 pub fn run(arguments: &[&str]) {
-    forward_packets();
+    own_network();
     match arguments {
         ["tcp"] => tcp(),
         ["packets"] => packets(),

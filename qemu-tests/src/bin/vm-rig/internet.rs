@@ -1,0 +1,88 @@
+//! `internet`: what is beyond the node's uplink, for tests with real guests: a network namespace with hosts of public and
+//! of private addresses, all of which echo on TCP 80 and UDP 53. Prints `ready`, and runs until it is killed.
+//!
+//! TCP 9 of 93.0.0.2 tells what came: a line `HOST PROTOCOL COUNT` each, where COUNT is octets or datagrams.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use qemu_tests::rig::outside;
+use qemu_tests::rig::switch_on;
+
+const ROUTER: Ipv4Addr = Ipv4Addr::new(93, 0, 0, 2);
+/// Public and private ones.
+const HOSTS: [Ipv4Addr; 4] =
+    [Ipv4Addr::new(1, 2, 3, 4), Ipv4Addr::new(5, 6, 7, 8), Ipv4Addr::new(10, 0, 0, 5), Ipv4Addr::new(192, 168, 1, 1)];
+
+type Counts = Arc<Mutex<BTreeMap<(IpAddr, &'static str), u64>>>;
+
+fn count(counts: &Counts, host: IpAddr, protocol: &'static str, more: u64) {
+    *counts.lock().unwrap_or_else(PoisonError::into_inner).entry((host, protocol)).or_default() += more;
+}
+
+pub fn run(_: &[&str]) {
+    let (namespace, ready) = std::sync::mpsc::channel();
+    let (go, joined) = std::sync::mpsc::channel::<()>();
+    let thread = std::thread::spawn(move || {
+        namespace.send(outside::new_namespace()).expect("it is waited for");
+        joined.recv().expect("the pair is made");
+        serve();
+    });
+    let namespace = ready.recv().expect("a thread may have a network namespace");
+    outside::veth("up0", "outer0", &namespace);
+    switch_on("up0", "93.0.0.1/24");
+    let added = Command::new("ip").args(["route", "add", "default", "via", &ROUTER.to_string()]).status();
+    assert!(added.is_ok_and(|status| status.success()), "a default route");
+    go.send(()).expect("the thread waits");
+    thread.join().expect("the internet stays up");
+}
+
+fn serve() {
+    switch_on("lo", "127.0.0.1/8");
+    switch_on("outer0", &format!("{ROUTER}/24"));
+    for host in HOSTS {
+        switch_on("lo", &format!("{host}/32"));
+    }
+    let counts = Counts::default();
+    let told = TcpListener::bind((ROUTER, 9)).expect("the port is free");
+    for host in HOSTS {
+        let (tcp, udp) = (TcpListener::bind((host, 80)), UdpSocket::bind((host, 53)));
+        let (tcp, udp) = (tcp.expect("the port is free"), udp.expect("the port is free"));
+        let own = Arc::clone(&counts);
+        std::thread::spawn(move || {
+            for stream in tcp.incoming().flatten() {
+                let own = Arc::clone(&own);
+                std::thread::spawn(move || echo(stream, &own));
+            }
+        });
+        let own = Arc::clone(&counts);
+        std::thread::spawn(move || {
+            let mut octets = [0; 2048];
+            while let Ok((len, from)) = udp.recv_from(&mut octets) {
+                count(&own, host.into(), "udp", 1);
+                let _ = udp.send_to(&octets[..len], from);
+            }
+        });
+    }
+    println!("ready");
+    for stream in told.incoming().flatten() {
+        let counts = counts.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let lines = counts.iter().map(|((host, protocol), count)| format!("{host} {protocol} {count}\n"));
+        let mut stream = stream;
+        let _ = stream.write_all(lines.collect::<String>().as_bytes());
+    }
+}
+
+fn echo(mut stream: TcpStream, counts: &Counts) {
+    let Ok(local) = stream.local_addr() else { return };
+    let mut octets = [0; 4096];
+    while let Ok(len @ 1..) = stream.read(&mut octets) {
+        count(counts, local.ip(), "tcp", len as u64);
+        if stream.write_all(&octets[..len]).is_err() {
+            return;
+        }
+    }
+}
