@@ -407,3 +407,19 @@ pub(super) fn cause_of_death(words: Option<&LastWords>, status: Option<ChildStat
         (None, None) => "worker ended without a word".to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_ended_a_worker_is_told_apart() {
+        let words = LastWords { reason: "guest-panic".to_string(), detail: String::new() };
+        let killed = Some(ChildStatus::Signal(libc::SIGKILL));
+        assert_eq!(cause_of_death(Some(&words), killed, true), "guest-panic", "it had still the time to say so");
+        assert!(cause_of_death(None, killed, true).contains("memory limit"));
+        assert!(cause_of_death(None, killed, false).contains("SIGKILL"));
+        assert!(cause_of_death(None, Some(ChildStatus::Signal(libc::SIGSYS)), false).contains("its jail"));
+        assert_eq!(cause_of_death(None, Some(ChildStatus::Code(3)), false), "worker exited with code 3");
+    }
+}
