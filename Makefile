@@ -16,16 +16,18 @@ ARGS    ?=
 PEER    ?=
 export SCRIPT ARGS PEER
 
-.PHONY: help package run up down test fuzz sanitize image bench deps peers build binaries kernels templates node config-check fmt lint clean
+.PHONY: help package bench-sentinel run up down test soak fuzz sanitize image bench deps peers build binaries kernels templates node config-check fmt lint clean
 
 help:
 	@cat <<-END
 	make run [SCRIPT=x.py ARGS="a b"]  boot a node in QEMU, run a Python script in a microVM (exit code: see README)
 	make up, make down                 the same node in the background (build/run/control.sock), and its end
 	make test                          everything that is checked before a change goes in
+	make soak                          hours of kills, cycles and power cuts (WARREN_SOAK_KILLS=500)
 	make image                         build/warren.img: a disk image that boots under UEFI
 	make package                       build/warren-sentinel.tar.gz: the sentinel for other Linux hosts
 	make bench [PEER=/path/firecracker] build/bench.tsv: how fast, how big
+	make bench-sentinel                build/bench-sentinel.tsv: the sentinel beside vmagent and Prometheus
 	make fuzz MINUTES=10 [NAMES="a b"] every fuzz target with coverage feedback and AddressSanitizer
 	make sanitize                      devices, memory and parsers under AddressSanitizer
 	make build                         all parts: binaries, kernels, templates
@@ -130,6 +132,12 @@ test: lint config-check peers build $(B)/qemu.img
 	cargo test -p qemu-tests --locked -q -- --test-threads=1
 	echo "test: all passed"
 
+# For hours: the recovery tests with many kills, cycles and power cuts.
+soak: build
+	@WARREN_SOAK_KILLS=$${WARREN_SOAK_KILLS:-500} WARREN_SOAK_CYCLES=$${WARREN_SOAK_CYCLES:-1000} \
+	    WARREN_SOAK_CUTS=$${WARREN_SOAK_CUTS:-40} \
+	    cargo test -p qemu-tests --locked --test recovery -- --test-threads=1 --nocapture
+
 # Coverage-guided, on the one stable toolchain: see fuzz/build and docs/testing.md.
 MINUTES ?= 10
 NAMES   ?=
@@ -143,6 +151,12 @@ sanitize: deps
 bench: build
 	@cargo build --release --locked -q -p qemu-tests --bins
 	$(TARGET)/bench
+
+# Outside of QEMU: the peers' programs run in the same minutes, and ratios to them are what counts.
+bench-sentinel: peers
+	@mkdir -p $(B)
+	cargo test --release --locked -q --test sentinel measure -- --ignored --nocapture --test-threads=1 |
+	    sed -n 's/^.*ROW\t//p' | tee $(B)/bench-sentinel.tsv
 
 clean:
 	@image/down

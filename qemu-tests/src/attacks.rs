@@ -18,6 +18,8 @@ pub struct Attack {
 pub enum Without {
     /// Refused, with one of these errors.
     Refused(&'static [i32]),
+    /// It works until Landlock is closed, and is then refused with this error.
+    UntilLandlock(i32),
     /// It may work: only the list stops it, or it reaches nothing.
     List,
 }
@@ -37,7 +39,7 @@ macro_rules! attacks {
     };
 }
 
-use Without::{List, Refused};
+use Without::{List, Refused, UntilLandlock};
 
 const NULL: *const c_char = std::ptr::null();
 /// No such process: in its own pid namespace a worker is alone.
@@ -48,7 +50,7 @@ const NO_RIGHT_OR_CALL: Without = Refused(&[libc::EPERM, libc::EACCES, libc::ENO
 
 attacks! {
     "open-file" Refused(&[libc::ENOENT, libc::EACCES]), libc::syscall(libc::SYS_openat, libc::AT_FDCWD, c"/etc/passwd".as_ptr(), libc::O_RDONLY);
-    "open-root" List, libc::syscall(libc::SYS_openat, libc::AT_FDCWD, c"/".as_ptr(), libc::O_RDONLY);
+    "open-root" UntilLandlock(libc::EACCES), libc::syscall(libc::SYS_openat, libc::AT_FDCWD, c"/".as_ptr(), libc::O_RDONLY);
     "open-kvm" Refused(&[libc::ENOENT, libc::EACCES]), libc::syscall(libc::SYS_openat, libc::AT_FDCWD, c"/dev/kvm".as_ptr(), libc::O_RDWR);
     "open-proc" Refused(&[libc::ENOENT, libc::EACCES]), libc::syscall(libc::SYS_openat, libc::AT_FDCWD, c"/proc/1/mem".as_ptr(), libc::O_RDWR);
     "create-file" Refused(&[libc::EROFS, libc::EACCES]), libc::syscall(libc::SYS_openat, libc::AT_FDCWD, c"/file".as_ptr(), libc::O_CREAT | libc::O_WRONLY, 0o600);

@@ -1,7 +1,7 @@
 //! What a worker still can do once its jail is closed, on the node's own kernel.
 
 use qemu_tests::node::{Boot, Node};
-use qemu_tests::shared;
+use qemu_tests::{Code, Request, Sandbox, shared, timing};
 
 /// Namespaces that each worker has for itself.
 const OWN: [&str; 5] = ["mnt", "pid", "ipc", "uts", "cgroup"];
@@ -115,7 +115,10 @@ fn a_sandbox_has_limits_from_its_first_moment_and_one_that_runs_into_them_is_tol
     let node = Boot::kernel().allow("oom-kill").allow("ut of memory").allow("Call Trace:").start();
     let sandbox = node.sandbox(&[("vcpus", "2"), ("memory_mib", "128")]);
     let group = format!("/sys/fs/cgroup/sandboxes/{}", sandbox.id);
-    let limits = node.sh(&format!("cd {group} && cat memory.max pids.max cpu.max"));
+    let slow = node.sandbox(&[("disk_iops", "100")]);
+    let limits = node.sh(&format!("cat /sys/fs/cgroup/sandboxes/{}/io.max", slow.id));
+    assert!(limits.trim().ends_with("rbps=max wbps=max riops=200 wiops=200"), "{limits:?}");
+    let limits = node.sh(&format!("cd {group} && cat memory.max pids.max cpu.max io.max"));
     assert_eq!(limits, format!("{}\n7\n300000 100000\n", (128 + 2 + 64) << 20));
     sandbox.sh("cat /bin/* > /dev/null");
     let threads = node.sh(&format!("cat {group}/pids.current"));
@@ -123,9 +126,40 @@ fn a_sandbox_has_limits_from_its_first_moment_and_one_that_runs_into_them_is_tol
     assert!(node.sh(&format!("cat {group}/memory.events")).contains("oom_kill 0"));
 
     node.sh(&format!("echo 16M > {group}/memory.max"));
-    qemu_tests::timing::wait_for("the sandbox to be in error", || (sandbox.state() == "error").then_some(()));
+    timing::wait_for("the sandbox to be in error", || (sandbox.state() == "error").then_some(()));
     let reason = sandbox.inspect().get("reason").unwrap_or_default().to_string();
     assert!(reason.contains("memory limit was reached"), "{reason}");
     sandbox.remove().expect("a sandbox in error can be removed");
     node.power_off();
+}
+
+#[test]
+fn a_node_without_a_user_id_left_says_so_and_goes_on_when_one_comes_back() {
+    let config = b"[jail]\nuid_count = 1\n".to_vec();
+    let node = Boot::kernel().file("/etc/warren/warren.toml", 0o644, config).start();
+    let first = node.sandbox(&[]);
+    let refused = || {
+        let error = node.control().err(Sandbox::create_request(&[]));
+        assert!(error.is(Code::NoCapacity), "{error}");
+        assert_eq!(error.fields.get("resource"), Some("uid"), "{error}");
+    };
+    refused();
+    assert_eq!(first.exec(&["echo", "unharmed"]).text("stdout"), "unharmed\n");
+    // The next supervisor knows what a worker that runs on has.
+    let supervisor = node.supervisor();
+    node.sh(&format!("kill -9 {supervisor}"));
+    timing::wait_for("another supervisor", || (node.supervisor() != supervisor).then_some(()));
+    node.control().ok(Request::new("", "hello"));
+    refused();
+    first.remove().expect("a sandbox can be removed");
+    assert_eq!(node.sandbox(&[]).exec(&["echo", "next"]).text("stdout"), "next\n");
+    node.power_off();
+}
+
+#[test]
+fn a_worker_that_nobody_confined_refuses_to_run() {
+    let node = shared::node();
+    let run = "warren vmm 3< /dev/null 4> /tmp/words 2> /dev/null; echo $?; cat /tmp/words; rm /tmp/words";
+    let said = node.sh(run);
+    assert!(said.starts_with("1\n") && said.contains("the jail is open: it runs as root"), "{said}");
 }

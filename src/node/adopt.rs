@@ -68,9 +68,18 @@ impl Supervisor {
             let ran_out = limits::oom_kills(sandbox.home.cgroup()) > 0;
             let id = sandbox.id.clone();
             self.take_executions(&mut sandbox, executions);
+            // Its directory goes last when a sandbox is removed: that was done, but for the row.
+            if !sandbox.home.is_there() {
+                discarded.push(sandbox.home);
+                continue;
+            }
             match fate(sandbox.state, !processes.is_empty(), fresh_boot, words.as_ref(), ran_out) {
                 Fate::Keep => {
-                    self.sandboxes.insert(id, sandbox);
+                    let holds = sandbox.home.holds_worker();
+                    self.sandboxes.insert(id.clone(), sandbox);
+                    if holds {
+                        self.let_go(&id, true);
+                    }
                 }
                 Fate::Discard => discarded.push(sandbox.home),
                 Fate::Ended(state, reason) => {

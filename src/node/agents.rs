@@ -177,10 +177,6 @@ impl Supervisor {
         let Some(exec) = sandbox.execs.get_mut(&number) else { return };
         let routed = exec.route.is_some();
         exec.finish(outcome);
-        let row = sandbox.execs.get(&number).map(|exec| sandbox.execution_row(exec, now_ms()));
-        if let Some(row) = row {
-            self.database.submit(Change::PutExecution(Box::new(row)));
-        }
         if routed && let Some(worker) = sandbox.worker.as_mut().filter(|worker| worker.agent.is_ready()) {
             let tag = worker.agent.request(Request::new("", "exec.forget").set("exec", number));
             worker.routes.insert(tag, Route::Unheeded);
@@ -193,6 +189,7 @@ impl Supervisor {
                 self.database.submit(Change::RemoveExecution { sandbox_id: id.to_string(), exec_id: *number });
             }
         }
+        self.record_exec(id, number);
         self.touched_sandboxes.insert(id.clone());
         self.touch_viewers(id, number);
     }
@@ -218,9 +215,8 @@ impl Supervisor {
         if !detach {
             exec.watch(key, tag, true);
         }
-        let row = sandbox.execution_row(&exec, now_ms());
         sandbox.execs.insert(number, exec);
-        self.database.submit(Change::PutExecution(Box::new(row)));
+        self.record_exec(&id, number);
         self.touched_sandboxes.insert(id.clone());
         if detach {
             self.answer(key, &Message::ok(tag, Fields::new().with("exec", number)));

@@ -224,8 +224,13 @@ impl Supervisor {
     /// Takes a sandbox away, by force if it has a worker.
     pub(super) fn remove(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
-        if std::mem::replace(&mut sandbox.removing, true) && sandbox.worker.is_some() {
+        let removing = std::mem::replace(&mut sandbox.removing, true);
+        if removing && sandbox.worker.is_some() {
             return;
+        }
+        if !removing {
+            // First: what of it is there when the row is not, the next supervisor takes down.
+            sandbox.writing = Some(self.database.submit(Change::RemoveSandbox { id: id.to_string() }));
         }
         let pending: Vec<_> = sandbox.waiters.extract_if(.., |w| matches!(w.what, Awaited::Created { .. })).collect();
         if sandbox.worker.is_some() {
@@ -287,6 +292,7 @@ impl Supervisor {
             for waiter in std::mem::take(&mut sandbox.waiters) {
                 self.finish(waiter.client, &Message::err(&waiter.tag, error.clone()));
             }
+            self.record(id);
             return;
         }
         self.give_back_uid(id);
@@ -299,8 +305,15 @@ impl Supervisor {
             }
             return;
         }
+        sandbox.gone = true;
+        if sandbox.writing.is_none() {
+            self.removed(id);
+        }
+    }
+
+    /// Nothing of a sandbox is left, on the node or in the database.
+    pub(super) fn removed(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.remove(id) else { return };
-        self.database.submit(Change::RemoveSandbox { id: id.to_string() });
         for waiter in sandbox.waiters {
             self.finish(waiter.client, &Message::ok(&waiter.tag, Fields::new().with("id", id)));
         }
@@ -392,5 +405,21 @@ pub(super) fn cause_of_death(words: Option<&LastWords>, status: Option<ChildStat
         }
         (None, Some(ChildStatus::Code(code))) => format!("worker exited with code {code}"),
         (None, None) => "worker ended without a word".to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_ended_a_worker_is_told_apart() {
+        let words = LastWords { reason: "guest-panic".to_string(), detail: String::new() };
+        let killed = Some(ChildStatus::Signal(libc::SIGKILL));
+        assert_eq!(cause_of_death(Some(&words), killed, true), "guest-panic", "it had still the time to say so");
+        assert!(cause_of_death(None, killed, true).contains("memory limit"));
+        assert!(cause_of_death(None, killed, false).contains("SIGKILL"));
+        assert!(cause_of_death(None, Some(ChildStatus::Signal(libc::SIGSYS)), false).contains("its jail"));
+        assert_eq!(cause_of_death(None, Some(ChildStatus::Code(3)), false), "worker exited with code 3");
     }
 }

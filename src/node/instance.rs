@@ -19,7 +19,7 @@ use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::network;
 use crate::sandbox::spec::Spec;
-use crate::storage::state::{ExecutionRow, SandboxRow};
+use crate::storage::state::{ExecutionRow, SandboxRow, Ticket};
 use crate::wire::{Error, Fields, Link};
 
 /// What a request on the agent link was for.
@@ -145,6 +145,10 @@ pub struct Sandbox {
     pub removing: bool,
     /// A background thread takes things of it down.
     pub releasing: bool,
+    /// The change in the database that its clients are not told of before it is on the medium.
+    pub writing: Option<Ticket>,
+    /// Everything of it was taken down.
+    pub gone: bool,
 }
 
 impl Sandbox {
@@ -172,6 +176,8 @@ impl Sandbox {
             waiters: Vec::new(),
             removing: false,
             releasing: false,
+            writing: None,
+            gone: false,
         }
     }
 

@@ -346,7 +346,10 @@ impl Supervisor {
             log::error!("sandbox {id}: {e}");
         }
         sandbox.started_ms = Some(now_ms());
-        self.record(id);
+        let writing = self.record(id);
+        if let Some(sandbox) = self.sandboxes.get_mut(id) {
+            sandbox.writing = writing;
+        }
         self.notify_waiters(id);
     }
 
@@ -384,9 +387,11 @@ impl Supervisor {
     pub(super) fn notify_waiters(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let state = sandbox.state;
+        // It may have ended again by now: it did run.
+        let has_run = sandbox.started_ms.is_some() && sandbox.writing.is_none();
         let mut answers = Vec::new();
         sandbox.waiters.retain(|waiter| match waiter.what {
-            Awaited::Created { .. } if state == State::Running => {
+            Awaited::Created { .. } if has_run => {
                 answers.push((waiter.client, Message::ok(&waiter.tag, Fields::new().with("id", id))));
                 false
             }

@@ -424,13 +424,14 @@ impl Supervisor {
     }
 
     fn take_results(&mut self) {
-        for (Ticket { .. }, result) in self.database.completed() {
+        for (ticket, result) in self.database.completed() {
             if let Err(e) = result {
                 log::error!("state database: {e}");
                 if !std::mem::replace(&mut self.unrecorded, true) {
                     self.timers.after(RECORD_AGAIN, Timer::Record);
                 }
             }
+            self.written(ticket);
         }
         for (ticket, result) in self.database.readings() {
             self.audit_read(ticket, result);
@@ -484,18 +485,37 @@ impl Supervisor {
         let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
         for id in ids {
             self.record(&id);
-            let Some(sandbox) = self.sandboxes.get(&id) else { continue };
-            for exec in sandbox.execs.values() {
-                let row = sandbox.execution_row(exec, now_ms());
-                self.database.submit(Change::PutExecution(Box::new(row)));
-            }
+            let numbers: Vec<u64> = self.sandboxes.get(&id).into_iter().flat_map(|s| s.execs.keys().copied()).collect();
+            numbers.into_iter().for_each(|number| self.record_exec(&id, number));
         }
     }
 
-    /// Writes a sandbox's row to the database.
-    pub(super) fn record(&mut self, id: &SandboxId) {
-        if let Some(sandbox) = self.sandboxes.get(id) {
-            self.database.submit(Change::PutSandbox(Box::new(sandbox.row())));
+    /// Writes a sandbox's row to the database. One that is being removed has none any more.
+    pub(super) fn record(&mut self, id: &SandboxId) -> Option<Ticket> {
+        let sandbox = self.sandboxes.get(id).filter(|sandbox| !sandbox.removing)?;
+        Some(self.database.submit(Change::PutSandbox(Box::new(sandbox.row()))))
+    }
+
+    /// Writes a program's row to the database, unless its sandbox is being removed.
+    pub(super) fn record_exec(&mut self, id: &SandboxId, number: u64) {
+        let Some(sandbox) = self.sandboxes.get(id).filter(|sandbox| !sandbox.removing) else { return };
+        if let Some(exec) = sandbox.execs.get(&number) {
+            let row = sandbox.execution_row(exec, now_ms());
+            self.database.submit(Change::PutExecution(Box::new(row)));
+        }
+    }
+
+    /// A change is in the database, or was refused for good: clients that waited for it are told. A supervisor that is
+    /// killed, or a node that loses power, then knows all that anybody was told.
+    fn written(&mut self, ticket: Ticket) {
+        let of = self.sandboxes.values_mut().find(|sandbox| sandbox.writing == Some(ticket));
+        let Some(sandbox) = of else { return };
+        sandbox.writing = None;
+        let id = sandbox.id.clone();
+        if sandbox.gone {
+            self.removed(&id);
+        } else {
+            self.notify_waiters(&id);
         }
     }
 }

@@ -74,6 +74,16 @@ impl Home {
         self.dir.file_name()?.to_str()
     }
 
+    /// Whether its directory is there, which is made first and taken down last.
+    pub fn is_there(&self) -> bool {
+        self.dir.exists()
+    }
+
+    /// Whether there is something of its worker.
+    pub fn holds_worker(&self) -> bool {
+        self.socket.exists() || self.cgroup.exists()
+    }
+
     /// The private disk.
     pub fn overlay(&self) -> PathBuf {
         self.dir.join("overlay")

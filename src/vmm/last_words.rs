@@ -142,14 +142,6 @@ impl LastWords {
                 libc::sigaction(signal, &new, std::ptr::null_mut());
             }
         }
-        let action: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_refused_call;
-        // SAFETY: as above; SA_SIGINFO goes with a handler of three arguments.
-        unsafe {
-            let mut new: libc::sigaction = std::mem::zeroed();
-            new.sa_sigaction = action as libc::sighandler_t;
-            new.sa_flags = libc::SA_SIGINFO;
-            libc::sigaction(libc::SIGSYS, &new, std::ptr::null_mut());
-        }
         Self { file, written: &WRITTEN }
     }
 
@@ -184,11 +176,22 @@ const FATAL: [(libc::c_int, &[u8]); 5] = [
     (libc::SIGABRT, b"- item reason=internal detail=\"fatal signal SIGABRT\"\n"),
 ];
 
+/// Sees to it that a system call that the jail refuses leaves a record with its number.
+pub fn explain_refusals() {
+    let action: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_refused_call;
+    // SAFETY: a zeroed sigaction is valid; SA_SIGINFO goes with a handler of three arguments.
+    unsafe {
+        let mut new: libc::sigaction = std::mem::zeroed();
+        new.sa_sigaction = action as libc::sighandler_t;
+        new.sa_flags = libc::SA_SIGINFO;
+        libc::sigaction(libc::SIGSYS, &new, std::ptr::null_mut());
+    }
+}
+
 /// Where `siginfo_t` has the number of a refused system call: after signal, errno, code and an address
 /// (<asm-generic/siginfo.h>, `_sigsys`).
 const SYSCALL_AT: usize = 24;
 
-/// Only where the jail explains (`jail::Breach::Explain`): else the kernel ends the process without this.
 extern "C" fn on_refused_call(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel gives a live `siginfo_t` of 128 octets, whose fields for SIGSYS lie there.
     let number = unsafe { info.cast::<u8>().add(SYSCALL_AT).cast::<libc::c_int>().read_unaligned() };

@@ -16,7 +16,7 @@ pub use threads::{all_entered, enter, spawn};
 use std::fmt;
 use std::io;
 
-use super::last_words::RECORD_FD;
+use super::last_words::{self, RECORD_FD};
 
 /// Why the jail cannot be closed. A worker whose jail is open does not run.
 #[derive(Debug)]
@@ -44,6 +44,9 @@ pub fn close(breach: Breach) -> Result<(), JailError> {
     // One heap for all threads: they allocate little, and a heap for each would need mprotect to grow.
     // SAFETY: takes plain numbers, and no other thread is there.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    if breach == Breach::Explain {
+        last_words::explain_refusals();
+    }
     threads::close(breach).map_err(|e| JailError::Refused("system calls", e))
 }
 

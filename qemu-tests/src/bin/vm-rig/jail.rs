@@ -41,6 +41,8 @@ pub fn run(_: &[&str]) {
             let outcome = attempt(&spawner(stage, attack), home.path(), stage, attack);
             let as_stated = match (attack.without_list, &outcome) {
                 (Without::Refused(errors), Outcome::Refused(errno)) => errors.contains(errno),
+                (Without::UntilLandlock(_), Outcome::Done) => stage == "spawned",
+                (Without::UntilLandlock(error), Outcome::Refused(errno)) => stage == "confined" && errno == &error,
                 (Without::List, outcome) => *outcome != Outcome::Killed,
                 _ => false,
             };

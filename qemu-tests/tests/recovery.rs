@@ -1,0 +1,370 @@
+//! A node under load that is cut short: its supervisor and its workers are killed, its power goes.
+//!
+//! What is shown: whatever a client was told holds afterwards, and nothing is left over. The load creates sandboxes,
+//! runs programs in them and removes them. `WARREN_SOAK_KILLS` (15), `WARREN_SOAK_CYCLES` (100) and `WARREN_SOAK_CUTS`
+//! (2) make it longer, `WARREN_SOAK_SEED` (1) makes the instants others.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use qemu_tests::artefacts::Artefact;
+use qemu_tests::connection::Connection;
+use qemu_tests::node::Boot;
+use qemu_tests::state::NodeState;
+use qemu_tests::{Code, Node, Sandbox, shared, timing};
+use warren::wire::{Error, Fields, Message, Request};
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// Numbers that follow from a seed (splitmix64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % limit
+    }
+}
+
+/// What clients were told, and what was done to sandboxes behind their backs.
+#[derive(Debug, Default)]
+struct Book {
+    created: BTreeSet<String>,
+    /// Asked to be removed, answered or not.
+    leaving: BTreeSet<String>,
+    removed: BTreeSet<String>,
+    /// Sandboxes whose workers were killed.
+    struck: BTreeSet<String>,
+    /// What must not have happened.
+    wrong: Vec<String>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    book: Mutex<Book>,
+    stop: AtomicBool,
+}
+
+impl Shared {
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().expect("no thread panics with this lock")
+    }
+}
+
+/// Clients that create, use and remove sandboxes until they are told to stop or the node is gone.
+struct Load {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Load {
+    fn on(node: &Node, clients: usize) -> Self {
+        let shared = Arc::new(Shared::default());
+        let threads = (0..clients)
+            .map(|_| {
+                let (shared, socket) = (Arc::clone(&shared), node.socket());
+                std::thread::spawn(move || {
+                    // The end of the connection is the end of the node.
+                    let _ = work(&shared, &socket);
+                })
+            })
+            .collect();
+        Self { shared, threads }
+    }
+
+    /// Gives what the clients were told.
+    fn end(self) -> Arc<Shared> {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads {
+            thread.join().expect("a client does not panic");
+        }
+        self.shared
+    }
+}
+
+/// Sends a request and gives its end, and what came on standard output.
+fn ask(connection: &mut Connection, mut request: Request) -> io::Result<Result<(Fields, String), Error>> {
+    request.tag = "t".to_string();
+    connection.send(&Message::Request(request))?;
+    let mut out = Vec::new();
+    loop {
+        match connection.receive()? {
+            Message::Ok { fields, .. } => return Ok(Ok((fields, String::from_utf8_lossy(&out).into_owned()))),
+            // The bridge's word for the node's end.
+            Message::Err { error, .. } if error.message.contains("port was closed") => {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            Message::Err { error, .. } => return Ok(Err(error)),
+            Message::Data { channel, payload, .. } if channel == "stdout" => out.extend(payload),
+            _ => {}
+        }
+    }
+}
+
+/// The same, again for as long as the supervisor was killed under it.
+fn insist(connection: &mut Connection, request: &Request) -> io::Result<Result<(Fields, String), Error>> {
+    loop {
+        match ask(connection, request.clone())? {
+            Err(error) if error.is(Code::NodeRestarted) => {}
+            other => return Ok(other),
+        }
+    }
+}
+
+fn work(shared: &Shared, socket: &Path) -> io::Result<()> {
+    let mut connection = Connection::open(socket)?;
+    connection.stream().set_read_timeout(Some(timing::hang()))?;
+    while !shared.stop.load(Ordering::Relaxed) {
+        let id = match ask(&mut connection, Sandbox::create_request(&[]))? {
+            Ok((fields, _)) => fields.get("id").unwrap_or_default().to_string(),
+            // Its id was told to nobody; or its worker was killed before it ran.
+            Err(error) if error.is(Code::NodeRestarted) || error.is(Code::VmFailed) => continue,
+            Err(error) => {
+                shared.book().wrong.push(format!("create: {error}"));
+                continue;
+            }
+        };
+        shared.book().created.insert(id.clone());
+        let exec = Request::new("", "exec.start").arg(&id).arg("echo").arg("on");
+        let outcome = insist(&mut connection, &exec)?;
+        let mut book = shared.book();
+        match outcome {
+            Ok((_, out)) if out == "on\n" => {}
+            Err(error)
+                if book.struck.contains(&id) && [Code::LinkLost, Code::BadState].iter().any(|code| error.is(*code)) => {
+            }
+            other => book.wrong.push(format!("exec in {id}: {other:?}")),
+        }
+        book.leaving.insert(id.clone());
+        drop(book);
+        let mut lost = false;
+        let remove = Request::new("", "sandbox.remove").arg(&id).set("force", true);
+        loop {
+            match ask(&mut connection, remove.clone())? {
+                Ok(_) => break,
+                Err(error) if error.is(Code::NodeRestarted) => lost = true,
+                Err(error) if lost && error.is(Code::NotFound) => break,
+                Err(error) => {
+                    shared.book().wrong.push(format!("remove {id}: {error}"));
+                    break;
+                }
+            }
+        }
+        shared.book().removed.insert(id);
+    }
+    Ok(())
+}
+
+/// The rows of all sandboxes.
+fn rows(node: &Node) -> Vec<Fields> {
+    node.control().ok(Request::new("", "sandbox.list")).items
+}
+
+fn ids(rows: &[Fields]) -> BTreeSet<String> {
+    rows.iter().filter_map(|row| row.get("id")).map(str::to_string).collect()
+}
+
+/// Waits for the supervisor after the one that was killed, and until it answers.
+fn next_supervisor(node: &Node, killed: u64) {
+    timing::wait_for("another supervisor", || (node.supervisor() != killed).then_some(()));
+    timing::wait_for("its answer", || node.control().call(Request::new("", "hello")).ok());
+}
+
+/// A sandbox with a program that counts until it is told to stop.
+fn counter(node: &Node) -> (Sandbox, String) {
+    let sandbox = node.sandbox(&[]);
+    let script = "n=0; while [ ! -e /workspace/stop ]; do echo line $n; n=$((n+1)); sleep 0.5; done; echo end";
+    let started = node.control().ok(sandbox.exec_request(&["sh", "-c", script]).set("detach", true));
+    let exec = started.field("exec").to_string();
+    (sandbox, exec)
+}
+
+#[test]
+fn kills_at_any_instant_lose_no_running_sandbox_and_leave_nothing() {
+    let kills = setting("WARREN_SOAK_KILLS", 15);
+    let seed = setting("WARREN_SOAK_SEED", 1);
+    let mut random = Random(seed);
+    let node = shared::node();
+    drop(node.sandbox(&[]));
+    let before = NodeState::of(&node);
+    let kept = [counter(&node), counter(&node)];
+    let spared: BTreeSet<String> = kept.iter().map(|(sandbox, _)| sandbox.id.clone()).collect();
+    let load = Load::on(&node, 2);
+    let (mut supervisors, mut workers) = (0, 0);
+    for _ in 0..kills {
+        std::thread::sleep(Duration::from_millis(random.below(2500)));
+        if random.below(2) == 0 {
+            let killed = node.supervisor();
+            node.sh(&format!("kill -9 {killed}"));
+            next_supervisor(&node, killed);
+            supervisors += 1;
+            for (sandbox, _) in &kept {
+                assert_eq!(sandbox.state(), "running", "after {supervisors} kills (seed {seed})");
+            }
+        } else {
+            let homes = node.run(&["ls", "/sys/fs/cgroup/sandboxes"]).stdout;
+            let homes: Vec<&str> = homes.lines().filter(|id| id.len() > 8 && !id.contains('.')).collect();
+            let homes: Vec<&str> = homes.into_iter().filter(|id| !spared.contains(*id)).collect();
+            let Some(id) = homes.get(random.below(homes.len().max(1) as u64) as usize) else { continue };
+            load.shared.book().struck.insert((*id).to_string());
+            let procs = format!("/sys/fs/cgroup/sandboxes/{id}/cgroup.procs");
+            node.run(&["sh", "-c", &format!("for p in $(cat {procs}); do kill -9 $p; done")]);
+            workers += 1;
+        }
+    }
+    let shared = load.end();
+    let book = shared.book();
+    println!(
+        "seed={seed} supervisors_killed={supervisors} workers_killed={workers} created={} removed={}",
+        book.created.len(),
+        book.removed.len()
+    );
+    assert!(book.wrong.is_empty(), "seed {seed}: {:#?}", book.wrong);
+    let listed = rows(&node);
+    let back: Vec<&String> = book.removed.iter().filter(|id| ids(&listed).contains(*id)).collect();
+    assert!(back.is_empty(), "removed sandboxes are there again (seed {seed}): {back:?} {listed:?}");
+    // What is left was made for a client that was never told of it.
+    for id in ids(&listed).difference(&spared) {
+        Sandbox::of(node.control(), id).remove().expect("a sandbox can be removed");
+    }
+    for (sandbox, exec) in kept {
+        assert_eq!(sandbox.exec(&["echo", "on"]).text("stdout"), "on\n");
+        sandbox.sh("touch /workspace/stop");
+        let replayed = node.control().ok(sandbox.request("exec.attach").set("exec", &exec));
+        assert_eq!(replayed.field("exit"), "0");
+        assert!(replayed.items.iter().all(|row| row.number("lost").unwrap_or(0) == 0), "{:?}", replayed.items);
+        let out = replayed.text("stdout");
+        let lines = out.lines().count() - 1;
+        let mut expected: String = (0..lines).map(|n| format!("line {n}\n")).collect();
+        expected.push_str("end\n");
+        assert!(out == expected, "the output of {} lines has a gap: {out}", lines);
+        sandbox.remove().expect("a sandbox taken over can be removed");
+    }
+    before.assert_restored(&node);
+}
+
+/// What a supervisor and the kernel hold for the node, where it must not grow.
+#[derive(Debug)]
+struct Held {
+    private_kib: u64,
+    descriptors: u64,
+    cgroups: u64,
+}
+
+impl Held {
+    fn of(node: &Node) -> Self {
+        let pid = node.supervisor();
+        let number = |script: &str| -> u64 {
+            let text = node.sh(script);
+            text.trim().parse().unwrap_or_else(|_| panic!("`{script}` said {text:?}"))
+        };
+        Self {
+            private_kib: number(&format!("sed -n 's/^Private_Dirty: *\\([0-9]*\\) kB/\\1/p' /proc/{pid}/smaps_rollup")),
+            descriptors: number(&format!("ls /proc/{pid}/fd | wc -l")),
+            cgroups: number("sed -n 's/^nr_descendants //p' /sys/fs/cgroup/cgroup.stat"),
+        }
+    }
+}
+
+/// Private pages that the supervisor's memory may grow by over any number of cycles: what its allocator keeps after the
+/// largest moment, and the database's caches.
+const NOISE_KIB: u64 = 1024;
+
+#[test]
+fn cycles_of_create_exec_and_remove_cost_nothing_that_stays() {
+    let cycles = setting("WARREN_SOAK_CYCLES", 100);
+    let node = shared::node();
+    let run = |cycles: u64| {
+        let left = std::sync::atomic::AtomicU64::new(cycles);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let client = node.connect();
+                    while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok() {
+                        let sandbox = Sandbox::create(&client, &[]);
+                        assert_eq!(sandbox.exec(&["echo", "on"]).text("stdout"), "on\n");
+                        sandbox.remove().expect("a sandbox can be removed");
+                    }
+                });
+            }
+        });
+    };
+    run(cycles.div_ceil(10));
+    let state = NodeState::of(&node);
+    let before = Held::of(&node);
+    run(cycles);
+    state.assert_restored(&node);
+    let after = Held::of(&node);
+    println!("cycles={cycles} before={before:?} after={after:?}");
+    assert!(after.private_kib <= before.private_kib + NOISE_KIB, "{before:?} {after:?}");
+    assert_eq!((after.descriptors, after.cgroups), (before.descriptors, before.cgroups));
+}
+
+#[test]
+fn power_cuts_under_load_leave_a_node_that_knows_what_it_said() {
+    let cuts = setting("WARREN_SOAK_CUTS", 2);
+    let seed = setting("WARREN_SOAK_SEED", 1);
+    let mut random = Random(seed);
+    let mut node = Boot::kernel().template_disk(&Artefact::TemplateDisk.path()).start();
+    let names = |node: &Node| -> BTreeSet<String> {
+        let items = node.control().ok(Request::new("", "template.list")).items;
+        items.iter().filter_map(|row| row.get("name")).map(str::to_string).collect()
+    };
+    timing::wait_for("the template disk to be taken in", || names(&node).contains("python").then_some(()));
+    let templates = "find /data/templates -type f | sort | xargs sha256sum";
+    let (known, sums) = (names(&node), node.sh(templates));
+    for cut in 0..cuts {
+        let kept = node.sandbox(&[]);
+        kept.sh("echo synced > /workspace/file; sync");
+        let kept = kept.keep();
+        let load = Load::on(&node, 2);
+        let end = Instant::now() + Duration::from_millis(1000 + random.below(5000));
+        std::thread::sleep(end.saturating_duration_since(Instant::now()));
+        let disk = node.power_cut().pop().expect("the data disk");
+        let shared = load.end();
+        let book = shared.book();
+
+        node = Boot::kernel().data_disk(disk).start();
+        let listed = rows(&node);
+        println!(
+            "cut={cut} seed={seed} created={} removed={} listed={}",
+            book.created.len(),
+            book.removed.len(),
+            listed.len()
+        );
+        assert!(book.wrong.is_empty(), "seed {seed}: {:#?}", book.wrong);
+        // The database is checked whole at each start (PRAGMA integrity_check); a damaged one would lie aside.
+        assert_eq!(node.sh("ls /data | grep corrupt || true"), "");
+        for id in book.created.difference(&book.leaving).chain([&kept]) {
+            let row = listed.iter().find(|row| row.get("id") == Some(id));
+            let row = row.unwrap_or_else(|| panic!("sandbox {id} is forgotten (seed {seed}): {listed:?}"));
+            assert_eq!((row.get("state"), row.get("reason")), (Some("error"), Some("node lost power")), "{row:?}");
+        }
+        let back: Vec<&String> = book.removed.iter().filter(|id| ids(&listed).contains(*id)).collect();
+        assert!(back.is_empty(), "removed sandboxes are there again (seed {seed}): {back:?}");
+        assert!(listed.iter().all(|row| row.get("state") == Some("error")), "{listed:?}");
+        assert_eq!(
+            node.run(&["test", "-s", &format!("/data/sandboxes/{kept}/overlay")]).exit,
+            0,
+            "its overlay is kept"
+        );
+        for id in ids(&listed) {
+            Sandbox::of(node.control(), &id).remove().expect("a sandbox can be removed");
+        }
+        timing::wait_for("leftovers to be swept", || node.sh("ls /data/sandboxes").is_empty().then_some(()));
+        assert_eq!(names(&node), known);
+        assert_eq!(node.sh(templates), sums);
+        assert_eq!(node.sandbox(&[]).exec(&["echo", "well"]).text("stdout"), "well\n");
+    }
+    node.power_off();
+}
