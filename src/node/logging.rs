@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::sync::OnceLock;
+use std::sync::{OnceLock, PoisonError, RwLock};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
@@ -20,6 +20,16 @@ struct Logger {
 }
 
 static LOGGER: OnceLock<Logger> = OnceLock::new();
+
+/// Takes a log line's level and message in the place of standard error. Must not log.
+pub type Writer = Box<dyn Fn(Level, &str) + Send + Sync>;
+
+static WRITER: RwLock<Option<Writer>> = RwLock::new(None);
+
+/// Lines go there from now on; `None`: to standard error.
+pub fn set_writer(writer: Option<Writer>) {
+    *WRITER.write().unwrap_or_else(PoisonError::into_inner) = writer;
+}
 
 /// Sends this process's log to standard error at level `info`. Call once, first thing in a role's `main`.
 /// A panic is logged the same way, as one line.
@@ -43,6 +53,9 @@ impl Log for Logger {
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
+            if let Some(writer) = &*WRITER.read().unwrap_or_else(PoisonError::into_inner) {
+                return writer(record.level(), &record.args().to_string());
+            }
             let line = format_line(self.role, self.kernel, record.level(), &record.args().to_string());
             write_stderr(line.as_bytes());
         }
@@ -53,7 +66,7 @@ impl Log for Logger {
 
 /// One line as it is written. Control characters are escaped: a message that quotes a client or a guest must
 /// not be able to forge another line.
-fn format_line(role: &str, kernel: bool, level: Level, message: &str) -> String {
+pub fn format_line(role: &str, kernel: bool, level: Level, message: &str) -> String {
     let mut line = String::with_capacity(message.len() + 32);
     if kernel {
         let priority = match level {
@@ -80,8 +93,8 @@ fn format_line(role: &str, kernel: bool, level: Level, message: &str) -> String 
     line
 }
 
-/// One write(2), past Rust's own locks: a log line must come out even from a panic.
-fn write_stderr(line: &[u8]) {
+/// To standard error: one write(2), past Rust's own locks: a log line must come out even from a panic.
+pub fn write_stderr(line: &[u8]) {
     // SAFETY: the pointer and length are of a live slice; write(2) only reads it.
     unsafe { libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len()) };
 }

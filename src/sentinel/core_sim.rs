@@ -22,6 +22,8 @@ const MAX_BODY: u64 = 16 * 1024 * 1024;
 const MAX_UNPACKED: usize = 256 * 1024 * 1024;
 /// Reports and heartbeats kept of each sentinel.
 const KEPT: usize = 1000;
+/// Names of metrics kept of each.
+const MAX_METADATA: usize = 100_000;
 
 #[derive(Default)]
 struct Sentinel {
@@ -29,6 +31,8 @@ struct Sentinel {
     heartbeats: u64,
     last_heartbeat: Value,
     reports: Vec<Value>,
+    /// Types of metrics by their names.
+    metadata: BTreeMap<String, Value>,
     /// By log: which samples are there, as ranges from first to end.
     logs: BTreeMap<String, BTreeMap<u64, u64>>,
     samples: u64,
@@ -124,6 +128,16 @@ impl Core {
                 sentinel.last_heartbeat = body;
                 Ok(json_answer(&json!({"tasks_version": self.version, "config_version": self.config_version})))
             }
+            "/api/v1/metadata" => {
+                let sentinel = self.sentinels.get_mut(&id).ok_or(404u16)?;
+                for entry in body["metadata"].as_array().ok_or(400u16)? {
+                    let name = entry["name"].as_str().ok_or(400u16)?;
+                    if sentinel.metadata.len() < MAX_METADATA || sentinel.metadata.contains_key(name) {
+                        sentinel.metadata.insert(name.to_string(), entry["type"].clone());
+                    }
+                }
+                Ok(Answer::status(204))
+            }
             "/api/v1/reports" => {
                 let sentinel = self.sentinels.get_mut(&id).ok_or(404u16)?;
                 sentinel.reports.extend(body["reports"].as_array().ok_or(400u16)?.iter().cloned());
@@ -168,7 +182,7 @@ impl Core {
         let of = |sentinel: &Sentinel| {
             json!({
                 "registration": sentinel.registration, "heartbeats": sentinel.heartbeats,
-                "last_heartbeat": sentinel.last_heartbeat, "reports": sentinel.reports,
+                "last_heartbeat": sentinel.last_heartbeat, "reports": sentinel.reports, "metadata": sentinel.metadata,
                 "samples": sentinel.samples, "repeats": sentinel.repeats,
                 "missing": sentinel.logs.values().map(missing).sum::<u64>(),
             })

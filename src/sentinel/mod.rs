@@ -5,6 +5,7 @@
 //! [`task::Sink`], and from there on they are in the log until every destination has acknowledged them. Collection
 //! never waits for sending.
 
+pub mod aggregate;
 mod cli;
 pub mod collect;
 pub mod collectors;

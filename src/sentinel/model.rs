@@ -4,7 +4,7 @@
 //! allocation with the same [`SeriesId`]. Ids are never used twice in a process, so whoever remembers one (a scrape's
 //! cache, the set of series for staleness markers) can never mistake one series for another.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -322,6 +322,11 @@ impl SeriesTable {
         let before = known.len();
         known.retain(|_, series| Arc::strong_count(series) > 1);
         before - known.len()
+    }
+
+    /// What is known of each name: its kind.
+    pub fn kinds(&self) -> BTreeMap<String, Kind> {
+        self.lock().keys().map(|identity| (identity.name().to_string(), identity.kind())).collect()
     }
 
     /// Series held.

@@ -4,7 +4,9 @@ use crate::process::{QUICK, Sentinel, target, until, write_private};
 use crate::receiver::Receiver;
 
 /// Each is wrong in its own way; the text must be in the complaint.
-const MISTAKES: [(&str, &str); 32] = [
+const MISTAKES: [(&str, &str); 34] = [
+    ("[[aggregate]]\nregex = \"a\"\nwindow_s = 60\nfunctions = [\"median\"]", "median"),
+    ("[log]\noutput = \"file\"", "log.file"),
     ("unknown = 1", "unknown"),
     ("[buffer]\nsize = 1", "buffer.size"),
     ("buffer = 3", "buffer"),
@@ -115,4 +117,47 @@ fn secrets_are_in_no_log_no_status_no_metric_and_no_core_dump() {
             assert!(!octets.windows(9).any(|nine| nine == b"swordfish"));
         }
     }
+}
+
+#[test]
+fn log_lines_go_to_a_file_as_json_when_that_is_asked_for() {
+    let receiver = Receiver::new();
+    let to = target("one", "prometheus", &receiver.url());
+    let mut sentinel = Sentinel::new("");
+    let file = sentinel.scratch.path("s.log");
+    sentinel.configure(&format!("log = {{ output = \"file\", format = \"json\", file = {file:?} }}\n{to}"));
+    sentinel.start();
+    sentinel.configure(&format!("log = {{ output = \"both\", file = {file:?} }}\n{to}"));
+    assert!(sentinel.command("reload").status.success());
+    let lines = |text: &str| text.lines().map(str::to_string).collect::<Vec<_>>();
+    let text = until("a line of text", || {
+        let text = lines(&std::fs::read_to_string(&file).unwrap());
+        text.last().is_some_and(|last| last.contains("in force")).then_some(text)
+    });
+    let (json, plain): (Vec<_>, Vec<_>) = text.iter().partition(|line| line.starts_with('{'));
+    assert!(json.iter().all(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["level"].is_string()));
+    assert!(plain.iter().all(|line| line.contains("Z warren[sentinel]: ")));
+    // Standard error has what was told since, and nothing from before.
+    assert!(sentinel.log().contains("in force") && !sentinel.log().contains('{'));
+    assert_eq!(sentinel.stop(), 0);
+}
+
+#[test]
+fn windows_give_series_of_their_own_and_the_last_one_at_the_stop() {
+    let receiver = Receiver::new();
+    let to = target("one", "prometheus", &receiver.url());
+    let window = "[[aggregate]]\nregex = \"node_load1\"\nwindow_s = 86400\nfunctions = [\"count\", \"last\"]\n";
+    let mut sentinel = Sentinel::new(&format!("{QUICK}{to}{window}{}", crate::process::NODE));
+    sentinel.start();
+    until("samples", || (receiver.got.lock().unwrap().unique() > 1000).then_some(()));
+    assert_eq!(sentinel.stop(), 0);
+    let got = receiver.got.lock().unwrap();
+    let of = |name: &str| -> Vec<f64> {
+        let series = format!("__name__={name:?},");
+        let values =
+            got.samples.iter().filter(|((known, _), _)| *known == series).map(|(_, (bits, _))| f64::from_bits(*bits));
+        values.filter(|value| value.is_finite()).collect()
+    };
+    assert!(of("node_load1").is_empty(), "the samples themselves went on");
+    assert!(of("node_load1_count").iter().sum::<f64>() >= 1.0 && !of("node_load1_last").is_empty());
 }

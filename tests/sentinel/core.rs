@@ -8,6 +8,7 @@ use warren::sentinel::http::{Client, KEPT_BODY, Request, Server, TlsOptions, Url
 use warren::sentinel::secret::Secret;
 
 use crate::process::{QUICK, Sentinel, until};
+use crate::receiver::Receiver;
 
 const TOKEN: &str = "swordfish";
 
@@ -168,4 +169,26 @@ fn the_cores_configuration_is_taken_over_or_refused_and_survives_a_restart() {
     sentinel.start();
     until("renamed samples", || renamed().then_some(()));
     assert!(!std::fs::read_to_string(&core.out).unwrap().contains("\"name\":\"node_"));
+}
+
+#[test]
+fn in_hybrid_mode_samples_go_to_the_target_and_what_they_are_and_what_became_of_tasks_to_the_core() {
+    let receiver = Receiver::new();
+    let mut sentinel = Sentinel::new("");
+    let core = Core::new(sentinel.scratch.path("samples"));
+    core.set_tasks("1", 200);
+    let to = crate::process::target("direct", "prometheus", &receiver.url());
+    sentinel.configure(&format!("{}{to}", config(&core, "hybrid")));
+    sentinel.start();
+    until("metadata and reports", || {
+        let state = core.state("s1");
+        let known =
+            state["metadata"]["node_cpu_seconds_total"] == "counter" && state["metadata"]["node_load1"] == "gauge";
+        (known && state["reports"].as_array()?.len() > 2).then_some(())
+    });
+    until("samples", || (receiver.got.lock().unwrap().unique() > 1000).then_some(()));
+    // Six are built in.
+    assert_eq!(core.state("s1")["last_heartbeat"]["plugins"], 6);
+    assert_eq!(core.state("s1")["samples"], 0, "samples went to the core");
+    assert_eq!(sentinel.stop(), 0);
 }

@@ -1,7 +1,8 @@
-//! How fast and how small, without collection: through the log and an encoder. Not a check:
-//! `cargo test --release --test sentinel measure -- --ignored --nocapture`.
+//! How fast and how small: through the log and an encoder, and from a scrape to remote write beside others in the same run.
+//! No check: `make bench-sentinel`.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use nix::sys::resource::{UsageWho, getrusage};
@@ -11,7 +12,9 @@ use warren::sentinel::log::{Fsync, Log, Options, Policy};
 use warren::sentinel::model::{Batch, Identity, Kind, Sample, SeriesTable};
 use warren::sentinel::send::{Lane, LaneOptions, Protocol};
 
-use crate::process::{Scratch, until};
+use crate::peers::Peer;
+use crate::process::{Scratch, Sentinel, target, until};
+use crate::receiver::fields;
 
 const SERIES: usize = 20_000;
 const ROUNDS: i64 = 100;
@@ -28,6 +31,11 @@ fn value(series: usize, round: i64) -> f64 {
         1 => (series as i64 * 7 + round * (series as i64 % 50)) as f64,
         _ => ((series as i64 * 31 + round * 17) % 1000) as f64 / 7.0,
     }
+}
+
+/// As in build/bench.tsv: name, value, unit, condition.
+fn row(name: &str, value: f64, unit: &str, condition: &str) {
+    println!("ROW\t{name}\t{value:.3}\t{unit}\t{condition}");
 }
 
 #[test]
@@ -85,8 +93,130 @@ fn the_pipeline_without_collection() {
         let samples = SERIES as f64 * ROUNDS as f64;
         until("everything sent", || (lane.stats().sent_samples as f64 >= samples).then_some(()));
         let seconds = cpu() - before;
-        println!("{name}: sentinel_samples_per_core_s {:.0}", samples / seconds);
-        println!("{name}: sentinel_wire_bytes_per_sample {:.2}", lane.stats().sent_bytes as f64 / samples);
-        println!("{name}: sentinel_log_bytes_per_sample {:.2}", log.stats().written_bytes as f64 / samples);
+        let condition = format!("{name}, 20,000 series, batches of 2000");
+        row("sentinel_samples_per_core_s", samples / seconds, "1/s", &condition);
+        row("sentinel_wire_bytes_per_sample", lane.stats().sent_bytes as f64 / samples, "octets", &condition);
+        row("sentinel_log_bytes_per_sample", log.stats().written_bytes as f64 / samples, "octets", &condition);
+    }
+}
+
+/// Pages of metrics scraped by each process in the same run, and sent by remote write to one that counts.
+const TARGETS: usize = 20;
+const SERIES_A_PAGE: usize = 1000;
+const WARM_UP: Duration = Duration::from_secs(10);
+const MEASURED: Duration = Duration::from_secs(30);
+
+/// Samples and octets that have arrived.
+#[derive(Default)]
+struct Arrived {
+    samples: AtomicU64,
+    octets: AtomicU64,
+}
+
+fn page(scrape: u64) -> String {
+    use std::fmt::Write as _;
+    let mut text = String::new();
+    for n in 0..SERIES_A_PAGE {
+        if n % 25 == 0 {
+            let _ = writeln!(text, "# TYPE node_family_{}_seconds_total counter", n / 25);
+        }
+        let (family, device, mode) = (n / 25, n % 25, ["idle", "user", "system", "iowait"][n % 4]);
+        let value = value(n, scrape as i64);
+        let _ =
+            writeln!(text, "node_family_{family}_seconds_total{{device=\"device{device}\",mode=\"{mode}\"}} {value}");
+    }
+    text
+}
+
+/// Processor time of a process and its threads, in seconds, to the nanosecond.
+fn processor_time(pid: u32) -> f64 {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let time = |path: std::path::PathBuf| -> f64 {
+        let text = std::fs::read_to_string(path.join("schedstat")).unwrap_or_default();
+        text.split(' ').next().and_then(|word| word.parse::<f64>().ok()).unwrap_or(0.0) / 1e9
+    };
+    threads.map(|thread| time(thread.unwrap().path())).sum()
+}
+
+fn resident_kib(pid: u32) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+fn measure(name: &str, pid: u32, arrived: &Arrived) {
+    let now = || (processor_time(pid), arrived.samples.load(Relaxed) as f64, arrived.octets.load(Relaxed) as f64);
+    std::thread::sleep(WARM_UP);
+    let before = now();
+    std::thread::sleep(MEASURED);
+    let after = now();
+    let samples = after.1 - before.1;
+    assert!(samples > 0.0, "{name} sent nothing");
+    row(
+        &format!("{name}_cpu_us_per_sample"),
+        (after.0 - before.0) * 1e6 / samples,
+        "us",
+        "scrape to remote write 1.0, 20 pages of 1000 series each 2 s",
+    );
+    row(&format!("{name}_scrape_wire_bytes_per_sample"), (after.2 - before.2) / samples, "octets", "the same");
+    row(&format!("{name}_rss_kib"), resident_kib(pid), "KiB", "the same, 20,000 series");
+}
+
+#[test]
+#[ignore = "measures"]
+fn scrape_to_remote_write_beside_vmagent_and_prometheus() {
+    let scrapes = AtomicU64::new(0);
+    let pages = Server::start(([127, 0, 0, 1], 0).into(), 1024, move |_| {
+        Answer::of("text/plain; version=0.0.4", page(scrapes.fetch_add(1, Relaxed)))
+    })
+    .unwrap();
+    let arrived = Arc::new(Arrived::default());
+    let counting = Arc::clone(&arrived);
+    let receiver = Server::start(([127, 0, 0, 1], 0).into(), 1 << 26, move |request| {
+        let raw = snap::raw::Decoder::new().decompress_vec(&request.body).unwrap();
+        let series = fields(&raw).into_iter().filter(|(number, ..)| *number == 1);
+        let samples: usize =
+            series.map(|(_, _, octets)| fields(octets).into_iter().filter(|(number, ..)| *number == 2).count()).sum();
+        counting.samples.fetch_add(samples as u64, Relaxed);
+        counting.octets.fetch_add(request.body.len() as u64, Relaxed);
+        Answer::status(204)
+    })
+    .unwrap();
+    let write = format!("http://{}/write", receiver.address());
+
+    let tasks: String = (0..TARGETS)
+        .map(|n| {
+            format!(
+                "[[task]]\nid = \"t{n}\"\nplugin = \"http\"\ninterval_ms = 2000\nlabels = {{ instance = \"host-{n}:9100\" }}\n\
+                 device = {{ url = \"http://{}/{n}\" }}\nconfig = {{ mode = \"scrape\" }}\n",
+                pages.address()
+            )
+        })
+        .collect();
+    let mut sentinel = Sentinel::new(&format!(
+        "sender.batch = 10000\nsender.flush_ms = 1000\n{}{tasks}",
+        target("one", "prometheus", &write)
+    ));
+    sentinel.start();
+    measure("sentinel", sentinel.pid(), &arrived);
+    assert_eq!(sentinel.stop(), 0);
+
+    let targets: String = (0..TARGETS)
+        .map(|n| {
+            format!(
+                "  - targets: ['{}']\n    labels: {{ __metrics_path__: /{n}, instance: 'host-{n}:9100' }}\n",
+                pages.address()
+            )
+        })
+        .collect();
+    let config = format!(
+        "global: {{ scrape_interval: 2s, scrape_timeout: 2s }}\nscrape_configs:\n- job_name: bench\n  static_configs:\n{targets}"
+    );
+    if let Some(vmagent) = Peer::vmagent(&config, &write) {
+        measure("vmagent", vmagent.pid(), &arrived);
+    }
+    let config = format!("{config}remote_write: [ {{ url: '{write}' }} ]\n");
+    if let Some(prometheus) = Peer::prometheus_agent(&config) {
+        measure("prometheus_agent", prometheus.pid(), &arrived);
     }
 }

@@ -76,6 +76,38 @@ impl Peer {
         Self::start("victoria-metrics", "usr/bin/victoria-metrics", arguments, ready)
     }
 
+    /// Scrapes what a file in Prometheus' form says and sends it there.
+    pub fn vmagent(config: &str, write: &str) -> Option<Self> {
+        let arguments = |scratch: &Scratch, address: &str| {
+            std::fs::write(scratch.path("scrape.yml"), config).unwrap();
+            vec![
+                "-promscrape.config=scrape.yml".into(),
+                format!("-remoteWrite.url={write}"),
+                "-remoteWrite.tmpDataPath=queue".into(),
+                format!("-httpListenAddr={address}"),
+            ]
+        };
+        Self::start("victoria-metrics", "usr/bin/vmagent", arguments, |peer| peer.get("/health").is_some())
+    }
+
+    /// The same with Prometheus as an agent; `config` says where it sends to.
+    pub fn prometheus_agent(config: &str) -> Option<Self> {
+        let arguments = |scratch: &Scratch, address: &str| {
+            std::fs::write(scratch.path("agent.yml"), config).unwrap();
+            vec![
+                "--config.file=agent.yml".into(),
+                "--enable-feature=agent".into(),
+                "--storage.agent.path=agent".into(),
+                format!("--web.listen-address={address}"),
+            ]
+        };
+        Self::start("prometheus", "usr/bin/prometheus", arguments, |peer| peer.get("/-/ready").is_some())
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn node_exporter() -> Option<Self> {
         // As its authors ship it; Debian leaves out loopback and what is mounted below /mnt.
         let mounts = "^/(dev|proc|run/credentials/.+|sys|var/lib/docker/.+|var/lib/containers/storage/.+)($|/)";

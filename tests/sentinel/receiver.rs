@@ -76,7 +76,7 @@ fn varint(raw: &mut &[u8]) -> u64 {
 }
 
 /// Number, integer or bits, octets.
-fn fields(mut raw: &[u8]) -> Vec<(u64, u64, &[u8])> {
+pub fn fields(mut raw: &[u8]) -> Vec<(u64, u64, &[u8])> {
     let mut fields = Vec::new();
     while !raw.is_empty() {
         let key = varint(&mut raw);

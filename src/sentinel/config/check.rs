@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use super::{BufferMode, Config, SenderMode, Target, TargetKind, TaskEntry};
+use super::{BufferMode, Config, LogOutput, SenderMode, Target, TargetKind, TaskEntry};
 use crate::node::config::within;
 use crate::sentinel::http::Url;
 use crate::sentinel::model::{is_label_name, is_series_name};
@@ -57,9 +57,15 @@ impl Config {
             ("sender.retry_ms", sender.retry_ms, 1..=600_000),
             ("sender.retry_longest_s", sender.retry_longest_s, 1..=3600),
             ("sender.rejected_mib", sender.rejected_mib, 0..=1024),
+            ("log.max_mib", self.log.max_mib, 1..=10_240),
+            ("log.files", self.log.files, 0..=100),
+            ("log.days", self.log.days, 1..=3650),
             ("plugins.reload_s", self.plugins.reload_s, 0..=86_400),
         ] {
             within(key, value, limits).map_err(|(key, message)| wrong(key, message))?;
+        }
+        if self.log.output != LogOutput::Stderr && !self.log.file.is_absolute() {
+            return Err(wrong("log.file", format!("{:?} is not an absolute path", self.log.file)));
         }
         if !self.core.url.is_empty() {
             address("core.url", &self.core.url, self.core.allow_http)?;
@@ -84,6 +90,9 @@ impl Config {
         }
         for rule in &self.rule {
             rule.check().map_err(|message| wrong("rule", message))?;
+        }
+        for aggregate in &self.aggregate {
+            aggregate.check().map_err(|message| wrong("aggregate", message))?;
         }
         Ok(())
     }

@@ -70,6 +70,20 @@ impl Default for Plugins {
     }
 }
 
+impl Default for LogSettings {
+    fn default() -> Self {
+        Self {
+            level: Default::default(),
+            format: LogFormat::Text,
+            output: LogOutput::Stderr,
+            file: PathBuf::new(),
+            max_mib: 100,
+            files: 7,
+            days: 30,
+        }
+    }
+}
+
 impl Default for Metrics {
     fn default() -> Self {
         Self { listen: "127.0.0.1:9475".into() }

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use super::aggregate::Aggregate;
 use super::log::Policy;
 use super::process::Rule;
 use super::secret::{Given, Secret};
@@ -55,6 +56,8 @@ pub struct Config {
     pub log: LogSettings,
     /// `[[rule]]`: the processor stage, in order.
     pub rule: Vec<Rule>,
+    /// `[[aggregate]]`: windows, after the rules.
+    pub aggregate: Vec<Aggregate>,
     /// `[[task]]`: tasks of this file's own.
     pub task: Vec<TaskEntry>,
 }
@@ -266,12 +269,45 @@ pub struct Metrics {
     pub listen: String,
 }
 
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+/// Where they go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum LogOutput {
+    #[default]
+    Stderr,
+    File,
+    Both,
+}
+
 /// What is logged.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogSettings {
     /// This and what is graver.
     pub level: crate::node::config::Level,
+    /// How lines look.
+    pub format: LogFormat,
+    /// Where they go.
+    pub output: LogOutput,
+    /// The file, absolute; needed unless `output` is `stderr`.
+    pub file: PathBuf,
+    /// MiB of it before it is set aside and a new one begun, 1–10,240.
+    pub max_mib: u64,
+    /// Files set aside that are kept, 0–100.
+    pub files: u64,
+    /// Days that they are kept at most, 1–3,650.
+    pub days: u64,
 }
 
 /// A task in the file.

@@ -64,7 +64,9 @@ impl Config {
             self.sender = Sender { mode: self.sender.mode, ..sender.clone() };
         }
         if let Some(log) = &overlay.log {
-            self.log = log.clone();
+            // Where lines go is for the file alone to say.
+            self.log.level = log.level;
+            self.log.format = log.format;
         }
         if let Some(rules) = &overlay.rule {
             self.rule = rules.clone();

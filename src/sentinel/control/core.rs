@@ -6,13 +6,14 @@
 //! POST /api/v1/heartbeat  {id, state, uptime_s, cpu_percent, …}                → 2xx {tasks_version?, config_version?}
 //! GET  /api/v1/config?id=ID                                                    → 200 {version, config}
 //! GET  /api/v1/tasks?id=ID&version=VERSION                                     → 200 {version, tasks}, 304: unchanged
+//! POST /api/v1/metadata   {id, metadata: [{name, type}]}                       → 2xx
 //! POST /api/v1/reports    {id, reports: [{task, started, duration_ms, samples, status, error?}]} → 2xx
 //! ```
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -22,8 +23,11 @@ use super::seal;
 use super::state::{Shared, State};
 use super::system;
 use super::taskbook::TaskBook;
+use crate::sentinel::collect::Stats;
+use crate::sentinel::collectors::BUILT_IN;
 use crate::sentinel::config::{Config, TaskEntry};
 use crate::sentinel::http::{Abort, Client, HttpError, Request, Response, Url};
+use crate::sentinel::model::{Kind, SeriesTable};
 use crate::sentinel::secret::Secret;
 use crate::sentinel::task::{Outcome, Report, Task, TaskSource};
 
@@ -149,6 +153,15 @@ impl Control {
 /// and its text; comes back soon after the last argument says so.
 pub type Configure = dyn Fn(&str, &str, &dyn Fn() -> bool) -> Result<(), String> + Send;
 
+/// What the core is told of besides tasks.
+#[derive(Clone)]
+pub struct Told {
+    /// Names and kinds of metrics, where samples themselves go elsewhere (`sender.mode = "hybrid"`).
+    pub metadata: Option<Arc<SeriesTable>>,
+    /// Counts plugins, once there is a collector.
+    pub collected: Arc<OnceLock<Arc<Stats>>>,
+}
+
 /// The thread that speaks to the core; ends when this is dropped.
 pub struct CoreLink {
     control: Arc<Control>,
@@ -164,6 +177,7 @@ impl CoreLink {
         state: Arc<Shared>,
         config_version: String,
         configure: Box<Configure>,
+        told: Told,
     ) -> Result<Self, HttpError> {
         let control =
             Arc::new(Control { stop: AtomicBool::new(false), stats: Mutex::default(), changed: Condvar::new() });
@@ -181,6 +195,8 @@ impl CoreLink {
             config_version,
             config_refused: None,
             configure,
+            told,
+            metadata: BTreeMap::new(),
         };
         work.recall();
         let thread = thread::Builder::new().name("core".into()).spawn(move || work.run()).map_err(HttpError::Io)?;
@@ -220,6 +236,9 @@ struct Work {
     /// The last one that could not be put in force, and why.
     config_refused: Option<(String, String)>,
     configure: Box<Configure>,
+    told: Told,
+    /// What the core knows already.
+    metadata: BTreeMap<String, Kind>,
 }
 
 impl Work {
@@ -241,6 +260,7 @@ impl Work {
                     fetch_at = now;
                 }
                 self.report();
+                self.describe();
                 beat_at = now + self.options.heartbeat;
             }
             let next = beat_at.min(fetch_at).saturating_duration_since(Instant::now());
@@ -345,6 +365,7 @@ impl Work {
             "memory_bytes": usage.resident_bytes,
             "host_memory_bytes": memory, "host_memory_available_bytes": available,
             "disk_bytes": disk, "disk_free_bytes": free,
+            "plugins": BUILT_IN.len() as u64 + self.told.collected.get().map_or(0, |stats| stats.plugins.load(Ordering::Relaxed)),
             "tasks": self.book.current().tasks.len(),
             "tasks_version": self.book.core_version(),
             "config_version": self.config_version,
@@ -431,6 +452,25 @@ impl Work {
                     let status = result.map(|answer| answer.status);
                     return self.fail(format!("{}: reports: {status:?}", self.options.url));
                 }
+            }
+        }
+    }
+
+    /// Tells the core of names that it does not know, or whose kind has changed.
+    fn describe(&mut self) {
+        let Some(table) = &self.told.metadata else { return };
+        let known = table.kinds();
+        // A name that is gone and comes back is told again.
+        self.metadata.retain(|name, _| known.contains_key(name));
+        let new: Vec<(String, Kind)> =
+            known.into_iter().filter(|(name, kind)| self.metadata.get(name) != Some(kind)).collect();
+        for part in new.chunks(REPORTS) {
+            let list: Vec<Value> = part.iter().map(|(name, kind)| json!({"name": name, "type": kind.name()})).collect();
+            let body = json!({ "id": self.options.id, "metadata": list });
+            match self.options.ask("POST", "/api/v1/metadata", Some(&body)) {
+                Ok(answer) if answer.is_success() => self.metadata.extend(part.iter().cloned()),
+                Ok(answer) => return self.fail(format!("{}: metadata: status {}", self.options.url, answer.status)),
+                Err(e) => return self.fail(format!("{}: metadata: {e}", self.options.url)),
             }
         }
     }

@@ -2,6 +2,7 @@
 
 mod core;
 mod intake;
+mod logfile;
 mod metrics;
 mod privileges;
 mod run;

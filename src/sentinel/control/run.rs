@@ -5,15 +5,16 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
 
-use super::core::{CoreLink, CoreOptions};
+use super::core::{CoreLink, CoreOptions, Told};
 use super::intake::Intake;
+use super::logfile;
 use super::metrics::{self, Snapshot};
 use super::privileges;
 use super::seal::replace;
@@ -21,9 +22,10 @@ use super::socket;
 use super::state::{Shared, State};
 use super::system;
 use super::taskbook::TaskBook;
-use crate::sentinel::collect::{Collector, Settings};
+use crate::sentinel::aggregate::Aggregator;
+use crate::sentinel::collect::{Collector, Settings, Stats};
 use crate::sentinel::collectors::BUILT_IN;
-use crate::sentinel::config::{BufferMode, Config, Overlay, Source};
+use crate::sentinel::config::{BufferMode, Config, Overlay, SenderMode, Source};
 use crate::sentinel::http::{Answer, Server};
 use crate::sentinel::log::files::{Disk, Files, Memory};
 use crate::sentinel::log::{Fsync, Log};
@@ -65,6 +67,7 @@ struct Parts {
     table: Arc<SeriesTable>,
     intake: Arc<Intake>,
     book: Arc<TaskBook>,
+    collected: Arc<OnceLock<Arc<Stats>>>,
     live: Mutex<Live>,
 }
 
@@ -154,7 +157,7 @@ fn start(config: Config, events: &Sender<Event>) -> Result<Parts, String> {
     let failed = |what: &str, e: &dyn std::fmt::Display| format!("{what}: {e}");
     let (config, overlay) =
         if config.core.url.is_empty() { (config, (String::new(), Overlay::default())) } else { recall(config) };
-    crate::node::logging::set_level(config.log.level.into());
+    logfile::apply(&config.log)?;
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -168,6 +171,7 @@ fn start(config: Config, events: &Sender<Event>) -> Result<Parts, String> {
     let table = Arc::new(SeriesTable::new(config.collector.max_series as usize));
     let processor =
         Processor::new(labels(&config), &config.rule, Arc::clone(&table)).map_err(|e| failed("rule", &e))?;
+    let aggregator = Aggregator::new(&config.aggregate, Arc::clone(&table)).map_err(|e| failed("aggregate", &e))?;
     let files: Arc<dyn Files> = match config.buffer.mode {
         BufferMode::Memory => Arc::new(Memory::default()),
         BufferMode::Disk => {
@@ -187,14 +191,16 @@ fn start(config: Config, events: &Sender<Event>) -> Result<Parts, String> {
         .map(|lane| Lane::start(lane, &log, &id))
         .collect::<Result<Vec<_>, _>>()
         .map_err(|e| failed("sender", &e))?;
+    let collected = Arc::new(OnceLock::new());
     state.go(if core.is_some() { State::Registering } else { State::Running });
     let core = core
         .map(|options| {
-            CoreLink::start(options, Arc::clone(&book), Arc::clone(&state), overlay.0.clone(), configure(events))
+            let told = told(&config, &table, &collected);
+            CoreLink::start(options, Arc::clone(&book), Arc::clone(&state), overlay.0.clone(), configure(events), told)
         })
         .transpose()
         .map_err(|e| failed("core", &e))?;
-    let intake = Arc::new(Intake::new(processor, Arc::clone(&log)));
+    let intake = Arc::new(Intake::new(processor, aggregator, Arc::clone(&log)));
     let collector = Collector::start(
         settings(&config),
         Arc::clone(&book) as Arc<dyn TaskSource>,
@@ -203,6 +209,7 @@ fn start(config: Config, events: &Sender<Event>) -> Result<Parts, String> {
         Arc::clone(&table),
     )
     .map_err(|e| failed("collector", &e))?;
+    let _ = collected.set(Arc::clone(collector.stats()));
     let live = Live { config, overlay, lanes, core, collector: Some(collector), reloads: (0, 0, true) };
     let events = events.clone();
     Ok(Parts {
@@ -215,8 +222,14 @@ fn start(config: Config, events: &Sender<Event>) -> Result<Parts, String> {
         table,
         intake,
         book,
+        collected,
         live: Mutex::new(live),
     })
+}
+
+fn told(config: &Config, table: &Arc<SeriesTable>, collected: &Arc<OnceLock<Arc<Stats>>>) -> Told {
+    let metadata = (config.sender.mode == SenderMode::Hybrid).then(|| Arc::clone(table));
+    Told { metadata, collected: Arc::clone(collected) }
 }
 
 /// The id of the configuration; else the one chosen at the first start.
@@ -328,6 +341,7 @@ fn tick(parts: &Arc<Parts>) -> io::Result<()> {
                 _ => Duration::from_secs(1),
             };
             thread::sleep(interval);
+            parts.intake.close_windows(Some(wall_ms()));
             parts.log.tick();
             if swept.elapsed() >= SWEEP {
                 swept = Instant::now();
@@ -365,6 +379,12 @@ fn wait(parts: &Parts, source: &Source, inbox: &Receiver<Event>) {
     }
 }
 
+/// Milliseconds since 1970-01-01 UTC.
+fn wall_ms() -> i64 {
+    let since = SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
 /// When a file was changed, and its number: an editor may put a new one in its place.
 fn modified(path: &Path) -> Option<(SystemTime, u64)> {
     use std::os::unix::fs::MetadataExt;
@@ -380,6 +400,7 @@ fn stop(parts: &Parts) -> Result<(), String> {
     if let Some(collector) = collector {
         collector.stop(STOP_WAIT);
     }
+    parts.intake.close_windows(None);
     let lanes = std::mem::take(&mut parts.live().lanes);
     parts.log.close();
     lanes.iter().for_each(Lane::drain);
@@ -450,14 +471,21 @@ impl Parts {
         }
         let lanes = config.lanes()?;
         check_tls(&lanes)?;
-        let core_changed = (&config.core, &config.heartbeat, &config.name, &config.region, &config.labels)
-            != (&old.core, &old.heartbeat, &old.name, &old.region, &old.labels);
+        let core_changed =
+            (config.sender.mode, &config.core, &config.heartbeat, &config.name, &config.region, &config.labels)
+                != (old.sender.mode, &old.core, &old.heartbeat, &old.name, &old.region, &old.labels);
         let core = if core_changed { CoreOptions::new(&config, &self.id)? } else { None };
         let processor = Processor::new(labels(&config), &config.rule, Arc::clone(&self.table))?;
+        let aggregator = Aggregator::new(&config.aggregate, Arc::clone(&self.table))?;
+        if config.log != old.log {
+            logfile::apply(&config.log)?;
+        }
         // From here on nothing is wrong with it.
-        crate::node::logging::set_level(config.log.level.into());
         if config.rule != old.rule || labels(&config) != labels(old) {
             self.intake.set_processor(processor);
+        }
+        if config.aggregate != old.aggregate {
+            self.intake.set_aggregator(aggregator);
         }
         self.log.set_options(config.log_options());
         self.book.set_own(config.tasks());
@@ -472,7 +500,8 @@ impl Parts {
                 self.state.go(State::Registering);
                 let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
                 let (book, state, version) = (Arc::clone(&self.book), Arc::clone(&self.state), live.overlay.0.clone());
-                let link = CoreLink::start(options, book, state, version, configure(&events));
+                let told = told(&config, &self.table, &self.collected);
+                let link = CoreLink::start(options, book, state, version, configure(&events), told);
                 live.core = Some(link.map_err(|e| format!("core: {e}"))?);
             }
         }
@@ -497,7 +526,7 @@ impl Parts {
         use std::sync::atomic::Ordering::Relaxed;
         let live = self.live();
         let stats = live.collector.as_ref().map(|collector| Arc::clone(collector.stats()));
-        let count = |of: fn(&crate::sentinel::collect::Stats) -> u64| stats.as_deref().map_or(0, of);
+        let count = |of: fn(&Stats) -> u64| stats.as_deref().map_or(0, of);
         let options = live.config.log_options();
         Snapshot {
             state: self.state.get(),

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use super::gather::Outgoing;
 use super::gzip::gzip;
+use super::snappy::Snappy;
 use super::{clickhouse, json, remote_write};
 
 /// What a receiver speaks.
@@ -47,8 +48,7 @@ pub struct Origin {
 pub struct Encoder {
     raw: Vec<u8>,
     text: String,
-    packed: Vec<u8>,
-    snappy: Option<snap::raw::Encoder>,
+    snappy: Snappy,
 }
 
 impl Encoder {
@@ -83,16 +83,14 @@ impl Encoder {
 
     /// Snappy's block format, not the framed one.
     fn remote_write(&mut self, target: &str, content_type: &str, version: &str) -> Encoded {
-        self.packed.resize(snap::raw::max_compress_len(self.raw.len()), 0);
-        let snappy = self.snappy.get_or_insert_with(snap::raw::Encoder::new);
-        // The buffer has the size that it can need at most, and a batch is far below 4 GiB.
-        let len = snappy.compress(&self.raw, &mut self.packed).unwrap_or(0);
+        let mut body = Vec::with_capacity(self.raw.len() / 2);
+        self.snappy.compress(&self.raw, &mut body);
         let headers = vec![
             ("Content-Type", content_type.to_string()),
             ("Content-Encoding", "snappy".to_string()),
             ("X-Prometheus-Remote-Write-Version", version.to_string()),
         ];
-        Encoded { target: target.to_string(), headers, body: self.packed[..len].to_vec() }
+        Encoded { target: target.to_string(), headers, body }
     }
 }
 

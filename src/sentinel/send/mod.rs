@@ -15,6 +15,7 @@ mod lane;
 mod policy;
 mod protobuf;
 pub mod remote_write;
+mod snappy;
 #[cfg(test)]
 mod tests;
 

@@ -60,8 +60,9 @@ fn sample_len(sample: &Sample) -> usize {
 
 fn put_sample(out: &mut Vec<u8>, sample: &Sample) {
     header(out, 2, sample_len(sample));
-    double(out, 1, sample.value);
+    // Fields may come in any order: what is the same in every sample stands together, for the compressor.
     integer(out, 2, sample.timestamp_ms as u64);
+    double(out, 1, sample.value);
 }
 
 /// A `WriteRequest` of version 1.0.
@@ -110,11 +111,11 @@ pub fn encode_2(samples: &[Sample], out: &mut Vec<u8>) {
         let of_metadata = if metadata_type == 0 { 0 } else { octets_len(2) };
         header(&mut body, 5, octets_len(references.len()) + of_samples + of_metadata);
         octets(&mut body, 1, &references);
-        groups.group(head).for_each(|sample| put_sample(&mut body, sample));
         if metadata_type != 0 {
             header(&mut body, 5, 2);
             integer(&mut body, 1, metadata_type);
         }
+        groups.group(head).for_each(|sample| put_sample(&mut body, sample));
     }
     symbols.iter().for_each(|symbol| octets(out, 4, symbol.as_bytes()));
     out.extend_from_slice(&body);
