@@ -233,7 +233,8 @@ fn a_killed_supervisor_cuts_no_connection_and_the_next_one_keeps_the_policy() {
     let supervisor = node.supervisor();
     node.sh(&format!("kill -9 {supervisor}; kill -9 {}", node.worker(&gone.id)));
     wait_for("another supervisor", || (node.supervisor() != supervisor).then_some(()));
-    node.control().ok(Request::new("", "hello"));
+    // The bridge may still be telling of the restart.
+    wait_for("its answer", || node.control().call(Request::new("", "hello")).ok());
     let now = echoed();
     wait_for("the connection to go on", || (echoed() > now + 1).then_some(()));
     assert_eq!(sandbox.inspect().get("address"), Some(address.as_str()));

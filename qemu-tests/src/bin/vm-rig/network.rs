@@ -51,6 +51,8 @@ impl Lab {
         outside::new_namespace();
         // It has the settings of the node's own, which passes packets on already.
         fs::write("/proc/sys/net/ipv4/ip_forward", "0").expect("root may set it");
+        // The uplink says nothing of its own accord, so that whatever comes out is a guest's.
+        fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").expect("root may set it");
         outside::up("lo");
         let outside = Outside::beyond("up0");
         switch_on("up0", &format!("{UPLINK}/24"));
