@@ -210,6 +210,9 @@ impl Supervisor {
         for id in ids {
             self.database.submit(crate::storage::state::Change::RemoveSandbox { id });
         }
+        // Their workers may take a moment to die, and until then nobody else is to have their user.
+        let users: Vec<u32> = homes.iter().flat_map(Home::processes).filter_map(|pid| user_of(pid).ok()).collect();
+        users.iter().for_each(|uid| self.uids.claim(*uid));
         let started = self.background.run("sweep", move || {
             let mut reclaimed = 0;
             for home in homes {
@@ -218,7 +221,7 @@ impl Supervisor {
                     Err(e) => log::error!("leftover {home:?} cannot be taken down: {e}"),
                 }
             }
-            Done::Swept { reclaimed }
+            Done::Swept { reclaimed, users }
         });
         if let Err(e) = started {
             log::error!("no thread to take leftovers down: {e}");

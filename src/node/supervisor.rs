@@ -81,7 +81,11 @@ pub(super) enum Done {
     /// The template disks were looked at; one event a template.
     Imported(Vec<TemplateEvent>),
     /// What an earlier supervisor left over was taken down.
-    Swept { reclaimed: usize },
+    Swept {
+        reclaimed: usize,
+        /// User ids that are free again.
+        users: Vec<u32>,
+    },
     /// The network did something.
     Network(Report),
 }
@@ -442,7 +446,10 @@ impl Supervisor {
                 Done::Verified { template, result } => self.verified(&template, result),
                 Done::Imported(events) => self.imported(events),
                 Done::Network(report) => self.network_reported(report),
-                Done::Swept { reclaimed } => log::warn!("reclaimed {reclaimed} leftovers of an earlier run"),
+                Done::Swept { reclaimed, users } => {
+                    users.into_iter().for_each(|uid| self.uids.give_back(uid));
+                    log::warn!("reclaimed {reclaimed} leftovers of an earlier run");
+                }
             }
         }
     }
