@@ -65,7 +65,7 @@ impl Boot {
             files: Vec::new(),
             cmdline: Vec::new(),
             clock: Clock::Wall,
-            cpus: 2,
+            cpus: timing::processors(),
             memory_mib: 4096,
             allowed: Vec::new(),
             root_port: true,

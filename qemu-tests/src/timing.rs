@@ -41,3 +41,10 @@ pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
         std::thread::sleep(Duration::from_millis(20));
     }
 }
+
+/// How many processors a node has: `WARREN_TEST_CPUS`, else two on hardware and one on QEMU's software CPU, where two
+/// threads at once lead to faults that no machine has (docs/testing.md, "Known").
+pub fn processors() -> u32 {
+    let asked = std::env::var("WARREN_TEST_CPUS").ok().and_then(|text| text.parse().ok());
+    asked.unwrap_or(if hardware_virtualization() { 2 } else { 1 })
+}
