@@ -5,7 +5,8 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, OnceLock};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use warren::wire::{Fields, Message, Request};
 
@@ -21,6 +22,9 @@ use crate::timing;
 
 /// Disk of the data partition that the node grows its file system to.
 const DATA_DISK_OCTETS: u64 = 8 << 30;
+
+/// How long an emulated node may sleep through.
+const AWAKE: Duration = Duration::from_secs(1);
 
 /// A node to be booted.
 #[derive(Debug)]
@@ -163,6 +167,11 @@ impl Boot {
         let console = Mutex::new(machine.console());
         let bridge = start_bridge(&machine);
         let root = self.root_port.then(|| Client::open(&machine.port("test")).expect("QEMU listens for the test port"));
+        if let (Clock::Wall, Some(root)) = (self.clock, &root)
+            && !timing::hardware_virtualization()
+        {
+            keep_awake(root.clone());
+        }
         Node {
             control: OnceLock::new(),
             root,
@@ -223,6 +232,18 @@ fn start_bridge(machine: &Machine) -> Process {
     command.stdin(std::process::Stdio::null());
     command.stdout(log.try_clone().expect("a descriptor can be cloned")).stderr(log);
     Process::spawn(command).unwrap_or_else(|e| panic!("`warren bridge` does not start: {e}"))
+}
+
+/// Asks something of the agent on the node again and again, until the node is gone. QEMU's software CPU loses an interrupt
+/// now and then and sleeps on with it pending; the next one, which this brings, wakes it (docs/testing.md, "Known").
+fn keep_awake(root: Client) {
+    thread::spawn(move || {
+        while root.closed().is_none() {
+            // The answer is nobody's concern.
+            drop(root.start(Request::new("", "exec.list")));
+            thread::sleep(AWAKE);
+        }
+    });
 }
 
 /// What a command on the node came to.
@@ -409,7 +430,7 @@ impl Node {
             let answer = scope.spawn(|| {
                 let mut call = self.control().start(Request::new("", "hello"));
                 while Instant::now() < end && self.machine.is_running() && self.bridge.ended().is_none() {
-                    if let Some(message) = call.message_within(std::time::Duration::from_millis(200)) {
+                    if let Some(message) = call.message_within(Duration::from_millis(200)) {
                         return Some(message);
                     }
                 }

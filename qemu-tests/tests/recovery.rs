@@ -111,11 +111,25 @@ fn ask(connection: &mut Connection, mut request: Request) -> io::Result<Result<(
     }
 }
 
-/// The same, again for as long as the supervisor was killed under it.
+/// Whether the sandbox that a request names does not run any more.
+fn is_gone(connection: &mut Connection, request: &Request) -> io::Result<bool> {
+    let named = request.args.iter().take(1).cloned().collect();
+    let inspect = Request { args: named, ..Request::new("", "sandbox.inspect") };
+    Ok(match ask(connection, inspect)? {
+        Ok((fields, _)) => fields.get("state") != Some("running"),
+        Err(error) => !error.is(Code::NodeRestarted),
+    })
+}
+
+/// The same, again for as long as the supervisor was killed under it or has not reached the agent yet.
 fn insist(connection: &mut Connection, request: &Request) -> io::Result<Result<(Fields, String), Error>> {
+    let until = Instant::now() + timing::hang();
     loop {
         match ask(connection, request.clone())? {
             Err(error) if error.is(Code::NodeRestarted) => {}
+            Err(error) if error.is(Code::LinkLost) && Instant::now() < until && !is_gone(connection, request)? => {
+                std::thread::sleep(Duration::from_millis(100));
+            }
             other => return Ok(other),
         }
     }
