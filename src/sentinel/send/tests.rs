@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use decode::Got;
 
-use super::{BreakerState, Lane, LaneOptions, Protocol, gunzip};
+use super::{Lane, LaneOptions, Protocol, gunzip};
+use crate::outbound::BreakerState;
 use crate::sentinel::http::{Answer, Server, ServerRequest, TlsOptions, Url};
 use crate::sentinel::log::files::Memory;
 use crate::sentinel::log::{DropReason, Fsync, Log, Options, Policy};
