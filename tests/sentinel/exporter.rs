@@ -62,7 +62,8 @@ fn compare(exporter: &Peer) -> Result<(), String> {
     }
     // What stands still has the same value.
     for (name, value) in &ours {
-        let still = ["MemTotal", "SwapTotal", "boot_time", "size_bytes", "filefd_maximum", "mtu_bytes", "memory_HugePages_"];
+        let still =
+            ["MemTotal", "SwapTotal", "boot_time", "size_bytes", "filefd_maximum", "mtu_bytes", "memory_HugePages_"];
         if still.iter().any(|still| name.contains(still)) && theirs.get(name) != Some(value) {
             return Err(format!("{name}: {value}, the exporter has {:?}", theirs.get(name)));
         }
