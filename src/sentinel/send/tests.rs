@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use super::{BreakerState, Lane, LaneOptions, Protocol, gunzip};
+use super::{Lane, LaneOptions, Protocol, gunzip};
+use crate::outbound::BreakerState;
 use crate::sentinel::http::{Answer, Server, ServerRequest, TlsOptions, Url};
 use crate::sentinel::log::files::Memory;
 use crate::sentinel::log::{DropReason, Fsync, Log, Options, Policy};
