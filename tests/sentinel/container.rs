@@ -17,6 +17,10 @@ impl Drop for Running {
     }
 }
 
+/// User, root, words: what every container engine gives a root, in mounts that go with the process.
+const ENTER: &str = "mount --rbind /dev \"$2/dev\" && mount -t proc proc \"$2/proc\" && user=$1 && root=$2 && shift 2 && \
+                     exec chroot --userspec=\"$user\" \"$root\" \"$@\"";
+
 /// The words of a list: `["a", "b"]`.
 fn list(text: &str) -> Vec<String> {
     serde_json::from_str(text).unwrap()
@@ -57,6 +61,7 @@ fn the_containers_recipe_gives_a_root_in_which_the_sentinel_runs_as_its_user() {
         std::fs::create_dir_all(inside(to).parent().unwrap()).unwrap();
         std::fs::copy(release.join(from), inside(to)).unwrap();
     }
+    ["dev", "proc"].iter().for_each(|place| std::fs::create_dir(root.join(place)).unwrap());
     // The recipe's comment gives the volume to the user (`:U`).
     let (user, group) = one["USER"].split_once(':').unwrap();
     let volume = inside(one["VOLUME"]);
@@ -65,8 +70,9 @@ fn the_containers_recipe_gives_a_root_in_which_the_sentinel_runs_as_its_user() {
     std::fs::set_permissions(&scratch.0, PermissionsExt::from_mode(0o755)).unwrap();
 
     let enter = |words: &[String]| {
-        let mut command = Command::new("chroot");
-        command.arg(format!("--userspec={}", one["USER"])).arg(&root).args(words);
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c", ENTER, "sh", one["USER"]]);
+        command.arg(&root).args(words);
         command.stdin(Stdio::null()).stderr(Stdio::null());
         command
     };

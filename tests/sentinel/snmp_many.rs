@@ -161,7 +161,7 @@ fn serve(socket: &UdpSocket) {
     }
     let said = answer(asked, &buffer[..length]);
     let back = libc::in_pktinfo { ipi_ifindex: 0, ipi_spec_dst: info.ipi_addr, ipi_addr: info.ipi_addr };
-    let to = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::from(from.ip()), from.port()));
+    let to = SockaddrIn::from(SocketAddrV4::new(from.ip(), from.port()));
     let message = [ControlMessage::Ipv4PacketInfo(&back)];
     // A full queue is a lost datagram, as on any network.
     let _ = sendmsg(socket.as_raw_fd(), &[IoSlice::new(&said)], &message, MsgFlags::empty(), Some(&to));

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::sentinel::collect::Gathered;
-use crate::sentinel::formats::exposition::{Kinds, Line, lines, series};
+use crate::sentinel::formats::exposition::{Kinds, Line, line, series};
 use crate::sentinel::model::{Identity, Sample, Series, SeriesTable};
 
 /// The series of one target in the order in which it says them, which is nearly always the same: the next line is
@@ -107,8 +107,11 @@ impl Known {
         // What is expected next; where to find what is not; and the new list, once it differs from the old one.
         let (mut next, mut places, mut changed) = (0, None, None::<Self>);
         scraped.gathered.samples.reserve(self.series.len() + 8);
-        for (n, line) in lines(body, reading.openmetrics).enumerate() {
-            match line.map_err(|e| format!("the body's meaningful line {} is {e}", n + 1))? {
+        let mut n = 0;
+        for raw in body.split('\n') {
+            let Some(found) = line(raw, reading.openmetrics, self.text(next)) else { continue };
+            n += 1;
+            match found.map_err(|e| format!("the body's meaningful line {n} is {e}"))? {
                 Line::Type { name, kind } => kinds.declare(name, kind),
                 Line::Eof => {
                     ended = true;
