@@ -25,9 +25,13 @@ fn main() -> ExitCode {
         Ok(meta) => rows.push(Row::new("binary_bytes", meta.len() as f64, "octets", &warren.display().to_string())),
         Err(e) => return fail(&format!("{}: {e}", warren.display())),
     }
-    match host_boot() {
-        Ok(row) => rows.push(row),
-        Err(e) => return fail(&e.to_string()),
+    let wanted = std::env::var("PARTS").unwrap_or_default();
+    let wanted = |part: &str| wanted.is_empty() || wanted.split([',', ' ']).any(|one| one == part);
+    if wanted("boot") {
+        match host_boot() {
+            Ok(row) => rows.push(row),
+            Err(e) => return fail(&e.to_string()),
+        }
     }
 
     let mut boot = Boot::diskless().virtual_time();
@@ -41,20 +45,23 @@ fn main() -> ExitCode {
     let node = boot.power_on();
     // By way of the root port alone: while the node waits for the world outside, its virtual clock runs ahead.
     node.run(&["sh", "-c", "until [ -S /run/warren/control.sock ]; do sleep 0.01; done"]);
-    let mut complete = measure(&node, &["node-bench", "measure"], &mut rows);
-    complete &= measure(&node, &["node-bench", "jail"], &mut rows);
-    let mut net = vec!["node-bench", "net"];
+    let mut parts = vec![("sandbox", vec!["measure"]), ("jail", vec!["jail"]), ("net", vec!["net"])];
     if peer.is_some() {
-        complete &= measure(&node, &["node-bench", "peer", "/test/peer"], &mut rows);
-        net.push("/test/peer");
+        parts[2].1.push("/test/peer");
+        parts.insert(2, ("sandbox", vec!["peer", "/test/peer"]));
     }
-    complete &= measure(&node, &net, &mut rows);
+    let mut complete = true;
+    for (_, args) in parts.iter().filter(|(part, _)| wanted(part)) {
+        complete &= measure(&node, &[&["node-bench"], &args[..]].concat(), &mut rows);
+    }
     node.power_cut();
 
     let mut by_wall = Vec::new();
-    let node = Boot::diskless().file("/test/bin/node-bench", 0o755, bytes(&node_tool("node-bench"))).start();
-    complete &= measure(&node, &["node-bench", "wall"], &mut by_wall);
-    node.power_cut();
+    if wanted("wall") {
+        let node = Boot::diskless().file("/test/bin/node-bench", 0o755, bytes(&node_tool("node-bench"))).start();
+        complete &= measure(&node, &["node-bench", "wall"], &mut by_wall);
+        node.power_cut();
+    }
 
     for row in &mut rows {
         row.condition = if row.name == "binary_bytes" {
