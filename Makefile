@@ -75,7 +75,7 @@ $(B)/warren $(B)/burrow: binaries
 $(B)/vmlinux: kernel-config/build kernel-config/guest.config | deps
 	@kernel-config/build guest $(B)
 	touch $@
-$(B)/bzImage: kernel-config/build kernel-config/host.config kernel-config/host-qemu.config | deps
+$(B)/bzImage: kernel-config/build kernel-config/host.config kernel-config/host-qemu.config kernel-config/host-qemu.patch | deps
 	@kernel-config/build host-qemu $(B)
 	touch $@
 $(B)/hardware/bzImage: kernel-config/build kernel-config/host.config kernel-config/host-hardware.config | deps
