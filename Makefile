@@ -15,7 +15,7 @@ SCRIPT  ?=
 ARGS    ?=
 PEER    ?=
 PARTS   ?=
-export SCRIPT ARGS PEER PARTS
+export SCRIPT ARGS PEER
 
 .PHONY: help package bench-sentinel run up down test soak fuzz sanitize image bench deps peers build binaries kernels templates node config-check fmt lint clean
 
@@ -27,7 +27,7 @@ help:
 	make soak                          hours of kills, cycles and power cuts (WARREN_SOAK_KILLS=500)
 	make image                         build/warren.img: a disk image that boots under UEFI
 	make package                       build/warren-sentinel.tar.gz: the sentinel for other Linux hosts
-	make bench [PEER=/path/firecracker] [PARTS="boot sandbox jail net wall"] build/bench.tsv: how fast, how big
+	make bench [PEER=/path/firecracker] [PARTS="cycle net"] build/bench.tsv: how fast, how big
 	make bench-sentinel                build/bench-sentinel.tsv: the sentinel beside vmagent and Prometheus
 	make fuzz MINUTES=10 [NAMES="a b"] every fuzz target with coverage feedback and AddressSanitizer
 	make sanitize                      devices, memory and parsers under AddressSanitizer
@@ -151,7 +151,7 @@ sanitize: deps
 
 bench: build
 	@cargo build --release --locked -q -p qemu-tests --bins
-	$(TARGET)/bench
+	$(TARGET)/bench $(PARTS)
 
 # Outside of QEMU: the peers' programs run in the same minutes, and ratios to them are what counts.
 bench-sentinel: peers

@@ -13,6 +13,7 @@ mod listener;
 pub mod logging;
 mod logs;
 mod network;
+mod pools;
 mod requests;
 mod settle;
 mod start;
