@@ -13,7 +13,7 @@ use warren::wire::{Message, Request};
 use super::{CONTROL, ask, exec, exec_time, milliseconds, print};
 
 /// Sandboxes one after the other.
-const CYCLES: u32 = 20;
+const CYCLES: u32 = 10;
 /// What follows an answer (a pool that is filled again, what is taken down) is over by then.
 const AFTERWARDS: Duration = Duration::from_millis(500);
 /// Sandboxes at once.
@@ -43,6 +43,7 @@ pub fn cycle() -> io::Result<()> {
     let (begin, before) = (Instant::now(), idle()?);
     for _ in 0..CYCLES {
         round()?;
+        still_there();
     }
     std::thread::sleep(AFTERWARDS);
     let busy = begin.elapsed().as_secs_f64() - (idle()? - before);
@@ -69,6 +70,11 @@ fn create(control: &mut Connection, started: &mut Vec<f64>) -> io::Result<String
             _ => {}
         }
     }
+}
+
+/// A line that is no row: who waits for the rows sees that it goes on.
+fn still_there() {
+    println!("#");
 }
 
 /// The process id of the supervisor.
@@ -112,6 +118,7 @@ pub fn many() -> io::Result<()> {
         let (_, fields) = ask(&mut control, create)?;
         let id = fields.get("id").unwrap_or_default().to_string();
         exec_time(&mut control, exec(Some(&id), &["true"]))?;
+        still_there();
     }
     std::thread::sleep(AFTERWARDS);
     let pid = supervisor()?;
