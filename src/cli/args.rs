@@ -144,6 +144,14 @@ pub enum NodeVerb {
     Info,
     /// Show who changed what, newest first
     Audit(AuditArgs),
+    /// Take no new sandboxes, and wait until none runs and everything is written
+    Drain {
+        /// Stop those that still run after so many seconds; without it they end by themselves
+        #[arg(long, value_name = "SECONDS")]
+        deadline: Option<u64>,
+    },
+    /// Take new sandboxes again
+    Undrain,
     /// Stop all sandboxes and switch the node off
     Stop,
     /// Stop all sandboxes and start the node anew

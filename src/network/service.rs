@@ -11,6 +11,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -65,6 +66,7 @@ enum Order {
     Change { owner: String, policy: Policy, ticket: u64 },
     Release { owner: String },
     Destroyed { number: u32 },
+    End,
 }
 
 /// What an owner gets.
@@ -150,6 +152,7 @@ impl From<KernelError> for NetworkError {
 #[derive(Debug)]
 pub struct Network {
     orders: Sender<Order>,
+    thread: JoinHandle<()>,
 }
 
 impl Network {
@@ -161,10 +164,11 @@ impl Network {
     ) -> io::Result<Self> {
         let (orders, receiver) = channel();
         let own = orders.clone();
-        std::thread::Builder::new().name("network".to_string()).stack_size(512 * 1024).spawn(move || {
-            Service::new(settings, own, report).run(adopted, &receiver);
-        })?;
-        Ok(Self { orders })
+        let thread =
+            std::thread::Builder::new().name("network".to_string()).stack_size(512 * 1024).spawn(move || {
+                Service::new(settings, own, report).run(adopted, &receiver);
+            })?;
+        Ok(Self { orders, thread })
     }
 
     /// Asks for a slot; answered by `Report::Leased`.
@@ -183,8 +187,18 @@ impl Network {
         self.send(Order::Release { owner: owner.to_string() });
     }
 
+    /// Ends the thread after all that was asked for before. Slots in use stay as they are: the next one takes them over.
+    pub fn end(&self) {
+        self.send(Order::End);
+    }
+
+    /// Whether the thread has ended.
+    pub fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
     fn send(&self, order: Order) {
-        // The thread ends with this process only.
+        // Nobody asks for anything after the thread has ended.
         let _ = self.orders.send(order);
     }
 }
@@ -232,6 +246,7 @@ impl<F: FnMut(Report)> Service<F> {
                 None => receiver.recv().map_err(|_| RecvTimeoutError::Disconnected),
             };
             match received {
+                Ok(Order::End) => return,
                 Ok(order) => self.take(order),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
@@ -259,6 +274,7 @@ impl<F: FnMut(Report)> Service<F> {
                 (self.report)(Report::Released { owner });
             }
             Order::Destroyed { number } => self.pool.freed(number),
+            Order::End => {}
         }
     }
 

@@ -2,13 +2,15 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use super::components::Progress;
 use super::instance::{Awaited, Route, Worker};
 use super::start::with_console;
 use super::supervisor::{Done, Source, Stopping, Supervisor, Timer, now_ms};
 use crate::init::{ChildStatus, StopMode};
 use crate::sandbox::agent::{Agent, Approach};
+use crate::sandbox::exec::Sink;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::limits;
@@ -340,17 +342,12 @@ impl Supervisor {
         }
     }
 
-    /// Begins the end of the node, or of this process when `mode` is none.
+    /// Begins the end of the node: the sandboxes are stopped, then everything else. `mode` is what init is asked for then.
     pub(super) fn begin_stop(&mut self, mode: Option<StopMode>, waiter: Option<(u64, String)>) {
-        let grace = Duration::from_secs(self.config.sandbox.stop_timeout_s) + Duration::from_secs(10);
-        let stopping = self.stopping.get_or_insert_with(|| Stopping {
-            mode,
-            waiters: Vec::new(),
-            deadline: Instant::now() + grace,
-        });
+        let stopping = self.stopping.get_or_insert_default();
+        stopping.hands_over = false;
         stopping.mode = stopping.mode.or(mode);
         stopping.waiters.extend(waiter);
-        self.timers.after(grace, Timer::Logs);
         let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
         for id in ids {
             if self.stop(&id, None).is_err() {
@@ -359,22 +356,47 @@ impl Supervisor {
         }
     }
 
-    /// Whether the node's stop is complete; answers those who asked for it.
-    pub(super) fn has_stopped(&mut self) -> bool {
-        let Some(stopping) = &self.stopping else { return false };
-        let busy = self.sandboxes.values().any(|sandbox| sandbox.worker.is_some() || sandbox.releasing);
-        if busy && Instant::now() < stopping.deadline {
-            return false;
+    /// Begins the end of this process only.
+    pub(super) fn hand_over(&mut self) {
+        self.stopping.get_or_insert_with(|| Stopping { hands_over: true, ..Stopping::default() });
+    }
+
+    /// Sandboxes may be asked for.
+    pub(super) fn open_admission(&mut self) {
+        log::info!("node {} answers on {}", self.node_id, self.config.control.socket.display());
+    }
+
+    /// Nothing new is taken, and what was begun has come to its end: sandboxes that stop or start, those that stay apart.
+    pub(super) fn close_admission(&mut self) -> Result<Progress, String> {
+        let Some(stopping) = &mut self.stopping else { return Ok(Progress::Done) };
+        let hands_over = stopping.hands_over;
+        let busy = self.sandboxes.values().filter(|sandbox| {
+            let stays = hands_over && sandbox.state == State::Running && !sandbox.removing;
+            sandbox.releasing || (sandbox.state.is_live() || sandbox.worker.is_some()) && !stays
+        });
+        let busy: Vec<&str> = busy.map(|sandbox| sandbox.id.as_str()).collect();
+        if !busy.is_empty() {
+            return Ok(Progress::Waits(format!("these have not come to an end: {}", busy.join(" "))));
         }
-        let Some(stopping) = self.stopping.take() else { return false };
-        for (client, tag) in stopping.waiters {
+        for (client, tag) in std::mem::take(&mut stopping.waiters) {
             self.finish(client, &Message::ok(&tag, Fields::new()));
         }
-        self.settle();
-        if let (Some(mode), Some(init)) = (stopping.mode, &mut self.init) {
+        Ok(Progress::Done)
+    }
+
+    /// Everything has stopped: init is asked for what comes next.
+    pub(super) fn request_stop(&mut self) {
+        let mode = self.stopping.as_ref().and_then(|stopping| stopping.mode);
+        if let (Some(mode), Some(init)) = (mode, &mut self.init) {
             init.request_stop(mode);
         }
-        true
+    }
+
+    /// Octets of answers that clients have not taken yet.
+    pub(super) fn unread_answers(&mut self) -> usize {
+        self.touched_clients.extend(self.clients.keys());
+        self.settle();
+        self.clients.values().map(|client| client.queued()).sum()
     }
 }
 

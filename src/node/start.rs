@@ -34,6 +34,9 @@ impl Supervisor {
         if self.stopping.is_some() {
             return Err(Error::new(Code::Stopping, "the node is stopping"));
         }
+        if self.drain.is_some() {
+            return Err(Error::new(Code::Draining, "the node is being drained: node.undrain takes that back"));
+        }
         let live = self.sandboxes.values().filter(|sandbox| sandbox.state.is_live()).count() as u64;
         let max = self.config.sandbox.max_sandboxes;
         if live >= max {

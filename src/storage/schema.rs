@@ -205,6 +205,8 @@ pub enum Change {
         /// Which; it need not be there.
         exec_id: u64,
     },
+    /// The node is being drained, until the inner time where there is one (Unix, milliseconds); or not any more.
+    Drain(Option<Option<u64>>),
     /// A request was taken.
     BeginAudit(Box<AuditRow>),
     /// It has its answer.
@@ -409,6 +411,11 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
         Change::RemoveExecution { sandbox_id, exec_id } => connection
             .prepare("DELETE FROM executions WHERE sandbox_id = ?1 AND exec_id = ?2")?
             .execute(params![sandbox_id, signed(*exec_id)])?,
+        Change::Drain(Some(until)) => {
+            let until = until.map(|until| until.to_string()).unwrap_or_default();
+            return set_meta(connection, super::state::DRAIN, &until);
+        }
+        Change::Drain(None) => connection.execute("DELETE FROM meta WHERE key = ?1", [super::state::DRAIN])?,
         Change::BeginAudit(row) => return audit::begin(connection, row),
         Change::EndAudit(end) => return audit::end(connection, end),
     };

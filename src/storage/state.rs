@@ -24,6 +24,8 @@ pub use super::schema::{Change, ExecutionRow, SCHEMA_VERSION, SandboxRow, Templa
 const MAX_BATCH: usize = 1024;
 /// How long to wait for a predecessor that still holds the file (it was told to end) before giving up.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Where it is kept that the node is being drained.
+pub(super) const DRAIN: &str = "drain";
 /// Damaged databases that are kept for a look.
 const MAX_ASIDE: u32 = 1000;
 
@@ -117,6 +119,8 @@ pub struct Snapshot {
     pub executions: Vec<ExecutionRow>,
     /// Number of the next row of the audit log.
     pub next_audit: u64,
+    /// Where the node is being drained: by when, Unix time in milliseconds, or none.
+    pub drain: Option<Option<u64>>,
 }
 
 /// What the thread is asked for.
@@ -217,6 +221,13 @@ impl State {
     /// Changes submitted whose results were not taken yet: what a caller bounds.
     pub fn pending(&self) -> usize {
         self.pending
+    }
+
+    /// Takes nothing more, and closes the database once what is queued is written. Never waits: whether that is so.
+    /// `completed` has the last results then.
+    pub fn end(&mut self) -> bool {
+        self.jobs = None;
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Writes what is queued, closes the database and gives the results that were not taken yet. Blocks.
@@ -361,6 +372,7 @@ fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateError> {
         templates: schema::templates(&connection)?,
         executions: schema::executions(&connection)?,
         next_audit: audit::take_up(&connection)?,
+        drain: schema::meta(&connection, DRAIN)?.map(|deadline| deadline.parse().ok()),
     };
     Ok((connection, snapshot))
 }
