@@ -243,6 +243,9 @@ pub struct Shape {
     /// An environment variable for commands; without =VALUE it is taken from here
     #[arg(short, long, value_name = "NAME[=VALUE]", action = ArgAction::Append)]
     pub env: Vec<String>,
+    /// Whether it is started again when it fails: never, on-failure, on-failure:N
+    #[arg(long, value_name = "POLICY")]
+    pub restart: Option<String>,
     /// A label
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_label)]
     pub label: Vec<String>,

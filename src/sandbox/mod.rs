@@ -3,6 +3,7 @@
 //! Nothing here knows of clients or of the loop that drives it (`node`).
 
 pub mod agent;
+pub mod death;
 pub mod disk;
 pub mod exec;
 pub mod flow;
@@ -11,6 +12,7 @@ pub mod id;
 pub mod lifecycle;
 pub mod limits;
 pub mod network;
+pub mod restart;
 pub mod ring;
 pub mod spawn;
 pub mod spec;
