@@ -1,5 +1,6 @@
 //! A booted node: how it is started, how the tests reach it, how it ends.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -115,6 +116,12 @@ impl Boot {
         self
     }
 
+    /// With this much memory instead of 4 GiB.
+    pub fn memory_mib(mut self, mib: u32) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
     /// With this program (a path and arguments) on the node instead of the agent behind `Node::run`.
     pub fn only_service(mut self, argv: &str) -> Self {
         self.service = argv.to_string();
@@ -199,7 +206,9 @@ impl Boot {
         archive.file("/test/bin/node-tool", 0o755, &read(&artefacts::node_tool("node-tool")));
         // The node's own limits are for hardware.
         let seconds = (30 * timing::factor()).min(600);
-        let configuration = format!("[sandbox]\nboot_timeout_s = {seconds}\nstop_timeout_s = {seconds}\n");
+        let configuration = format!(
+            "[sandbox]\nboot_timeout_s = {seconds}\nstop_timeout_s = {seconds}\n[health]\nprobe_timeout_s = {seconds}\n"
+        );
         archive.file("/etc/warren/warren.toml", 0o644, configuration.as_bytes());
         for (path, mode, content) in &self.files {
             archive.file(path, *mode, content);
@@ -532,6 +541,22 @@ impl Node {
         let path = directory.join(format!("{name}.log"));
         fs::write(&path, self.console_text())?;
         writeln!(io::stderr(), "the node's console is kept in {}", path.display())
+    }
+
+    /// A pool as `node.info` shows it.
+    ///
+    /// # Panics
+    /// When there is none of that name.
+    pub fn pool(&self, name: &str) -> Fields {
+        let items = self.control().ok(Request::new("", "node.info")).items;
+        let found = items.into_iter().find(|item| item.get("pool") == Some(name));
+        found.unwrap_or_else(|| panic!("there is no pool {name}"))
+    }
+
+    /// Ids of the homes with a worker that no sandbox has yet.
+    pub fn idle_homes(&self) -> BTreeSet<String> {
+        let ids = self.pool("workers").0.into_iter().filter(|(key, _)| key == "idle");
+        ids.map(|(_, id)| String::from_utf8_lossy(&id).into_owned()).collect()
     }
 
     /// What `node.info` says.

@@ -81,6 +81,12 @@ pub(super) static COMPONENTS: &[Component<Node>] = &[
     },
     Component { start: start_sandboxes, stop: stop_sandboxes, ..component("sandboxes", &["loop"]) },
     Component {
+        start: |node| node.up(Supervisor::start_pools),
+        stop: |node| node.ask(Supervisor::stop_pools),
+        deadline: |_| FORCE,
+        ..component("pools", &["sandboxes"])
+    },
+    Component {
         start: |node| node.up(Supervisor::start_network),
         stop: |node| node.ask(Supervisor::stop_network),
         ..component("network", &["sandboxes"])
@@ -96,7 +102,7 @@ pub(super) static COMPONENTS: &[Component<Node>] = &[
             let config = node.supervisor.as_ref().map_or(&node.parts.config, |supervisor| &supervisor.config);
             config.sandbox.stop_timeout() + FORCE
         },
-        ..component("admission", &["sandboxes", "network", "templates", "externals", "control"])
+        ..component("admission", &["sandboxes", "pools", "network", "templates", "externals", "control"])
     },
 ];
 

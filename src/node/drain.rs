@@ -58,6 +58,7 @@ impl Supervisor {
             let error = Error::new(Code::Cancelled, "node.undrain took it back");
             self.finish(client, &Message::err(&tag, error));
         }
+        self.resume_restarts();
     }
 
     /// A client does not wait for it any more. It goes on.
@@ -80,7 +81,7 @@ impl Supervisor {
             // Taken back or put off meanwhile.
             return;
         }
-        let live = self.sandboxes.values().filter(|sandbox| sandbox.state.is_live());
+        let live = self.sandboxes.values().filter(|sandbox| sandbox.state.is_live() || sandbox.restarting);
         let live: Vec<SandboxId> = live.map(|sandbox| sandbox.id.clone()).collect();
         for id in live {
             log::info!("sandbox {id} is stopped: the node is drained");
@@ -95,7 +96,8 @@ impl Supervisor {
         if self.drain.as_ref().is_none_or(|drain| drain.waiters.is_empty()) {
             return;
         }
-        let busy = self.sandboxes.values().filter(|s| s.state.is_live() || s.worker.is_some() || s.releasing);
+        let busy =
+            self.sandboxes.values().filter(|s| s.state.is_live() || s.worker.is_some() || s.restarting || s.releasing);
         let left = busy.count();
         let Some(drain) = &mut self.drain else { return };
         if drain.told != Some(left) {

@@ -8,12 +8,13 @@ use super::components::Progress;
 use super::instance::{Awaited, Route, Worker};
 use super::start::with_console;
 use super::supervisor::{Done, Source, Stopping, Supervisor, Timer, now_ms};
-use crate::init::{ChildStatus, StopMode};
+use crate::init::StopMode;
 use crate::sandbox::agent::{Agent, Approach};
+use crate::sandbox::death;
 use crate::sandbox::exec::Sink;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
-use crate::sandbox::limits;
+use crate::sandbox::limits::Oom;
 use crate::sandbox::worker::LastWords;
 use crate::storage::state::Change;
 use crate::wire::{Code, Error, Fields, Message, Request};
@@ -32,7 +33,8 @@ impl Supervisor {
         let timeout = timeout.unwrap_or(Duration::from_secs(self.config.sandbox.stop_timeout_s));
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
         match sandbox.state {
-            State::Stopped | State::Error | State::Stopping => return Ok(()),
+            State::Error => return self.stop_restarting(id),
+            State::Stopped | State::Stopping => return Ok(()),
             State::Pending | State::Scheduling => {
                 self.fail_start(id, Error::new(Code::Cancelled, "the sandbox was stopped before it started"));
                 return Ok(());
@@ -74,8 +76,8 @@ impl Supervisor {
 
     /// A worker's process has ended; why may still be on its way.
     pub(super) fn worker_ended(&mut self, id: &SandboxId) {
-        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
-        let Some(worker) = &mut sandbox.worker else { return };
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return self.waiting_worker_ended(id) };
+        let Some(worker) = &mut sandbox.worker else { return self.waiting_worker_ended(id) };
         if std::mem::replace(&mut worker.dead, true) {
             return;
         }
@@ -101,8 +103,10 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let Some(worker) = sandbox.worker.take_if(|worker| worker.dead || worker.status.is_some()) else { return };
         let words = LastWords::read(&sandbox.home.last_words());
-        let ran_out = limits::oom_kills(sandbox.home.cgroup()) > 0;
-        let cause = cause_of_death(words.as_ref(), worker.status, ran_out);
+        let oom = Oom::of(sandbox.home.cgroup());
+        let cause = worker.verdict.clone();
+        let console = || sandbox.home.console_tail(death::CONSOLE_TAIL);
+        let cause = cause.unwrap_or_else(|| death::reason(words.as_ref(), worker.status, oom, &console()));
         let refusal = worker.refusal.clone();
         let pid = worker.pid;
         self.close_worker(id, worker, &cause);
@@ -111,8 +115,11 @@ impl Supervisor {
         sandbox.ended_ms = Some(now_ms());
         let in_order =
             words.as_ref().is_some_and(|words| matches!(words.reason.as_str(), "guest-poweroff" | "stopped"));
+        sandbox.hung_ms = None;
         match sandbox.state {
-            State::Starting if !sandbox.removing => {
+            State::Starting | State::Error
+                if !sandbox.removing && (sandbox.restarting || sandbox.state == State::Starting) =>
+            {
                 let error = refusal.unwrap_or_else(|| {
                     let error =
                         Error::new(Code::VmFailed, format!("the machine ended before its agent answered: {cause}"));
@@ -133,14 +140,14 @@ impl Supervisor {
                 sandbox.reason = cause;
             }
         }
-        self.record(id);
         if self.sandboxes.get(id).is_some_and(|sandbox| sandbox.removing) {
             self.release(id, Extent::Everything);
         } else if self.sandboxes.get(id).is_some_and(|sandbox| sandbox.state == State::Error) {
-            self.release(id, Extent::AllButLogs);
+            self.after_failure(id);
         } else {
             self.release(id, Extent::Worker);
         }
+        self.record(id);
     }
 
     /// Lets go of a worker: nobody hears from it any more.
@@ -189,8 +196,7 @@ impl Supervisor {
         if sandbox.state == State::Running {
             if worker.agent_losses > MAX_RELINKS {
                 log::error!("sandbox {id}: {error}; it is given up");
-                sandbox.state = State::Error;
-                sandbox.reason = format!("its agent was lost: {}", error.message);
+                worker.verdict = Some(format!("agent-lost: its agent was lost: {}", error.message));
                 if let Err(e) = sandbox.home.kill() {
                     log::error!("sandbox {id} cannot be killed: {e}");
                 }
@@ -248,9 +254,13 @@ impl Supervisor {
         }
     }
 
-    fn release(&mut self, id: &SandboxId, extent: Extent) {
+    pub(super) fn release(&mut self, id: &SandboxId, extent: Extent) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.releasing = true;
+        if self.waits_for_its_worker(id, extent) {
+            return;
+        }
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.tap = None;
         if let (true, Some(network)) = (std::mem::take(&mut sandbox.holds_slot), &self.network) {
             // Its end of the network first: `slot_released` goes on.
@@ -297,7 +307,7 @@ impl Supervisor {
             self.record(id);
             return;
         }
-        self.give_back_uid(id);
+        self.give_back(id);
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         if !gone {
             if sandbox.removing {
@@ -322,13 +332,6 @@ impl Supervisor {
         for viewer in sandbox.execs.into_values().flat_map(|exec| exec.viewers) {
             let error = Error::new(Code::NotFound, format!("sandbox {id} was removed"));
             self.finish(viewer.client, &Message::err(&viewer.tag, error));
-        }
-    }
-
-    /// The sandbox's cgroup is empty, so nothing runs by its user id any more.
-    pub(super) fn give_back_uid(&mut self, id: &SandboxId) {
-        if let Some(uid) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.uid.take()) {
-            self.uids.give_back(uid);
         }
     }
 
@@ -372,7 +375,7 @@ impl Supervisor {
         let hands_over = stopping.hands_over;
         let busy = self.sandboxes.values().filter(|sandbox| {
             let stays = hands_over && sandbox.state == State::Running && !sandbox.removing;
-            sandbox.releasing || (sandbox.state.is_live() || sandbox.worker.is_some()) && !stays
+            sandbox.releasing || sandbox.restarting || (sandbox.state.is_live() || sandbox.worker.is_some()) && !stays
         });
         let busy: Vec<&str> = busy.map(|sandbox| sandbox.id.as_str()).collect();
         if !busy.is_empty() {
@@ -409,39 +412,4 @@ pub enum Extent {
     AllButLogs,
     /// Everything.
     Everything,
-}
-
-/// Why a worker ended, as far as anybody knows.
-/// `ran_out`: the kernel killed in its group for memory.
-pub(super) fn cause_of_death(words: Option<&LastWords>, status: Option<ChildStatus>, ran_out: bool) -> String {
-    match (words, status) {
-        (Some(words), _) => words.sentence(),
-        // The status is of no use then: whoever sends signal 9, it looks the same.
-        (None, _) if ran_out => "worker was killed by the kernel: its sandbox's memory limit was reached".to_string(),
-        (None, Some(ChildStatus::Signal(libc::SIGSYS))) => {
-            "worker was killed by its jail: it made a system call that none of its threads makes".to_string()
-        }
-        (None, Some(ChildStatus::Signal(signal))) => {
-            let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", nix::sys::signal::Signal::as_str);
-            format!("worker was killed by signal {signal} ({name})")
-        }
-        (None, Some(ChildStatus::Code(code))) => format!("worker exited with code {code}"),
-        (None, None) => "worker ended without a word".to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_ended_a_worker_is_told_apart() {
-        let words = LastWords { reason: "guest-panic".to_string(), detail: String::new() };
-        let killed = Some(ChildStatus::Signal(libc::SIGKILL));
-        assert_eq!(cause_of_death(Some(&words), killed, true), "guest-panic", "it had still the time to say so");
-        assert!(cause_of_death(None, killed, true).contains("memory limit"));
-        assert!(cause_of_death(None, killed, false).contains("SIGKILL"));
-        assert!(cause_of_death(None, Some(ChildStatus::Signal(libc::SIGSYS)), false).contains("its jail"));
-        assert_eq!(cause_of_death(None, Some(ChildStatus::Code(3)), false), "worker exited with code 3");
-    }
 }

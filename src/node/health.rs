@@ -113,7 +113,6 @@ impl Supervisor {
             if sandbox.hung_ms.take().is_some() {
                 log::warn!("sandbox {id}: its agent answers again");
                 sandbox.reason.clear();
-                self.record(id);
             }
             return Some(interval);
         }
@@ -147,7 +146,6 @@ impl Supervisor {
             log::warn!("sandbox {id}: {reason}");
             sandbox.hung_ms = Some(now_ms());
             sandbox.reason = reason;
-            self.record(id);
         }
         Some(interval)
     }

@@ -202,7 +202,12 @@ impl Supervisor {
                 }
                 self.answer(key, &Message::ok(tag, Fields::new()));
             }
-            Command::NodeInfo => self.answer(key, &Message::ok(tag, self.info())),
+            Command::NodeInfo => {
+                for row in self.pool_rows() {
+                    self.answer(key, &Message::item(tag, row));
+                }
+                self.answer(key, &Message::ok(tag, self.info()));
+            }
             Command::NodeStop(_) if self.stopping.as_ref().is_some_and(|stopping| stopping.hands_over) => {
                 return Err(Error::new(Code::Stopping, "this supervisor is being replaced: ask the next one"));
             }

@@ -2,8 +2,11 @@
 //! a disk: what may block is a background thread's, and every queue has a bound.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mio::event::{Event, Source as _};
@@ -17,9 +20,11 @@ use super::catalogue::Catalogue;
 use super::config::Config;
 use super::drain::Drain;
 use super::externals::{External, Externals};
+use super::health::{Watched, Wheel};
 use super::instance::Sandbox;
 use super::listener::Listener;
 use super::network::NetworkChange;
+use super::pools::{Pools, Shape};
 use super::requests::Job;
 use super::timers::Timers;
 use crate::control::access::{Identity, Peer};
@@ -27,6 +32,7 @@ use crate::control::client::Client;
 use crate::control::port::Port;
 use crate::init::{ExitWatch, StopMode};
 use crate::network::{Network, Report, Settings};
+use crate::sandbox::berth::Berth;
 use crate::sandbox::home::Places;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::spawn::Spawner;
@@ -74,6 +80,12 @@ pub(super) enum Timer {
     Drain,
     /// Externals are looked at.
     Externals,
+    /// A second is over for agents that are looked after.
+    Probe,
+    /// A sandbox that failed is started again.
+    Restart(SandboxId),
+    /// The pools have something to do.
+    Pools,
 }
 
 /// What a background thread has done.
@@ -95,6 +107,24 @@ pub(super) enum Done {
     Network(Report),
     /// The sentinel was asked for its destinations.
     Externals(io::Result<Vec<External>>),
+    /// A home was made and its worker started.
+    WorkerMade {
+        id: SandboxId,
+        place: u32,
+        uid: u32,
+        /// For the sandbox of that id.
+        ordered: bool,
+        result: io::Result<Box<Berth>>,
+    },
+    /// An overlay was made.
+    OverlayMade { place: u32, path: PathBuf, shape: Shape, result: io::Result<File> },
+    /// A home that no sandbox has any more was taken down.
+    Unmade {
+        /// Its worker's place and user id.
+        worker: Option<(u32, u32)>,
+        overlay_place: Option<u32>,
+        result: io::Result<()>,
+    },
 }
 
 /// A supervisor of one node.
@@ -120,7 +150,8 @@ pub struct Supervisor {
     pub(super) background: Background<Done>,
     pub(super) database: Database,
     pub(super) init: Option<ExitWatch>,
-    pub(super) spawner: Spawner,
+    pub(super) spawner: Arc<Spawner>,
+    pub(super) pools: Pools,
     /// User ids of workers.
     pub(super) uids: Uids,
     pub(super) places: Places,
@@ -145,6 +176,8 @@ pub struct Supervisor {
     /// The node takes no new sandboxes.
     pub(super) drain: Option<Drain>,
     pub(super) externals: Externals,
+    /// Sandboxes whose agents are looked after, by when.
+    pub(super) probes: Wheel<Watched>,
     /// The control socket, while clients are taken.
     pub(super) listener: Option<Listener>,
     signals: SignalFd,
@@ -179,7 +212,7 @@ impl Supervisor {
         let signals = parts.signals.take().ok_or_else(|| missing("signals"))?;
         let places = parts.places.take().ok_or_else(|| missing("directories"))?;
         let database = parts.database.take().ok_or_else(|| missing("database"))?;
-        let spawner = parts.spawner.take().ok_or_else(|| missing("namespaces"))?;
+        let spawner = Arc::new(parts.spawner.take().ok_or_else(|| missing("namespaces"))?);
         let (config, mut init, snapshot) = (std::mem::take(&mut parts.config), parts.init.take(), &parts.snapshot);
         let network_settings =
             config.network.settings(&config.paths.run).map_err(|(key, message)| format!("{key}: {message}"))?;
@@ -192,6 +225,8 @@ impl Supervisor {
         }
         let sentinel = config.sentinel.as_ref();
         let externals = Externals::new(sentinel.map(|sentinel| sentinel.paths.data.join(sentinel::SOCKET)));
+        let health = &config.health;
+        let probes = Wheel::new(health.probe_interval_s.max(health.probe_timeout_s));
         let catalogue = Catalogue::load(&config.paths.share, &config.paths.data);
         Ok(Self {
             poll,
@@ -211,6 +246,7 @@ impl Supervisor {
             database,
             init,
             spawner,
+            pools: Pools::new(&config),
             uids: Uids::new(config.jail.uids()),
             places,
             network: None,
@@ -226,6 +262,7 @@ impl Supervisor {
             stopping: None,
             drain: None,
             externals,
+            probes,
             listener: None,
             signals,
             config,
@@ -283,6 +320,7 @@ impl Supervisor {
         while let Some(timer) = self.timers.due() {
             self.expire(timer);
         }
+        self.tend_pools();
         self.tend_drain();
         self.settle();
         Ok(())
@@ -420,6 +458,11 @@ impl Supervisor {
                 Done::Imported(events) => self.imported(events),
                 Done::Network(report) => self.network_reported(report),
                 Done::Externals(result) => self.externals_seen(result),
+                Done::WorkerMade { id, place, uid, ordered, result } => {
+                    self.worker_made(&id, (place, uid), ordered, result);
+                }
+                Done::OverlayMade { place, path, shape, result } => self.overlay_made(place, path, shape, result),
+                Done::Unmade { worker, overlay_place, result } => self.unmade(worker, overlay_place, result),
                 Done::Swept { reclaimed, users } => {
                     users.into_iter().for_each(|uid| self.uids.give_back(uid));
                     log::warn!("reclaimed {reclaimed} leftovers of an earlier run");
@@ -459,6 +502,9 @@ impl Supervisor {
             Timer::Record => self.record_all(),
             Timer::Drain => self.drain_expired(),
             Timer::Externals => self.externals_due(),
+            Timer::Probe => self.probe_tick(),
+            Timer::Restart(id) => self.restart(&id),
+            Timer::Pools => self.pools_due(),
         }
     }
 

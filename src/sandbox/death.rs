@@ -88,7 +88,8 @@ mod tests {
         let of = |console: &[u8]| reason(Some(&words("guest-panic")), None, Oom::None, console);
         let said = of(b"[    1.0] Kernel panic - not syncing: sysrq triggered crash\r\n[    1.1] CPU: 0\r\n");
         assert_eq!(said, "guest-panic: the guest's kernel panicked: sysrq triggered crash");
-        let said = of(b"Kernel panic - not syncing: first\nKernel panic - not syncing: System is deadlocked on memory\n");
+        let said =
+            of(b"Kernel panic - not syncing: first\nKernel panic - not syncing: System is deadlocked on memory\n");
         assert_eq!(said, "guest-oom: the guest's kernel panicked: System is deadlocked on memory");
         assert_eq!(of(b"nothing of the kind"), "guest-panic: it said so");
         assert_eq!(of(b""), "guest-panic: it said so");

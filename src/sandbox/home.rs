@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -54,8 +54,6 @@ pub struct Home {
 /// Descriptors of a freshly made home, for its worker.
 #[derive(Debug)]
 pub struct Opened {
-    /// The sandbox's private disk, still empty.
-    pub overlay: File,
     /// Takes the guest's serial log; opened for appending.
     pub serial: File,
     /// Where the worker leaves why it ended.
@@ -94,7 +92,7 @@ impl Home {
         &self.cgroup
     }
 
-    /// Makes an empty disk of that size, in octets, that goes with the sandbox.
+    /// A disk of that size, in octets, that goes with the sandbox; empty when it is new.
     pub fn make_disk(&self, name: &str, bytes: u64) -> io::Result<File> {
         let disks = self.disks();
         match fs::DirBuilder::new().mode(0o700).create(&disks) {
@@ -102,7 +100,8 @@ impl Home {
             _ => {}
         }
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(0o600);
+        // There already where the sandbox is started again.
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.open(disks.join(name))?;
         file.set_len(bytes)?;
         Ok(file)
@@ -116,6 +115,19 @@ impl Home {
     /// The serial log.
     pub fn serial_log(&self) -> PathBuf {
         self.dir.join("serial.log")
+    }
+
+    /// The end of the serial log: that many octets at most, nothing where it cannot be read.
+    pub fn console_tail(&self, octets: usize) -> Vec<u8> {
+        let read = || -> io::Result<Vec<u8>> {
+            let file = File::open(self.serial_log())?;
+            let length = file.metadata()?.len();
+            let mut tail = vec![0; octets.min(usize::try_from(length).unwrap_or(usize::MAX))];
+            let start = length - tail.len() as u64;
+            file.read_exact_at(&mut tail, start)?;
+            Ok(tail)
+        };
+        read().unwrap_or_default()
     }
 
     /// What the worker said.
@@ -138,7 +150,8 @@ impl Home {
         self.dir.join("exec").join(format!("{exec}.{channel}"))
     }
 
-    /// Makes directory, files, socket and cgroup. On failure the caller takes down what was made.
+    /// Makes directory, files, socket and cgroup; the private disk is `take_overlay`'s. On failure the caller takes down
+    /// what was made.
     pub fn make(&self) -> io::Result<Opened> {
         let mut private = fs::DirBuilder::new();
         private.mode(0o700);
@@ -146,7 +159,6 @@ impl Home {
         private.create(self.dir.join("exec"))?;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
-        let overlay = options.open(self.overlay())?;
         let last_words = options.open(self.last_words())?;
         let append = |path: PathBuf| OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(path);
         let (serial, log) = (append(self.serial_log())?, append(self.worker_log())?);
@@ -154,7 +166,28 @@ impl Home {
         listener.set_nonblocking(true)?;
         fs::create_dir(&self.cgroup)?;
         let cgroup = File::open(&self.cgroup)?;
-        Ok(Opened { overlay, serial, last_words, log, listener, cgroup })
+        Ok(Opened { serial, last_words, log, listener, cgroup })
+    }
+
+    /// Makes socket and cgroup again, for another worker of a sandbox that has its directory. On failure the caller takes
+    /// down what was made, and keeps the disks.
+    pub fn renew(&self) -> io::Result<Opened> {
+        let mut options = OpenOptions::new();
+        let options = options.read(true).write(true).create(true).mode(0o600);
+        let last_words = options.clone().truncate(true).open(self.last_words())?;
+        let append = |path: PathBuf| OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path);
+        let (serial, log) = (append(self.serial_log())?, append(self.worker_log())?);
+        absent_is_fine(fs::remove_file(&self.socket))?;
+        let listener = UnixListener::bind(&self.socket)?;
+        listener.set_nonblocking(true)?;
+        fs::create_dir(&self.cgroup)?;
+        let cgroup = File::open(&self.cgroup)?;
+        Ok(Opened { serial, last_words, log, listener, cgroup })
+    }
+
+    /// Takes a file on the same file system as the private disk.
+    pub fn take_overlay(&self, file: &Path) -> io::Result<()> {
+        fs::rename(file, self.overlay())
     }
 
     /// Processes in the sandbox's cgroup, as pids of the node. Empty when there is no such cgroup.

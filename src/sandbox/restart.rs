@@ -30,9 +30,7 @@ impl Restart {
     /// How long to wait before a sandbox is started again that was so already `in_a_row` times; `None`: it is not.
     pub fn wait(self, in_a_row: u32) -> Option<Duration> {
         match self {
-            Self::OnFailure { max } if in_a_row < max => {
-                Some(FIRST.saturating_mul(1 << in_a_row.min(16)).min(LONGEST))
-            }
+            Self::OnFailure { max } if in_a_row < max => Some(FIRST.saturating_mul(1 << in_a_row.min(16)).min(LONGEST)),
             _ => None,
         }
     }

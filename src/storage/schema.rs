@@ -77,6 +77,11 @@ const MIGRATIONS: &[&str] = &[
     CREATE UNIQUE INDEX sandboxes_live_name ON sandboxes (owner, name) WHERE ended_ms IS NULL;
 ",
     audit::MIGRATION,
+    "
+    ALTER TABLE sandboxes ADD COLUMN restart TEXT NOT NULL DEFAULT 'never';
+    ALTER TABLE sandboxes ADD COLUMN restarts INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE sandboxes ADD COLUMN restarts_in_row INTEGER NOT NULL DEFAULT 0;
+",
 ];
 
 /// Rows that a table may bring at start: more than a node can ever have made is not read.
@@ -119,6 +124,12 @@ pub struct SandboxRow {
     pub net_deny: Vec<String>,
     /// Limit of octets each way, in 10^6 for each second.
     pub net_mbps: Option<u64>,
+    /// Whether it is started again when it fails, as requests write it.
+    pub restart: String,
+    /// How often it was.
+    pub restarts: u32,
+    /// How often since it ran well.
+    pub restarts_in_row: u32,
     /// The guest's address, while it has a network slot.
     pub net_address: Option<String>,
     /// `KEY=value` each.
@@ -252,7 +263,7 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
         connection,
         "SELECT id, name, template, template_sha256, state, reason, vcpus, memory_mib, disk_mib, env, labels,
                 created_ms, started_ms, ended_ms, pid, disks, disk_iops, disk_mbps, network, net_allow, net_deny,
-                net_mbps, net_address, owner FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
+                net_mbps, net_address, owner, restart, restarts, restarts_in_row FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
         |row| {
             Ok(SandboxRow {
                 id: row.get(0)?,
@@ -279,6 +290,9 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
                 net_mbps: maybe_unsigned(row, 21)?,
                 net_address: row.get(22)?,
                 owner: row.get(23)?,
+                restart: row.get(24)?,
+                restarts: row.get(25)?,
+                restarts_in_row: row.get(26)?,
             })
         },
     )
@@ -333,9 +347,9 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 "INSERT INTO sandboxes (id, name, template, template_sha256, state, reason, vcpus, memory_mib,
                                         disk_mib, env, labels, created_ms, started_ms, ended_ms, pid, disks,
                                         disk_iops, disk_mbps, network, net_allow, net_deny, net_mbps, net_address,
-                                        owner)
+                                        owner, restart, restarts, restarts_in_row)
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20,
-                         ?21, ?22, ?23, ?24)
+                         ?21, ?22, ?23, ?24, ?25, ?26, ?27)
                  ON CONFLICT (id) DO UPDATE SET
                      name = excluded.name, template = excluded.template, template_sha256 = excluded.template_sha256,
                      state = excluded.state, reason = excluded.reason, vcpus = excluded.vcpus,
@@ -344,7 +358,9 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                      ended_ms = excluded.ended_ms, pid = excluded.pid, disks = excluded.disks,
                      disk_iops = excluded.disk_iops, disk_mbps = excluded.disk_mbps, network = excluded.network,
                      net_allow = excluded.net_allow, net_deny = excluded.net_deny, net_mbps = excluded.net_mbps,
-                     net_address = excluded.net_address, owner = excluded.owner",
+                     net_address = excluded.net_address, owner = excluded.owner,
+                     restart = excluded.restart, restarts = excluded.restarts,
+                     restarts_in_row = excluded.restarts_in_row",
             )?
             .execute(params![
                 row.id,
@@ -371,6 +387,9 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 row.net_mbps.map(signed),
                 row.net_address,
                 row.owner,
+                row.restart,
+                row.restarts,
+                row.restarts_in_row,
             ])?,
         Change::RemoveSandbox { id } => connection.prepare("DELETE FROM sandboxes WHERE id = ?1")?.execute([id])?,
         Change::PutTemplate(row) => connection
