@@ -348,7 +348,7 @@ impl Work {
                             };
                         }
                         Verdict::Fallback => {
-                            log::info!("{}: remote write 1.0 from now on ({status})", self.options.name);
+                            log::info!("{}: remote write 1.0 in snappy from now on ({status})", self.options.name);
                             self.protocol = Protocol::RemoteWrite1;
                             self.shared.stats().fallbacks += 1;
                             encoded = self.encode(part);

@@ -12,12 +12,14 @@ mod gather;
 mod gzip;
 pub mod json;
 mod lane;
+mod matches;
 mod policy;
 mod protobuf;
 pub mod remote_write;
 mod snappy;
 #[cfg(test)]
 mod tests;
+mod zstd;
 
 pub use encode::Protocol;
 pub use gzip::{gunzip, gzip};
