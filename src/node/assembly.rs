@@ -207,19 +207,20 @@ fn start_database(node: &mut Node) -> Result<(), String> {
 
 /// Every row that was queued is written: of sandboxes, programs, the audit log.
 fn stop_database(node: &mut Node) -> Result<Progress, String> {
-    let database = match &mut node.supervisor {
-        Some(supervisor) => Some(&mut supervisor.database),
-        None => node.parts.database.as_mut(),
+    let (done, database) = match &mut node.supervisor {
+        Some(supervisor) => (supervisor.close_database(), &mut supervisor.database),
+        None => match &mut node.parts.database {
+            Some(database) => (database.end(), database),
+            None => return Ok(Progress::Done),
+        },
     };
-    let Some(database) = database else { return Ok(Progress::Done) };
-    if !database.end() {
+    if !done {
         return Ok(Progress::Waits(format!("{} rows are not written", database.pending())));
     }
-    let refused: Vec<String> =
-        database.completed().into_iter().filter_map(|(_, result)| result.err()).map(|e| e.to_string()).collect();
-    match refused.first() {
-        None => Ok(Progress::Done),
-        Some(first) => Err(format!("{} rows were refused, the first: {first}", refused.len())),
+    database.completed();
+    match database.refused() {
+        (0, _) | (_, None) => Ok(Progress::Done),
+        (rows, Some(first)) => Err(format!("{rows} rows were refused, the first: {first}")),
     }
 }
 

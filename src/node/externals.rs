@@ -88,9 +88,16 @@ impl Supervisor {
 
     /// Time to ask again.
     pub(super) fn externals_due(&mut self) {
-        let next = if self.externals.flushing.is_some() { LOOK_AGAIN } else { LOOK };
-        self.timers.after(next, Timer::Externals);
+        self.timers.after(LOOK, Timer::Externals);
         self.ask_sentinel();
+    }
+
+    /// Time to ask again, while somebody waits for everything to be sent.
+    pub(super) fn flush_due(&mut self) {
+        if self.externals.flushing.is_some() {
+            self.timers.after(LOOK_AGAIN, Timer::FlushExternals);
+            self.ask_sentinel();
+        }
     }
 
     fn ask_sentinel(&mut self) {
@@ -140,8 +147,10 @@ impl Supervisor {
             self.externals.flushed = Some("none");
             return;
         }
-        (self.externals.flushing, self.externals.flushed) = (Some(Instant::now()), None);
-        self.externals_due();
+        self.externals.flushed = None;
+        if self.externals.flushing.replace(Instant::now()).is_none() {
+            self.flush_due();
+        }
     }
 
     /// `none`: there is no sentinel; `flushed`: everything is sent; `behind`: not in time; `away`: it does not answer.

@@ -68,6 +68,8 @@ impl Supervisor {
         }
         sandbox.restart_at_ms = None;
         sandbox.restarting = true;
+        // If it does not come up, that was no run that would make it good again.
+        sandbox.started_ms = None;
         sandbox.restarts += 1;
         sandbox.restarts_in_row += 1;
         log::info!("sandbox {id} is started again, the {}. time in a row", sandbox.restarts_in_row);

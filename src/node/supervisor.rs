@@ -80,6 +80,8 @@ pub(super) enum Timer {
     Drain,
     /// Externals are looked at.
     Externals,
+    /// The same, while somebody waits for what is to be sent to them.
+    FlushExternals,
     /// A second is over for agents that are looked after.
     Probe,
     /// A sandbox that failed is started again.
@@ -502,10 +504,19 @@ impl Supervisor {
             Timer::Record => self.record_all(),
             Timer::Drain => self.drain_expired(),
             Timer::Externals => self.externals_due(),
+            Timer::FlushExternals => self.flush_due(),
             Timer::Probe => self.probe_tick(),
             Timer::Restart(id) => self.restart(&id),
             Timer::Pools => self.pools_due(),
         }
+    }
+
+    /// Takes no more rows and writes what there is, once more what was refused before. Whether that is done.
+    pub(super) fn close_database(&mut self) -> bool {
+        if self.unrecorded && !self.database.is_ending() {
+            self.record_all();
+        }
+        self.database.end()
     }
 
     /// Puts every row again. A put replaces the whole row, so doing it twice is fine.

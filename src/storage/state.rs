@@ -149,6 +149,8 @@ pub struct State {
     thread: Option<JoinHandle<()>>,
     next_ticket: u64,
     pending: usize,
+    /// What was refused at the end: how many rows, and why the first.
+    refused: (usize, Option<StateError>),
 }
 
 impl State {
@@ -177,7 +179,15 @@ impl State {
             .spawn(move || run(connection, &queue, &written, &read, &notify))
             .map_err(|error| StateError::Io(format!("no thread: {error}")))?;
         Ok((
-            Self { jobs: Some(jobs), completions, readings, thread: Some(thread), next_ticket: 1, pending: 0 },
+            Self {
+                jobs: Some(jobs),
+                completions,
+                readings,
+                thread: Some(thread),
+                next_ticket: 1,
+                pending: 0,
+                refused: (0, None),
+            },
             snapshot,
         ))
     }
@@ -215,12 +225,27 @@ impl State {
     pub fn completed(&mut self) -> Results<()> {
         let done = std::mem::take(&mut *self.completions.lock().unwrap_or_else(PoisonError::into_inner));
         self.pending -= done.len().min(self.pending);
+        if self.is_ending() {
+            let errors: Vec<&StateError> = done.iter().filter_map(|(_, result)| result.as_ref().err()).collect();
+            self.refused.0 += errors.len();
+            self.refused.1 = self.refused.1.take().or_else(|| errors.first().map(|&error| error.clone()));
+        }
         done
     }
 
     /// Changes submitted whose results were not taken yet: what a caller bounds.
     pub fn pending(&self) -> usize {
         self.pending
+    }
+
+    /// Whether `end` was called.
+    pub fn is_ending(&self) -> bool {
+        self.jobs.is_none()
+    }
+
+    /// Rows whose refusal was taken from `completed` since `end`, and why the first was refused: nobody puts them again.
+    pub fn refused(&self) -> (usize, Option<&StateError>) {
+        (self.refused.0, self.refused.1.as_ref())
     }
 
     /// Takes nothing more, and closes the database once what is queued is written. Never waits: whether that is so.

@@ -428,3 +428,27 @@ fn the_audit_log_keeps_its_newest_rows() {
     state.read_audit(AuditQuery { before: None, owner: None, limit: 9 });
     assert_eq!(wait_for_reading(&mut state).iter().map(|row| row.id).collect::<Vec<_>>(), [last, gone + 1]);
 }
+
+#[test]
+fn a_database_that_ends_writes_what_is_queued_and_names_what_it_could_not() {
+    let folder = Folder::new("end");
+    let (mut state, _) = folder.open();
+    for n in 0..200 {
+        state.submit(put(sandbox(&format!("s{n}"))));
+    }
+    // Of no sandbox.
+    state.submit(Change::PutExecution(Box::new(execution("nobody", 1))));
+    while !state.end() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert!(state.is_ending());
+    assert_eq!(state.completed().len(), 201);
+    let (rows, first) = state.refused();
+    assert!(rows == 1 && matches!(first, Some(StateError::Conflict(_))), "{rows} {first:?}");
+    // Whoever comes too late is told.
+    state.submit(put(sandbox("late")));
+    assert_eq!(state.completed().len(), 1);
+    assert_eq!(state.refused().0, 2);
+    drop(state);
+    assert_eq!(folder.open().1.sandboxes.len(), 200);
+}
