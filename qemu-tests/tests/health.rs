@@ -21,6 +21,11 @@ fn kill_worker(node: &Node, sandbox: &Sandbox) {
     node.sh(&format!("kill -9 {}", node.worker(&sandbox.id)));
 }
 
+/// Starts what ends its guest, as root.
+fn begin(sandbox: &Sandbox, argv: &[&str]) {
+    sandbox.client().ok(sandbox.exec_request(argv).set("user", 0).set("detach", true));
+}
+
 /// Waits until a sandbox runs that was started again so many times.
 fn runs_again(sandbox: &Sandbox, restarts: u64) -> Fields {
     timing::wait_for("the sandbox to run again", || {
@@ -70,7 +75,7 @@ fn what_failed_is_started_again_on_its_disk_as_often_as_its_policy_says() {
     // A guest that switches itself off, and one that is stopped, have not failed; nor is one started that is stopped
     // while it waits.
     let off = node.sandbox(&[("restart", "on-failure")]);
-    drop(off.start(off.exec_request(&["poweroff", "-f"]).set("user", 0)));
+    begin(&off, &["poweroff", "-f"]);
     timing::wait_for("its end", || (off.state() == "stopped").then_some(()));
     let waiting = node.sandbox(&[("restart", "on-failure")]);
     kill_worker(&node, &waiting);
@@ -120,7 +125,7 @@ fn a_hung_guest_is_seen_and_ended_only_where_its_policy_says_so() {
     let ice = "/sys/fs/cgroup/ice";
     let script =
         format!("mkdir {ice} && echo 1 > {ice}/cgroup.procs && echo 1 > {ice}/cgroup.freeze; while :; do :; done");
-    drop(sandbox.start(sandbox.exec_request(&["sh", "-c", &script]).set("user", 0)));
+    begin(&sandbox, &["sh", "-c", &script]);
     let row = runs_again(&sandbox, 2);
     let reason = text(&row, "reason");
     assert!(reason.starts_with("guest-hung: ") && reason.ends_with("spin"), "{reason}");
@@ -138,7 +143,7 @@ fn a_program_that_the_guest_kills_for_memory_is_told_from_a_guest_that_has_none_
     assert_eq!((killed.field("signal"), killed.field("oom")), ("9", "true"));
     assert_eq!(sandbox.exec(&["echo", "on"]).text("stdout"), "on\n");
     let greedy = "echo -1000 > /proc/self/oom_score_adj; exec tail /dev/zero";
-    drop(sandbox.start(sandbox.exec_request(&["sh", "-c", greedy]).set("user", 0)));
+    begin(&sandbox, &["sh", "-c", greedy]);
     let row = fails(&sandbox);
     assert!(text(&row, "reason").starts_with("guest-oom: "), "{row:?}");
     sandbox.remove().expect("a sandbox in error can be removed");

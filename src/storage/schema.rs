@@ -78,6 +78,9 @@ const MIGRATIONS: &[&str] = &[
 ",
     audit::MIGRATION,
     "
+    ALTER TABLE sandboxes ADD COLUMN cpu_quota INTEGER;                     -- hundredths of a processor
+",
+    "
     ALTER TABLE sandboxes ADD COLUMN restart TEXT NOT NULL DEFAULT 'never';
     ALTER TABLE sandboxes ADD COLUMN restarts INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE sandboxes ADD COLUMN restarts_in_row INTEGER NOT NULL DEFAULT 0;
@@ -106,6 +109,8 @@ pub struct SandboxRow {
     pub reason: String,
     /// Virtual CPUs.
     pub vcpus: u32,
+    /// Time of processors, in hundredths of one.
+    pub cpu_quota: Option<u64>,
     /// Memory in MiB.
     pub memory_mib: u64,
     /// Disk in MiB.
@@ -263,7 +268,8 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
         connection,
         "SELECT id, name, template, template_sha256, state, reason, vcpus, memory_mib, disk_mib, env, labels,
                 created_ms, started_ms, ended_ms, pid, disks, disk_iops, disk_mbps, network, net_allow, net_deny,
-                net_mbps, net_address, owner, restart, restarts, restarts_in_row FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
+                net_mbps, net_address, owner, cpu_quota, restart, restarts, restarts_in_row
+           FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
         |row| {
             Ok(SandboxRow {
                 id: row.get(0)?,
@@ -290,9 +296,10 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
                 net_mbps: maybe_unsigned(row, 21)?,
                 net_address: row.get(22)?,
                 owner: row.get(23)?,
-                restart: row.get(24)?,
-                restarts: row.get(25)?,
-                restarts_in_row: row.get(26)?,
+                cpu_quota: maybe_unsigned(row, 24)?,
+                restart: row.get(25)?,
+                restarts: row.get(26)?,
+                restarts_in_row: row.get(27)?,
             })
         },
     )
@@ -347,9 +354,9 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 "INSERT INTO sandboxes (id, name, template, template_sha256, state, reason, vcpus, memory_mib,
                                         disk_mib, env, labels, created_ms, started_ms, ended_ms, pid, disks,
                                         disk_iops, disk_mbps, network, net_allow, net_deny, net_mbps, net_address,
-                                        owner, restart, restarts, restarts_in_row)
+                                        owner, cpu_quota, restart, restarts, restarts_in_row)
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20,
-                         ?21, ?22, ?23, ?24, ?25, ?26, ?27)
+                         ?21, ?22, ?23, ?24, ?25, ?26, ?27, ?28)
                  ON CONFLICT (id) DO UPDATE SET
                      name = excluded.name, template = excluded.template, template_sha256 = excluded.template_sha256,
                      state = excluded.state, reason = excluded.reason, vcpus = excluded.vcpus,
@@ -359,7 +366,7 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                      disk_iops = excluded.disk_iops, disk_mbps = excluded.disk_mbps, network = excluded.network,
                      net_allow = excluded.net_allow, net_deny = excluded.net_deny, net_mbps = excluded.net_mbps,
                      net_address = excluded.net_address, owner = excluded.owner,
-                     restart = excluded.restart, restarts = excluded.restarts,
+                     cpu_quota = excluded.cpu_quota, restart = excluded.restart, restarts = excluded.restarts,
                      restarts_in_row = excluded.restarts_in_row",
             )?
             .execute(params![
@@ -387,6 +394,7 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 row.net_mbps.map(signed),
                 row.net_address,
                 row.owner,
+                row.cpu_quota.map(signed),
                 row.restart,
                 row.restarts,
                 row.restarts_in_row,
