@@ -109,6 +109,8 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Cp { source, target } => copy::cp(&connect, source, target),
         Verb::Node { verb } => match verb.as_ref().unwrap_or(&NodeVerb::Info) {
             NodeVerb::Audit(args) => show::audit(&mut connect()?, args, cli.json),
+            NodeVerb::Drain { deadline } => show::drain(&mut connect()?, *deadline, cli.json),
+            NodeVerb::Undrain => show::undrain(&mut connect()?),
             NodeVerb::Info => show::node(&mut connect()?, cli.json),
             NodeVerb::Stop => show::stop_node(&mut connect()?, "poweroff"),
             NodeVerb::Reboot => show::stop_node(&mut connect()?, "reboot"),

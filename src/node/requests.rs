@@ -54,6 +54,8 @@ pub enum Job {
     NetworkChange(u64),
     /// It waits for the node to stop.
     NodeStop,
+    /// It waits for the node to be drained.
+    Drain,
     /// It waits for rows of the audit log.
     Audit(Ticket),
 }
@@ -206,9 +208,17 @@ impl Supervisor {
                 }
                 self.answer(key, &Message::ok(tag, self.info()));
             }
+            Command::NodeStop(_) if self.stopping.as_ref().is_some_and(|stopping| stopping.hands_over) => {
+                return Err(Error::new(Code::Stopping, "this supervisor is being replaced: ask the next one"));
+            }
             Command::NodeStop(mode) => {
                 self.add_job(key, tag, Job::NodeStop);
                 self.begin_stop(Some(mode), Some((key, tag.to_string())));
+            }
+            Command::NodeDrain(deadline) => self.ask_drain(key, tag, deadline),
+            Command::NodeUndrain => {
+                self.undrain();
+                self.answer(key, &Message::ok(tag, Fields::new()));
             }
             Command::NodeAudit(query) => self.ask_audit(key, tag, query),
             Command::TemplateList => {
@@ -462,6 +472,7 @@ impl Supervisor {
             }
             Job::Inquiry { sandbox, route } => self.forget_inquiry(&sandbox, &route),
             Job::NetworkChange(ticket) => self.forget_network_change(ticket),
+            Job::Drain => self.forget_drain(key, tag),
             Job::Logs(_) | Job::NodeStop | Job::Audit(_) => {}
         }
     }

@@ -4,6 +4,7 @@
 
 pub mod agent;
 pub mod berth;
+pub mod death;
 pub mod disk;
 pub mod exec;
 pub mod flow;
@@ -12,6 +13,7 @@ pub mod id;
 pub mod lifecycle;
 pub mod limits;
 pub mod network;
+pub mod restart;
 pub mod ring;
 pub mod spawn;
 pub mod spec;
