@@ -103,8 +103,8 @@ pub(super) struct Pools {
     shape: Option<Shape>,
     /// Nothing is made to be ready before.
     refill: Instant,
-    /// The next look by a timer.
-    timer: Option<Instant>,
+    /// Looks by timers to come. Each was the earliest when it was added, so there are few.
+    timers: Vec<Instant>,
     /// Something happened: `tend_pools` has something to do.
     look: bool,
     /// Homes that threads make or take down.
@@ -123,7 +123,7 @@ impl Pools {
             directory: config.paths.data.join("overlays"),
             shape: None,
             refill: Instant::now() + FIRST_FILL,
-            timer: None,
+            timers: Vec::new(),
             look: true,
             under_way: 0,
         }
@@ -545,7 +545,8 @@ impl Supervisor {
 
     /// A look by the timer is due.
     pub(super) fn pools_due(&mut self) {
-        self.pools.timer = None;
+        let now = Instant::now();
+        self.pools.timers.retain(|timer| *timer > now);
         self.pools.look = true;
     }
 
@@ -558,8 +559,8 @@ impl Supervisor {
             let refill = Some(self.pools.refill).filter(|refill| *refill > now);
             let next = [self.pools.workers.next_look(), self.pools.overlays.next_look(), refill];
             let Some(next) = next.into_iter().flatten().min() else { continue };
-            if self.pools.timer.is_none_or(|timer| next < timer) {
-                self.pools.timer = Some(next);
+            if self.pools.timers.iter().all(|timer| next < *timer) {
+                self.pools.timers.push(next);
                 self.timers.after(next.saturating_duration_since(now), Timer::Pools);
             }
         }
