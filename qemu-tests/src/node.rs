@@ -468,11 +468,30 @@ impl Node {
         self.machine.is_running()
     }
 
+    /// Waits until the node's record of what sandboxes hold and its kernel agree.
+    ///
+    /// # Panics
+    /// When they do not; the message lists where they differ.
+    pub fn assert_ledger_agrees(&self) {
+        let end = Instant::now() + timing::hang();
+        loop {
+            let rows = self.control().ok(Request::new("", "node.ledger")).items;
+            if rows.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < end, "record and kernel differ on the node: {rows:#?}");
+            thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     /// Asks the node to power off in order and waits until QEMU has ended. Gives back its disks.
     ///
     /// # Panics
     /// When it does not end, or its console shows a fault.
     pub fn power_off(self) -> Vec<Disk> {
+        if self.machine.is_running() {
+            self.assert_ledger_agrees();
+        }
         // The answer may be lost with the node.
         let call = self.control().start(Request::new("", "node.stop"));
         self.wait_for_end("node.stop");

@@ -144,6 +144,14 @@ pub enum NodeVerb {
     Info,
     /// Show who changed what, newest first
     Audit(AuditArgs),
+    /// Compare what sandboxes hold by the node's record with what the kernel has
+    ///
+    /// Prints `none` where they agree; else a row a difference, and the exit code is 1.
+    Ledger {
+        /// Show the record instead
+        #[arg(short, long)]
+        all: bool,
+    },
     /// Stop all sandboxes and switch the node off
     Stop,
     /// Stop all sandboxes and start the node anew

@@ -109,6 +109,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Cp { source, target } => copy::cp(&connect, source, target),
         Verb::Node { verb } => match verb.as_ref().unwrap_or(&NodeVerb::Info) {
             NodeVerb::Audit(args) => show::audit(&mut connect()?, args, cli.json),
+            NodeVerb::Ledger { all } => show::ledger(&mut connect()?, *all, cli.json),
             NodeVerb::Info => show::node(&mut connect()?, cli.json),
             NodeVerb::Stop => show::stop_node(&mut connect()?, "poweroff"),
             NodeVerb::Reboot => show::stop_node(&mut connect()?, "reboot"),

@@ -22,6 +22,11 @@ pub enum Command {
     NodeInfo,
     /// Ends the node in order.
     NodeStop(StopMode),
+    /// What sandboxes hold, compared with the kernel.
+    NodeLedger {
+        /// All that is written down, without comparing.
+        all: bool,
+    },
     /// The audit log.
     NodeAudit(AuditQuery),
     /// The templates.
@@ -135,14 +140,15 @@ impl Verb {
         match self.name {
             "hello" | "help" | "node.info" | "sandbox.list" | "sandbox.stats" => Role::Monitor,
             "template.list" | "template.inspect" | "sandbox.inspect" | "sandbox.logs" | "exec.list" => Role::Viewer,
-            "node.stop" | "node.audit" => Role::Admin,
+            "node.stop" | "node.audit" | "node.ledger" => Role::Admin,
             _ => Role::Operator,
         }
     }
 
     /// Whether its requests go to the audit log: all that may change something.
     pub fn is_audited(&self) -> bool {
-        let looks = matches!(self.name, "node.audit" | "exec.attach" | "file.read" | "file.list" | "file.stat");
+        let looks =
+            matches!(self.name, "node.audit" | "node.ledger" | "exec.attach" | "file.read" | "file.list" | "file.stat");
         self.role() > Role::Viewer && !looks
     }
 }
@@ -162,6 +168,10 @@ verbs! {
     "node.info", "", "state and capacity of the node", |_, args, _| done(args, Command::NodeInfo);
     "node.stop", "[mode=poweroff|reboot]", "stop every sandbox, then the node", node_stop;
     "node.audit", "[owner=OWNER] [before=ID] [limit=1..1000]", "who did what, newest first", node_audit;
+    "node.ledger", "[all=true]", "where record and kernel differ on what sandboxes hold", |_, mut args, _| {
+        let all = args.flag("all")?;
+        done(args, Command::NodeLedger { all })
+    };
     "template.list", "", "the templates", |_, args, _| done(args, Command::TemplateList);
     "template.inspect", "NAME", "one template", |_, mut args, _| {
         let name = args.next_text("template")?;
@@ -431,6 +441,7 @@ mod tests {
             ("file.write", Role::Operator, true),
             ("node.stop", Role::Admin, true),
             ("node.audit", Role::Admin, false),
+            ("node.ledger", Role::Admin, false),
         ] {
             let verb = Verb::of(name).expect("a verb");
             assert_eq!((verb.role(), verb.is_audited()), (role, audited), "{name}");

@@ -56,6 +56,11 @@ impl<T, W: PartialEq> Pool<T, W> {
         self.ready.len()
     }
 
+    /// The numbers of those that are ready.
+    pub fn ready_numbers(&self) -> impl Iterator<Item = u32> {
+        self.ready.iter().map(|(item, _)| item.number)
+    }
+
     /// How many numbers are taken.
     pub fn taken(&self) -> usize {
         self.taken.len()

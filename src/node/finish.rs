@@ -10,6 +10,7 @@ use super::supervisor::{Done, Source, Stopping, Supervisor, Timer, now_ms};
 use crate::init::{ChildStatus, StopMode};
 use crate::sandbox::agent::{Agent, Approach};
 use crate::sandbox::id::SandboxId;
+use crate::sandbox::ledger::Resource;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::limits;
 use crate::sandbox::worker::LastWords;
@@ -109,6 +110,7 @@ impl Supervisor {
         sandbox.ended_ms = Some(now_ms());
         let in_order =
             words.as_ref().is_some_and(|words| matches!(words.reason.as_str(), "guest-poweroff" | "stopped"));
+        self.ledger.worker_ended(id, in_order);
         match sandbox.state {
             State::Starting if !sandbox.removing => {
                 let error = refusal.unwrap_or_else(|| {
@@ -250,6 +252,10 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.releasing = true;
         sandbox.tap = None;
+        self.ledger.with(id, |account| {
+            account.give_back(&extent.resources());
+            Ok(())
+        });
         if let (true, Some(network)) = (std::mem::take(&mut sandbox.holds_slot), &self.network) {
             // Its end of the network first: `slot_released` goes on.
             sandbox.after_network = Some(extent);
@@ -275,6 +281,10 @@ impl Supervisor {
     pub(super) fn slot_released(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.slot = None;
+        self.ledger.with(id, |account| {
+            account.given_back(&[Resource::Slot], true);
+            Ok(())
+        });
         if let Some(extent) = sandbox.after_network.take() {
             self.record(id);
             self.release(id, extent);
@@ -285,6 +295,10 @@ impl Supervisor {
     pub(super) fn released(&mut self, id: &SandboxId, gone: bool, result: io::Result<()>) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.releasing = false;
+        self.ledger.with(id, |account| {
+            account.given_back(Resource::ALL, result.is_ok());
+            Ok(())
+        });
         if let Err(e) = result {
             log::error!("sandbox {id} cannot be taken down: {e}");
             let error = Error::new(Code::Internal, format!("sandbox {id} cannot be taken down: {e}"));
@@ -292,6 +306,7 @@ impl Supervisor {
             for waiter in std::mem::take(&mut sandbox.waiters) {
                 self.finish(waiter.client, &Message::err(&waiter.tag, error.clone()));
             }
+            self.post(id);
             self.record(id);
             return;
         }
@@ -301,12 +316,15 @@ impl Supervisor {
             if sandbox.removing {
                 self.release(id, Extent::Everything);
             } else {
+                self.post(id);
                 self.notify_waiters(id);
             }
             return;
         }
         sandbox.gone = true;
-        if sandbox.writing.is_none() {
+        let written = sandbox.writing.is_none();
+        self.close_account(id);
+        if written {
             self.removed(id);
         }
     }

@@ -9,6 +9,7 @@ pub mod config;
 mod finish;
 mod info;
 mod instance;
+mod ledger;
 mod listener;
 pub mod logging;
 mod logs;

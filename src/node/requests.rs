@@ -54,6 +54,8 @@ pub enum Job {
     NetworkChange(u64),
     /// It waits for the node to stop.
     NodeStop,
+    /// It waits for the ledger to be compared with the kernel.
+    Ledger,
     /// It waits for rows of the audit log.
     Audit(Ticket),
 }
@@ -205,6 +207,7 @@ impl Supervisor {
                 self.add_job(key, tag, Job::NodeStop);
                 self.begin_stop(Some(mode), Some((key, tag.to_string())));
             }
+            Command::NodeLedger { all } => self.ask_ledger(key, tag, all),
             Command::NodeAudit(query) => self.ask_audit(key, tag, query),
             Command::TemplateList => {
                 let rows: Vec<Fields> = self.catalogue.rows().collect();
@@ -457,7 +460,7 @@ impl Supervisor {
             }
             Job::Inquiry { sandbox, route } => self.forget_inquiry(&sandbox, &route),
             Job::NetworkChange(ticket) => self.forget_network_change(ticket),
-            Job::Logs(_) | Job::NodeStop | Job::Audit(_) => {}
+            Job::Logs(_) | Job::NodeStop | Job::Ledger | Job::Audit(_) => {}
         }
     }
 

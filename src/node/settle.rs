@@ -107,7 +107,12 @@ impl Supervisor {
                 let live = self.sandboxes.get(reader.sandbox()).is_some_and(|sandbox| sandbox.worker.is_some());
                 reader.pump(tag, client, live)
             }
-            Job::Wait(_) | Job::Inquiry { .. } | Job::NetworkChange(_) | Job::NodeStop | Job::Audit(_) => false,
+            Job::Wait(_)
+            | Job::Inquiry { .. }
+            | Job::NetworkChange(_)
+            | Job::NodeStop
+            | Job::Ledger
+            | Job::Audit(_) => false,
         };
         if !ended && let Some(client) = self.clients.get_mut(&key) {
             client.jobs.insert(tag.to_string(), job);

@@ -14,6 +14,7 @@ use crate::sandbox::agent::{Agent, Approach};
 use crate::sandbox::disk::Shelf;
 use crate::sandbox::home::Opened;
 use crate::sandbox::id::SandboxId;
+use crate::sandbox::ledger::{Holding, Resource};
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::limits::{self, Limits};
 use crate::sandbox::spawn::{Birth, Spawned};
@@ -58,8 +59,11 @@ impl Supervisor {
         sandbox.state.become_(State::Scheduling)?;
         sandbox.waiters.push(waiter);
         self.sandboxes.insert(id.clone(), sandbox);
+        self.open_account(&id);
         self.notify_waiters(&id);
         if let Err(error) = self.schedule(&id) {
+            // Before its account is booked nothing is taken.
+            self.ledger.close(&id);
             self.sandboxes.remove(&id);
             return Err(error);
         }
@@ -76,7 +80,7 @@ impl Supervisor {
         }
         let template = self.catalogue.get(&name)?.clone();
         if self.catalogue.is_verified(&name)? {
-            if !self.has_slot(id)? {
+            if !self.is_booked(id)? || !self.has_slot(id)? {
                 return Ok(());
             }
             return self.build(id, &template);
@@ -166,17 +170,7 @@ impl Supervisor {
         sandbox.template_sha256 = template.manifest.sha256_hex();
         sandbox.state.become_(State::Creating)?;
         self.notify_waiters(id);
-        let built = self.launch(id, template, disk_mib * MIB);
-        if built.is_err()
-            && let Some(sandbox) = self.sandboxes.get(id)
-        {
-            // Nothing runs in it yet, so this does not wait.
-            match sandbox.home.remove() {
-                Ok(()) => self.give_back_uid(id),
-                Err(e) => log::error!("sandbox {id}: what was made cannot be taken down: {e}"),
-            }
-        }
-        built
+        self.launch(id, template, disk_mib * MIB)
     }
 
     fn launch(&mut self, id: &SandboxId, template: &Template, disk_bytes: u64) -> Result<(), Error> {
@@ -199,6 +193,7 @@ impl Supervisor {
         };
         let Opened { overlay, serial, last_words, log, listener, cgroup } =
             sandbox.home.make().map_err(no_room("the sandbox's places cannot be made"))?;
+        self.ledger.taken(id, &[Resource::Directory, Resource::Disk, Resource::Socket, Resource::Cgroup]);
         overlay::create(&overlay, disk_bytes, template.manifest.size_bytes, template.manifest.sha256)
             .map_err(|e| Error::new(Code::NoCapacity, format!("overlay: {e}")))?;
         let shelf = Shelf { directory: &self.config.disks.directory, devices: &self.config.disks.devices };
@@ -217,13 +212,7 @@ impl Supervisor {
             .apply(sandbox.home.cgroup(), &overlay)
             .map_err(no_room("the sandbox's control group cannot be limited"))?;
         let lengths = disks.iter().chain([&overlay]).map(|disk| disk.metadata().map_or(0, |meta| meta.len()));
-        let uid = self.uids.take().ok_or_else(|| {
-            let count = self.uids.count();
-            Error::new(Code::NoCapacity, format!("all {count} user ids for workers are taken (jail.uid_count)"))
-                .with("resource", "uid")
-                .with("max", count)
-        })?;
-        sandbox.uid = Some(uid);
+        let uid = sandbox.uid.ok_or_else(|| Error::new(Code::Internal, "no user id was booked"))?;
         let birth = Birth {
             cgroup: Some(&cgroup),
             listener: listener.as_fd(),
@@ -233,6 +222,12 @@ impl Supervisor {
             file_bytes: lengths.max().unwrap_or(0),
         };
         let Spawned { pid, pidfd } = self.spawner.spawn(&birth).map_err(no_room("worker cannot be started"))?;
+        self.ledger.taken(id, &[Resource::User, Resource::Memory, Resource::Process]);
+        self.ledger.with(id, |account| {
+            account.note(Resource::Disk, disk_bytes / MIB);
+            account.note(Resource::Process, u64::try_from(pid).unwrap_or(0));
+            account.advance_all(Holding::Reserved, Holding::Active)
+        });
 
         let joined = (|| -> std::io::Result<(UnixStream, Agent)> {
             let stream = worker::connect(sandbox.home.socket())?;
@@ -301,6 +296,7 @@ impl Supervisor {
         }
         self.timers.after(Duration::from_secs(self.config.sandbox.boot_timeout_s), Timer::Boot(id.clone()));
         self.touched_sandboxes.insert(id.clone());
+        self.post(id);
         self.record(id);
         self.notify_waiters(id);
         Ok(())

@@ -18,6 +18,7 @@ use super::background::Background;
 use super::catalogue::Catalogue;
 use super::config::Config;
 use super::instance::Sandbox;
+use super::ledger::Ledger;
 use super::listener::Listener;
 use super::network::NetworkChange;
 use super::requests::Job;
@@ -27,6 +28,7 @@ use crate::control::client::Client;
 use crate::control::port::Port;
 use crate::init::{ExitWatch, StopMode};
 use crate::network::{Network, Report, Settings};
+use crate::sandbox::census::Census;
 use crate::sandbox::home::Places;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::spawn::Spawner;
@@ -67,6 +69,8 @@ pub(super) enum Timer {
     Logs,
     /// The control port was not there: look again.
     Port,
+    /// A difference was found in the ledger: look again.
+    Look,
     /// The database refused to write: put the rows again that are not in it.
     Record,
 }
@@ -80,12 +84,15 @@ pub(super) enum Done {
     Verified { template: String, result: Result<(), TemplateError> },
     /// The template disks were looked at; one event a template.
     Imported(Vec<TemplateEvent>),
-    /// What an earlier supervisor left over was taken down.
+    /// What an earlier supervisor left over was taken down, or could not be.
     Swept {
-        reclaimed: usize,
+        /// What became of each.
+        homes: Vec<(Option<SandboxId>, io::Result<()>)>,
         /// User ids that are free again.
         users: Vec<u32>,
     },
+    /// The kernel was asked what there is of sandboxes.
+    Counted(Census),
     /// The network did something.
     Network(Report),
 }
@@ -116,6 +123,8 @@ pub struct Supervisor {
     pub(super) spawner: Spawner,
     /// User ids of workers.
     pub(super) uids: Uids,
+    /// What sandboxes hold.
+    pub(super) ledger: Ledger,
     pub(super) places: Places,
     /// The network's thread, once it runs.
     pub(super) network: Option<Network>,
@@ -238,6 +247,7 @@ impl Supervisor {
             init,
             spawner,
             uids: Uids::new(config.jail.uids()),
+            ledger: Ledger::default(),
             places,
             network: None,
             network_settings,
@@ -264,7 +274,7 @@ impl Supervisor {
 
     fn take_up(&mut self, snapshot: &Snapshot) {
         let fresh_boot = super::adopt::mark_boot(&self.config.paths.run);
-        self.adopt(&snapshot.sandboxes, &snapshot.executions, fresh_boot);
+        self.adopt(snapshot, fresh_boot);
     }
 
     fn open_port(&mut self) {
@@ -429,6 +439,9 @@ impl Supervisor {
 
     fn take_results(&mut self) {
         for (ticket, result) in self.database.completed() {
+            if self.booked(ticket, &result) {
+                continue;
+            }
             if let Err(e) = result {
                 log::error!("state database: {e}");
                 if !std::mem::replace(&mut self.unrecorded, true) {
@@ -446,10 +459,8 @@ impl Supervisor {
                 Done::Verified { template, result } => self.verified(&template, result),
                 Done::Imported(events) => self.imported(events),
                 Done::Network(report) => self.network_reported(report),
-                Done::Swept { reclaimed, users } => {
-                    users.into_iter().for_each(|uid| self.uids.give_back(uid));
-                    log::warn!("reclaimed {reclaimed} leftovers of an earlier run");
-                }
+                Done::Swept { homes, users } => self.swept(homes, &users),
+                Done::Counted(census) => self.counted(census),
             }
         }
     }
@@ -483,6 +494,7 @@ impl Supervisor {
             Timer::Logs => self.logs_due(),
             Timer::Port => self.open_port(),
             Timer::Record => self.record_all(),
+            Timer::Look => self.look(),
         }
     }
 
@@ -491,6 +503,7 @@ impl Supervisor {
         self.unrecorded = false;
         let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
         for id in ids {
+            self.post(&id);
             self.record(&id);
             let numbers: Vec<u64> = self.sandboxes.get(&id).into_iter().flat_map(|s| s.execs.keys().copied()).collect();
             numbers.into_iter().for_each(|number| self.record_exec(&id, number));

@@ -3,11 +3,13 @@
 //! Nothing here knows of clients or of the loop that drives it (`node`).
 
 pub mod agent;
+pub mod census;
 pub mod disk;
 pub mod exec;
 pub mod flow;
 pub mod home;
 pub mod id;
+pub mod ledger;
 pub mod lifecycle;
 pub mod limits;
 pub mod network;

@@ -18,7 +18,7 @@ use rusqlite::{Connection, ErrorCode};
 
 use super::audit::{self, AuditQuery, AuditRow};
 use super::schema;
-pub use super::schema::{Change, ExecutionRow, SCHEMA_VERSION, SandboxRow, TemplateRow};
+pub use super::schema::{AllocationRow, Change, ExecutionRow, SCHEMA_VERSION, SandboxRow, TemplateRow};
 
 /// Changes in one transaction at most: bounds how long a durable change waits for others.
 const MAX_BATCH: usize = 1024;
@@ -115,6 +115,8 @@ pub struct Snapshot {
     pub templates: Vec<TemplateRow>,
     /// By sandbox and number.
     pub executions: Vec<ExecutionRow>,
+    /// By sandbox.
+    pub allocations: Vec<AllocationRow>,
     /// Number of the next row of the audit log.
     pub next_audit: u64,
 }
@@ -182,7 +184,13 @@ impl State {
     pub fn submit(&mut self, change: Change) -> Ticket {
         let durable = !matches!(
             change,
-            Change::PutExecution(_) | Change::RemoveExecution { .. } | Change::BeginAudit(_) | Change::EndAudit(_)
+            Change::PutExecution(_)
+                | Change::RemoveExecution { .. }
+                // What a power cut leaves of a sandbox is its directory, which is found without them.
+                | Change::PutAllocation(_)
+                | Change::RemoveAllocation { .. }
+                | Change::BeginAudit(_)
+                | Change::EndAudit(_)
         );
         self.queue(change, durable)
     }
@@ -360,6 +368,7 @@ fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateError> {
         sandboxes: schema::sandboxes(&connection)?,
         templates: schema::templates(&connection)?,
         executions: schema::executions(&connection)?,
+        allocations: schema::allocations(&connection)?,
         next_audit: audit::take_up(&connection)?,
     };
     Ok((connection, snapshot))
