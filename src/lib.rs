@@ -12,6 +12,7 @@ pub mod guest;
 pub mod init;
 pub mod network;
 pub mod node;
+pub mod outbound;
 pub mod sandbox;
 pub mod sentinel;
 pub mod storage;

@@ -25,9 +25,16 @@ fn series(text: &str) -> BTreeMap<String, f64> {
         .collect()
 }
 
+/// Both are asked at nearly the same time; what others do on this machine in between (a mount, a link) is no finding, so
+/// that a difference has to show three times.
 #[test]
 fn what_node_measures_has_a_real_node_exporters_names_labels_and_values() {
     let Some(exporter) = Peer::node_exporter() else { return };
+    let differs = (0..3).map_while(|_| compare(&exporter).err()).collect::<Vec<_>>();
+    assert!(differs.len() < 3, "{}", differs[2]);
+}
+
+fn compare(exporter: &Peer) -> Result<(), String> {
     let sentinel = Sentinel::new(
         "[[target]]\nname = \"a\"\nkind = \"prometheus\"\nurl = \"http://localhost/\"\n\
                                   [[task]]\nid = \"node\"\nplugin = \"node\"\ninterval_ms = 60000\n",
@@ -50,12 +57,15 @@ fn what_node_measures_has_a_real_node_exporters_names_labels_and_values() {
         .keys()
         .filter(|name| !theirs.contains_key(*name) && !OURS.iter().any(|ours| name.starts_with(ours)))
         .collect();
-    assert!(unknown.is_empty(), "the exporter does not know {unknown:#?}");
+    if !unknown.is_empty() {
+        return Err(format!("the exporter does not know {unknown:#?}"));
+    }
     // What stands still has the same value.
     for (name, value) in &ours {
-        let still = ["MemTotal", "SwapTotal", "boot_time", "size_bytes", "filefd_maximum", "mtu_bytes", "HugePages"];
-        if still.iter().any(|still| name.contains(still)) {
-            assert_eq!(theirs.get(name), Some(value), "{name}");
+        let still =
+            ["MemTotal", "SwapTotal", "boot_time", "size_bytes", "filefd_maximum", "mtu_bytes", "memory_HugePages_"];
+        if still.iter().any(|still| name.contains(still)) && theirs.get(name) != Some(value) {
+            return Err(format!("{name}: {value}, the exporter has {:?}", theirs.get(name)));
         }
     }
     // And of what the exporter has in the parts that we measure, nothing is missing.
@@ -64,5 +74,5 @@ fn what_node_measures_has_a_real_node_exporters_names_labels_and_values() {
         .keys()
         .filter(|name| parts.iter().any(|part| name.starts_with(part)) && !ours.contains_key(*name))
         .collect();
-    assert!(missing.is_empty(), "{missing:#?}");
+    if missing.is_empty() { Ok(()) } else { Err(format!("missing: {missing:#?}")) }
 }

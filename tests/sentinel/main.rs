@@ -6,6 +6,7 @@ mod buffer;
 mod clickhouse;
 mod config;
 mod core;
+mod decode;
 mod exporter;
 mod measure;
 mod peers;

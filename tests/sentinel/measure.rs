@@ -12,9 +12,9 @@ use warren::sentinel::log::{Fsync, Log, Options, Policy};
 use warren::sentinel::model::{Batch, Identity, Kind, Sample, SeriesTable};
 use warren::sentinel::send::{Lane, LaneOptions, Protocol};
 
+use crate::decode::remote_write;
 use crate::peers::Peer;
 use crate::process::{Scratch, Sentinel, target, until};
-use crate::receiver::fields;
 
 const SERIES: usize = 20_000;
 const ROUNDS: i64 = 100;
@@ -42,6 +42,7 @@ fn row(name: &str, value: f64, unit: &str, condition: &str) {
 #[ignore = "measures"]
 fn the_pipeline_without_collection() {
     for (name, protocol, header) in [
+        ("zstd", Protocol::VictoriaMetrics, None),
         ("remote write 1.0", Protocol::RemoteWrite1, None),
         ("remote write 2.0", Protocol::RemoteWrite2, Some("X-Prometheus-Remote-Write-Samples-Written")),
     ] {
@@ -173,10 +174,7 @@ fn scrape_to_remote_write_beside_vmagent_and_prometheus() {
     let arrived = Arc::new(Arrived::default());
     let counting = Arc::clone(&arrived);
     let receiver = Server::start(([127, 0, 0, 1], 0).into(), 1 << 26, move |request| {
-        let raw = snap::raw::Decoder::new().decompress_vec(&request.body).unwrap();
-        let series = fields(&raw).into_iter().filter(|(number, ..)| *number == 1);
-        let samples: usize =
-            series.map(|(_, _, octets)| fields(octets).into_iter().filter(|(number, ..)| *number == 2).count()).sum();
+        let samples = remote_write(|name| request.header(name), &request.body).len();
         counting.samples.fetch_add(samples as u64, Relaxed);
         counting.octets.fetch_add(request.body.len() as u64, Relaxed);
         Answer::status(204)

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
+use crate::decode::{self, remote_write};
 use warren::sentinel::http::{Answer, Server, ServerRequest};
 
 /// Labels with the name, as text.
@@ -52,8 +53,7 @@ impl Receiver {
     pub fn come_back(&mut self) {
         let got = Arc::clone(&self.got);
         let answer = move |request: &ServerRequest| {
-            let raw = snap::raw::Decoder::new().decompress_vec(&request.body).unwrap();
-            take(&raw, &mut got.lock().unwrap());
+            take(remote_write(|name| request.header(name), &request.body), &mut got.lock().unwrap());
             Answer::status(204)
         };
         let server = Server::start(self.address, 1 << 24, answer).unwrap();
@@ -62,57 +62,11 @@ impl Receiver {
     }
 }
 
-fn varint(raw: &mut &[u8]) -> u64 {
-    let mut value = 0;
-    for shift in (0..).step_by(7) {
-        let octet = raw[0];
-        *raw = &raw[1..];
-        value |= u64::from(octet & 0x7f) << shift;
-        if octet < 0x80 {
-            break;
-        }
-    }
-    value
-}
-
-/// Number, integer or bits, octets.
-pub fn fields(mut raw: &[u8]) -> Vec<(u64, u64, &[u8])> {
-    let mut fields = Vec::new();
-    while !raw.is_empty() {
-        let key = varint(&mut raw);
-        let mut field: (u64, u64, &[u8]) = (key >> 3, 0, &[]);
-        match key & 7 {
-            0 => field.1 = varint(&mut raw),
-            1 => {
-                field.1 = u64::from_le_bytes(raw[..8].try_into().unwrap());
-                raw = &raw[8..];
-            }
-            2 => {
-                let len = varint(&mut raw) as usize;
-                (field.2, raw) = raw.split_at(len);
-            }
-            other => panic!("wire type {other}"),
-        }
-        fields.push(field);
-    }
-    fields
-}
-
-fn take(raw: &[u8], got: &mut Got) {
-    for (_, _, series) in fields(raw) {
-        let mut name = String::new();
-        for (number, _, octets) in fields(series) {
-            let parts = fields(octets);
-            if number == 1 {
-                let text = |part: usize| String::from_utf8(parts[part].2.to_vec()).unwrap();
-                name.push_str(&format!("{}={:?},", text(0), text(1)));
-                continue;
-            }
-            let of = |wanted| parts.iter().find(|(number, ..)| *number == wanted).map_or(0, |(_, value, _)| *value);
-            let (bits, time) = (of(1), of(2) as i64);
-            let entry = got.samples.entry((name.clone(), time)).or_insert((bits, 0));
-            entry.1 += 1;
-            got.contradictions += u64::from(entry.0 != bits);
-        }
+fn take(samples: Vec<decode::Got>, got: &mut Got) {
+    for sample in samples {
+        let series = sample.labels.iter().map(|(name, value)| format!("{name}={value:?},")).collect();
+        let entry = got.samples.entry((series, sample.timestamp)).or_insert((sample.bits, 0));
+        entry.1 += 1;
+        got.contradictions += u64::from(entry.0 != sample.bits);
     }
 }

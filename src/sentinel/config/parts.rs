@@ -44,7 +44,8 @@ impl Config {
                 let url = Url::parse(&target.url).map_err(|e| format!("target {}: {e}", target.name))?;
                 let tls = tls(&target.ca, &target.cert, &target.key, target.verify);
                 let protocol = match target.kind {
-                    TargetKind::Prometheus | TargetKind::VictoriaMetrics => Protocol::RemoteWrite1,
+                    TargetKind::Prometheus => Protocol::RemoteWrite1,
+                    TargetKind::VictoriaMetrics => Protocol::VictoriaMetrics,
                     TargetKind::Prometheus2 => Protocol::RemoteWrite2,
                     TargetKind::ClickHouse => Protocol::ClickHouse { table: target.table.clone() },
                 };

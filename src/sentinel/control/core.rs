@@ -23,6 +23,7 @@ use super::seal;
 use super::state::{Shared, State};
 use super::system;
 use super::taskbook::TaskBook;
+use crate::outbound::{Answered, BreakerState, Clock, Guard, Policy};
 use crate::sentinel::collect::Stats;
 use crate::sentinel::collectors::BUILT_IN;
 use crate::sentinel::config::{Config, TaskEntry};
@@ -37,14 +38,16 @@ const MAX_ANSWER: usize = 16 * 1024 * 1024;
 const MAX_TASKS: usize = 100_000;
 /// Reports sent together.
 const REPORTS: usize = 1000;
-/// Shortest and longest wait after a registration that failed.
-const REGISTER_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// Longest time that the core is left alone after it did not answer several times; no longer than two heartbeats.
+const LONGEST_REST: Duration = Duration::from_secs(60);
 
 /// What it counts.
 #[derive(Debug, Clone, Default)]
 pub struct CoreStats {
     /// Whether the core knows us.
     pub registered: bool,
+    /// Where its breaker stands.
+    pub breaker: BreakerState,
     /// Heartbeats that were answered.
     pub heartbeats: u64,
     /// Those that were not, after all tries.
@@ -64,7 +67,8 @@ pub struct CoreOptions {
     region: String,
     labels: BTreeMap<String, String>,
     heartbeat: Duration,
-    retries: u64,
+    timeout: Duration,
+    tries: u32,
     fetch: Duration,
     task_limit: Duration,
     cache: PathBuf,
@@ -89,7 +93,8 @@ impl CoreOptions {
             region: config.region.clone(),
             labels: config.labels.clone(),
             heartbeat: Duration::from_secs(config.heartbeat.interval_s),
-            retries: config.heartbeat.retries,
+            timeout,
+            tries: u32::try_from(config.heartbeat.retries).unwrap_or(u32::MAX),
             fetch: Duration::from_secs(config.collector.fetch_s),
             task_limit: Duration::from_secs(config.collector.task_limit_s),
             cache: config.paths.data.join("core-tasks"),
@@ -100,18 +105,33 @@ impl CoreOptions {
 
     /// Registers once: `sentinel register`.
     pub fn register(&mut self) -> Result<(), String> {
+        let deadline = Instant::now() + self.policy().deadline;
+        self.register_by(deadline)
+    }
+
+    fn register_by(&mut self, deadline: Instant) -> Result<(), String> {
         let body = json!({
             "id": self.id, "name": self.name, "region": self.region, "labels": self.labels,
             "version": env!("CARGO_PKG_VERSION"), "os": std::env::consts::OS, "arch": std::env::consts::ARCH,
         });
-        match self.ask("POST", "/api/v1/register", Some(&body)) {
+        match self.ask("POST", "/api/v1/register", Some(&body), deadline) {
             Ok(answer) if answer.is_success() || answer.status == 409 => Ok(()),
             Ok(answer) => Err(format!("{}: registration: status {}", self.url, answer.status)),
             Err(e) => Err(format!("{}: registration: {e}", self.url)),
         }
     }
 
-    fn ask(&mut self, method: &str, path: &str, body: Option<&Value>) -> Result<Response, HttpError> {
+    fn policy(&self) -> Policy {
+        Policy { open: LONGEST_REST.min(self.heartbeat * 2), deadline: self.timeout, ..Policy::default() }
+    }
+
+    fn ask(
+        &mut self,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+        deadline: Instant,
+    ) -> Result<Response, HttpError> {
         let target = self.url.join(path).target;
         let bearer = Secret::new(format!("Bearer {}", self.token.reveal()));
         let mut headers = vec![("Content-Type", "application/json")];
@@ -119,13 +139,8 @@ impl CoreOptions {
             headers.push(("Authorization", bearer.reveal()));
         }
         let body = body.map(Value::to_string).unwrap_or_default();
-        self.client.send(&Request {
-            method,
-            target: &target,
-            headers: &headers,
-            body: body.as_bytes(),
-            keep: MAX_ANSWER,
-        })
+        let request = Request { method, target: &target, headers: &headers, body: body.as_bytes(), keep: MAX_ANSWER };
+        self.client.send_by(&request, deadline)
     }
 }
 
@@ -139,9 +154,15 @@ impl Control {
     fn stats(&self) -> MutexGuard<'_, CoreStats> {
         self.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    /// Whether it may go on.
-    fn pause(&self, time: Duration) -> bool {
+impl Clock for Control {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    /// Waits, unless the thread is to end.
+    fn wait(&self, time: Duration) -> bool {
         let stats = self.stats();
         let waiting = |_: &mut CoreStats| !self.stop.load(Ordering::Acquire);
         drop(self.changed.wait_timeout_while(stats, time, waiting).unwrap_or_else(PoisonError::into_inner));
@@ -184,8 +205,10 @@ impl CoreLink {
         let abort = options.client.abort_handle();
         book.keep_reports(true);
         let key = seal::key(&options.directory, &options.token).map_err(HttpError::Io)?;
+        let guard = Guard::new(options.policy(), Arc::as_ptr(&control) as u64);
         let mut work = Work {
             options,
+            guard,
             key,
             book,
             state,
@@ -224,6 +247,7 @@ impl Drop for CoreLink {
 
 struct Work {
     options: CoreOptions,
+    guard: Guard,
     key: seal::Key,
     book: Arc<TaskBook>,
     state: Arc<Shared>,
@@ -264,7 +288,7 @@ impl Work {
                 beat_at = now + self.options.heartbeat;
             }
             let next = beat_at.min(fetch_at).saturating_duration_since(Instant::now());
-            if !self.control.pause(next) {
+            if !self.control.wait(next) {
                 self.report();
                 return;
             }
@@ -273,47 +297,66 @@ impl Work {
 
     /// Until it has worked; false: it is to stop.
     fn register(&mut self) -> bool {
-        let mut wait = REGISTER_AGAIN.0;
         loop {
-            match self.options.register() {
-                Ok(()) => {
-                    self.succeed();
-                    self.control.stats().registered = true;
-                    return true;
+            let wait = match self.guard.admit(self.control.now()) {
+                Ok(deadline) => {
+                    let result = self.options.register_by(deadline);
+                    // Also a refusal: nothing else can be asked before it is taken.
+                    let outcome = if result.is_ok() { Answered::Reached } else { Answered::Failed(None) };
+                    let wait = self.guard.note(self.control.now(), outcome);
+                    self.control.stats().breaker = self.guard.state();
+                    match result {
+                        Ok(()) => {
+                            self.succeed();
+                            self.control.stats().registered = true;
+                            return true;
+                        }
+                        Err(sentence) => self.fail(sentence),
+                    }
+                    wait
                 }
-                Err(sentence) => self.fail(sentence),
-            }
-            if !self.control.pause(wait) {
+                Err(left) => left,
+            };
+            if !self.control.wait(wait) {
                 return false;
             }
-            wait = (wait * 2).min(REGISTER_AGAIN.1);
         }
     }
 
     /// Whether the core has other tasks than those in force.
     fn heartbeat(&mut self) -> bool {
         let body = self.vital_signs();
-        for n in 0..self.options.retries {
-            match self.options.ask("POST", "/api/v1/heartbeat", Some(&body)) {
-                Ok(answer) if answer.is_success() => {
-                    self.succeed();
-                    self.control.stats().heartbeats += 1;
-                    let answer: Value = serde_json::from_slice(&answer.body).unwrap_or(Value::Null);
-                    if let Some(version) = answer["config_version"].as_str() {
-                        self.configure(version);
-                    }
-                    let version = answer["tasks_version"].as_str();
-                    return version.is_some_and(|version| version != self.book.core_version());
+        match self.ask(self.options.tries, "POST", "/api/v1/heartbeat", Some(&body)) {
+            Ok(answer) if answer.is_success() => {
+                self.succeed();
+                self.control.stats().heartbeats += 1;
+                let answer: Value = serde_json::from_slice(&answer.body).unwrap_or(Value::Null);
+                if let Some(version) = answer["config_version"].as_str() {
+                    self.configure(version);
                 }
-                Ok(answer) => self.fail(format!("{}: heartbeat: status {}", self.options.url, answer.status)),
-                Err(e) => self.fail(format!("{}: heartbeat: {e}", self.options.url)),
+                let version = answer["tasks_version"].as_str();
+                return version.is_some_and(|version| version != self.book.core_version());
             }
-            if n + 1 < self.options.retries && !self.control.pause(Duration::from_secs(1)) {
-                break;
-            }
+            Ok(answer) => self.fail(format!("{}: heartbeat: status {}", self.options.url, answer.status)),
+            Err(e) => self.fail(format!("{}: heartbeat: {e}", self.options.url)),
         }
         self.control.stats().heartbeats_failed += 1;
         false
+    }
+
+    /// Asks the core, unless it is left alone for a while because it did not answer several times.
+    fn ask(&mut self, tries: u32, method: &str, path: &str, body: Option<&Value>) -> Result<Response, String> {
+        let Self { options, guard, control, .. } = self;
+        let answered = |result: &Result<Response, HttpError>| match result {
+            Ok(answer) if !matches!(answer.status, 408 | 429 | 500..) => Answered::Reached,
+            _ => Answered::Failed(None),
+        };
+        let result = guard.call(&**control, tries, |deadline| options.ask(method, path, body, deadline), answered);
+        control.stats().breaker = guard.state();
+        match result {
+            Ok(result) => result.map_err(|e| e.to_string()),
+            Err(refused) => Err(refused.to_string()),
+        }
     }
 
     /// Fetches the core's configuration, unless its version is in force or was refused.
@@ -322,7 +365,7 @@ impl Work {
         if version.is_empty() || version == self.config_version || refused {
             return;
         }
-        let result = match self.options.ask("GET", &format!("/api/v1/config?id={}", self.options.id), None) {
+        let result = match self.ask(1, "GET", &format!("/api/v1/config?id={}", self.options.id), None) {
             Ok(answer) if answer.status == 200 => {
                 serde_json::from_slice::<Value>(&answer.body).map_err(|e| e.to_string())
             }
@@ -378,7 +421,7 @@ impl Work {
     fn fetch(&mut self) {
         let version: String = self.book.core_version().bytes().map(|octet| format!("%{octet:02x}")).collect();
         let path = format!("/api/v1/tasks?id={}&version={version}", self.options.id);
-        match self.options.ask("GET", &path, None) {
+        match self.ask(1, "GET", &path, None) {
             Ok(answer) if answer.status == 304 => self.succeed(),
             Ok(answer) if answer.status == 200 => match self.accept(&answer.body) {
                 Ok(()) => {
@@ -441,7 +484,7 @@ impl Work {
             }
             let list: Vec<Value> = reports.iter().map(report).collect();
             let body = json!({ "id": self.options.id, "reports": list });
-            match self.options.ask("POST", "/api/v1/reports", Some(&body)) {
+            match self.ask(1, "POST", "/api/v1/reports", Some(&body)) {
                 Ok(answer) if answer.is_success() => {}
                 // It will never take them.
                 Ok(answer) if (400..500).contains(&answer.status) && answer.status != 429 => {
@@ -458,7 +501,7 @@ impl Work {
 
     /// Tells the core of names that it does not know, or whose kind has changed.
     fn describe(&mut self) {
-        let Some(table) = &self.told.metadata else { return };
+        let Some(table) = self.told.metadata.clone() else { return };
         let known = table.kinds();
         // A name that is gone and comes back is told again.
         self.metadata.retain(|name, _| known.contains_key(name));
@@ -467,10 +510,13 @@ impl Work {
         for part in new.chunks(REPORTS) {
             let list: Vec<Value> = part.iter().map(|(name, kind)| json!({"name": name, "type": kind.name()})).collect();
             let body = json!({ "id": self.options.id, "metadata": list });
-            match self.options.ask("POST", "/api/v1/metadata", Some(&body)) {
+            match self.ask(1, "POST", "/api/v1/metadata", Some(&body)) {
                 Ok(answer) if answer.is_success() => self.metadata.extend(part.iter().cloned()),
                 Ok(answer) => return self.fail(format!("{}: metadata: status {}", self.options.url, answer.status)),
-                Err(e) => return self.fail(format!("{}: metadata: {e}", self.options.url)),
+                Err(e) => {
+                    let url = &self.options.url;
+                    return self.fail(format!("{url}: metadata: {e}"));
+                }
             }
         }
     }

@@ -558,14 +558,17 @@ impl Parts {
                 json!({
                     "name": name, "sent": lane.sent_samples, "pending": pending, "oldest_ms": since,
                     "dropped": now.log.dropped_for(name), "errors": lane.errors,
-                    "breaker": format!("{:?}", lane.breaker).to_lowercase(), "paused": lane.paused,
+                    "breaker": lane.breaker.as_str(), "paused": lane.paused,
                     "error": lane.last_error,
                 })
             })
             .collect();
-        let core = now.core.map(
-            |core| json!({"registered": core.registered, "heartbeats": core.heartbeats, "error": core.last_error}),
-        );
+        let core = now.core.map(|core| {
+            json!({
+                "registered": core.registered, "heartbeats": core.heartbeats, "breaker": core.breaker.as_str(),
+                "error": core.last_error,
+            })
+        });
         json!({
             "id": self.id, "state": now.state.name(), "uptime_s": now.uptime_s as u64, "tasks": now.tasks,
             "runs": {"success": now.runs.success, "failed": now.runs.failed},

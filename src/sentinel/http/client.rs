@@ -153,7 +153,11 @@ impl Client {
 
     /// Asks and waits for the answer. A kept connection that turns out to be closed is replaced once.
     pub fn send(&mut self, request: &Request) -> Result<Response, HttpError> {
-        let deadline = Instant::now() + self.timeout;
+        self.send_by(request, Instant::now() + self.timeout)
+    }
+
+    /// The same with another time limit than the client's own.
+    pub fn send_by(&mut self, request: &Request, deadline: Instant) -> Result<Response, HttpError> {
         if let Some(mut kept) = self.connection.take() {
             let mut read = 0;
             match self.ask(&mut kept, request, deadline, &mut read) {

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use super::gather::Outgoing;
 use super::gzip::gzip;
 use super::snappy::Snappy;
+use super::zstd::Zstd;
 use super::{clickhouse, json, remote_write};
 
 /// What a receiver speaks.
@@ -14,6 +15,9 @@ pub enum Protocol {
     RemoteWrite1,
     /// Prometheus remote write 2.0, and 1.0 where the receiver knows no other.
     RemoteWrite2,
+    /// Remote write 1.0 in zstd's frame, as VictoriaMetrics' own agent sends it, and in snappy's where the receiver does
+    /// not know that.
+    VictoriaMetrics,
     /// ClickHouse's HTTP interface; the table, `[a-zA-Z0-9_.]+`.
     ClickHouse {
         /// Its name, with its database where it is not the default one.
@@ -49,6 +53,7 @@ pub struct Encoder {
     raw: Vec<u8>,
     text: String,
     snappy: Snappy,
+    zstd: Zstd,
 }
 
 impl Encoder {
@@ -58,12 +63,24 @@ impl Encoder {
             Protocol::RemoteWrite1 => {
                 self.raw.clear();
                 remote_write::encode_1(&batch.samples, &mut self.raw);
-                self.remote_write(target, "application/x-protobuf", "0.1.0")
+                self.snappy(target, "application/x-protobuf", "0.1.0")
             }
             Protocol::RemoteWrite2 => {
                 self.raw.clear();
                 remote_write::encode_2(&batch.samples, &mut self.raw);
-                self.remote_write(target, "application/x-protobuf;proto=io.prometheus.write.v2.Request", "2.0.0")
+                self.snappy(target, "application/x-protobuf;proto=io.prometheus.write.v2.Request", "2.0.0")
+            }
+            Protocol::VictoriaMetrics => {
+                self.raw.clear();
+                remote_write::encode_1(&batch.samples, &mut self.raw);
+                let mut body = Vec::with_capacity(self.raw.len() / 8);
+                self.zstd.compress(&self.raw, &mut body);
+                let headers = vec![
+                    ("Content-Type", "application/x-protobuf".to_string()),
+                    ("Content-Encoding", "zstd".to_string()),
+                    ("X-VictoriaMetrics-Remote-Write-Version", "1".to_string()),
+                ];
+                Encoded { target: target.to_string(), headers, body }
             }
             Protocol::ClickHouse { table } => {
                 self.text.clear();
@@ -82,7 +99,7 @@ impl Encoder {
     }
 
     /// Snappy's block format, not the framed one.
-    fn remote_write(&mut self, target: &str, content_type: &str, version: &str) -> Encoded {
+    fn snappy(&mut self, target: &str, content_type: &str, version: &str) -> Encoded {
         let mut body = Vec::with_capacity(self.raw.len() / 2);
         self.snappy.compress(&self.raw, &mut body);
         let headers = vec![

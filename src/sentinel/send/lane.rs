@@ -7,11 +7,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::breaker::{Breaker, BreakerState};
 use super::dead_letter::DeadLetters;
 use super::encode::{Encoded, Encoder, Origin, Protocol};
 use super::gather::{Gathered, Outgoing};
 use super::policy::{Verdict, judge};
+use crate::outbound::{Answered, BreakerState, Clock, Guard, Policy};
 use crate::sentinel::http::{Abort, Client, HttpError, Request, TlsOptions, Url};
 use crate::sentinel::log::{DropReason, Log, Reader};
 use crate::sentinel::secret::Secret;
@@ -104,9 +104,15 @@ impl Shared {
     fn ending(&self) -> bool {
         self.phase.load(Ordering::Acquire) == Phase::Ending as u8
     }
+}
 
-    /// Waits, unless the lane is to stop. Whether it may go on.
-    fn pause(&self, time: Duration) -> bool {
+impl Clock for Shared {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    /// Waits, unless the lane is to stop.
+    fn wait(&self, time: Duration) -> bool {
         let stats = self.stats();
         let waiting = |_: &mut LaneStats| !self.stopping();
         drop(self.changed.wait_timeout_while(stats, time, waiting).unwrap_or_else(PoisonError::into_inner));
@@ -133,12 +139,14 @@ impl Lane {
             changed: Condvar::new(),
         });
         let abort = client.abort_handle();
-        let breaker = Breaker::new(
-            options.retries,
-            options.retry_first,
-            options.retry_longest,
-            log.id() ^ Arc::as_ptr(&shared) as u64,
-        );
+        let policy = Policy {
+            failures: options.retries.saturating_add(1),
+            open: options.retry_longest,
+            first: options.retry_first,
+            longest: options.retry_longest,
+            deadline: options.timeout,
+        };
+        let guard = Guard::new(policy, log.id() ^ Arc::as_ptr(&shared) as u64);
         let work = Work {
             reader: Reader::new(log, &options.name),
             log: Arc::clone(log),
@@ -149,7 +157,7 @@ impl Lane {
             encoder: Encoder::default(),
             origin: Origin { sentinel: sentinel.to_string(), log: log.id() },
             client,
-            breaker,
+            guard,
             letters: options
                 .dead_letters
                 .clone()
@@ -220,7 +228,7 @@ struct Work {
     encoder: Encoder,
     origin: Origin,
     client: Client,
-    breaker: Breaker,
+    guard: Guard,
     letters: Option<DeadLetters>,
 }
 
@@ -275,7 +283,7 @@ impl Work {
                 Ok(None) => return,
                 Err(e) => {
                     self.fail(format!("the buffer cannot be read: {e}"));
-                    if !self.shared.pause(READ_PAUSE) {
+                    if !self.shared.wait(READ_PAUSE) {
                         return;
                     }
                 }
@@ -309,15 +317,19 @@ impl Work {
     fn settle(&mut self, part: &Outgoing) -> Settled {
         let mut encoded = self.encode(part);
         loop {
-            self.breaker.attempt();
-            self.shared.stats().breaker = self.breaker.state();
-            let (wait, sentence) = match self.request(&encoded) {
+            let deadline = match self.guard.admit(Instant::now()) {
+                Ok(deadline) => deadline,
+                Err(left) if self.shared.wait(left) => continue,
+                Err(_) => return Settled::Stopped,
+            };
+            self.shared.stats().breaker = self.guard.state();
+            let (wait, sentence) = match self.request(&encoded, deadline) {
                 Ok(response) => {
                     let status = response.status;
                     *self.shared.stats().requests.entry(status).or_default() += 1;
                     let verdict = judge(&self.protocol, self.proven, &response);
                     if !matches!(verdict, Verdict::Retry(_)) {
-                        self.breaker.succeeded();
+                        self.guard.note(Instant::now(), Answered::Reached);
                     }
                     let answer = String::from_utf8_lossy(&response.body);
                     let answer = answer.lines().next().unwrap_or_default();
@@ -336,7 +348,7 @@ impl Work {
                             };
                         }
                         Verdict::Fallback => {
-                            log::info!("{}: remote write 1.0 from now on ({status})", self.options.name);
+                            log::info!("{}: remote write 1.0 in snappy from now on ({status})", self.options.name);
                             self.protocol = Protocol::RemoteWrite1;
                             self.shared.stats().fallbacks += 1;
                             encoded = self.encode(part);
@@ -346,16 +358,16 @@ impl Work {
                             self.shared.stats().paused = true;
                             (PAUSE, sentence)
                         }
-                        Verdict::Retry(after) => (self.breaker.failed(after), sentence),
+                        Verdict::Retry(after) => (self.failed(after), sentence),
                     }
                 }
                 Err(error) => {
                     *self.shared.stats().requests.entry(0).or_default() += 1;
-                    (self.breaker.failed(None), format!("{}: {error}", self.options.url))
+                    (self.failed(None), format!("{}: {error}", self.options.url))
                 }
             };
             self.fail(sentence);
-            if self.shared.stopping() || !self.shared.pause(wait) {
+            if self.shared.stopping() || !self.shared.wait(wait) {
                 return Settled::Stopped;
             }
             self.shared.stats().retries += 1;
@@ -366,17 +378,18 @@ impl Work {
         self.encoder.encode(&self.protocol, &self.options.url.target, &self.origin, part)
     }
 
-    fn request(&mut self, encoded: &Encoded) -> Result<crate::sentinel::http::Response, HttpError> {
+    /// A call failed: how long to wait now.
+    fn failed(&mut self, asked: Option<Duration>) -> Duration {
+        self.guard.note(Instant::now(), Answered::Failed(asked))
+    }
+
+    fn request(&mut self, encoded: &Encoded, deadline: Instant) -> Result<crate::sentinel::http::Response, HttpError> {
         let credentials = self.options.credentials.iter().map(|(name, value)| (*name, value.reveal()));
         let headers: Vec<(&str, &str)> =
             encoded.headers.iter().map(|(name, value)| (*name, value.as_str())).chain(credentials).collect();
-        self.client.send(&Request {
-            method: "POST",
-            target: &encoded.target,
-            headers: &headers,
-            body: &encoded.body,
-            keep: ANSWER,
-        })
+        let request =
+            Request { method: "POST", target: &encoded.target, headers: &headers, body: &encoded.body, keep: ANSWER };
+        self.client.send_by(&request, deadline)
     }
 
     fn refuse(&mut self, part: Outgoing, status: u16, answer: &[u8]) {
@@ -392,7 +405,7 @@ impl Work {
         let mut stats = self.shared.stats();
         stats.sent_samples += samples as u64;
         stats.sent_bytes += octets as u64;
-        stats.breaker = self.breaker.state();
+        stats.breaker = self.guard.state();
         stats.paused = false;
         if stats.last_error.take().is_some() {
             log::info!("{}: works again", self.options.name);
@@ -402,7 +415,7 @@ impl Work {
     fn fail(&mut self, sentence: String) {
         let mut stats = self.shared.stats();
         stats.errors += 1;
-        stats.breaker = self.breaker.state();
+        stats.breaker = self.guard.state();
         // Once per kind of failure, not once per try.
         if stats.last_error.as_ref() != Some(&sentence) {
             log::warn!("{}: {sentence}", self.options.name);

@@ -2,9 +2,9 @@
 //! destination can delay another or cost it a repeat.
 //!
 //! `lane` has the thread, `gather` makes batches of what the log gives, `encode` and its parts turn a batch into a
-//! request, `policy` says what an answer means, `breaker` how long to wait, `dead_letter` keeps what a receiver refused.
+//! request, `policy` says what an answer means, `crate::outbound` how long to wait, `dead_letter` keeps what a receiver
+//! refused.
 
-mod breaker;
 mod clickhouse;
 mod dead_letter;
 mod encode;
@@ -12,14 +12,15 @@ mod gather;
 mod gzip;
 pub mod json;
 mod lane;
+mod matches;
 mod policy;
 mod protobuf;
 pub mod remote_write;
 mod snappy;
 #[cfg(test)]
 mod tests;
+mod zstd;
 
-pub use breaker::BreakerState;
 pub use encode::Protocol;
 pub use gzip::{gunzip, gzip};
 pub use lane::{Lane, LaneOptions, LaneStats};

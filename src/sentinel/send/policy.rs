@@ -1,6 +1,6 @@
 //! What a receiver's answer means, per protocol.
 //!
-//! | status | remote write 1.0, 2.0 | ClickHouse | core |
+//! | status | remote write 1.0, 2.0, zstd | ClickHouse | core |
 //! |---|---|---|---|
 //! | 2xx | delivered (2.0: only with a `-Written` header, else fall back) | delivered | delivered |
 //! | 408, 429, 5xx | again later, `Retry-After` honoured | the same | the same |
@@ -8,7 +8,7 @@
 //! | 3xx | pause, keep the data | the same | the same |
 //! | 404 | refused | pause, keep the data: no such table | refused |
 //! | 413 | split | split | split |
-//! | 400, 415 | 2.0: fall back to 1.0; 1.0: refused | refused | refused |
+//! | 400, 415 | 2.0, zstd: fall back to 1.0 with snappy; 1.0: refused | refused | refused |
 //! | other 4xx | refused | refused | refused |
 
 use std::time::{Duration, SystemTime};
@@ -38,15 +38,15 @@ pub enum Verdict {
 
 /// Judges an answer. `proven`: a request in this form was accepted before.
 pub fn judge(protocol: &Protocol, proven: bool, response: &Response) -> Verdict {
-    let second = *protocol == Protocol::RemoteWrite2 && !proven;
+    let newer = matches!(protocol, Protocol::RemoteWrite2 | Protocol::VictoriaMetrics) && !proven;
     match response.status {
-        200..300 if second && !says_written(response) => Verdict::Fallback,
+        200..300 if newer && *protocol == Protocol::RemoteWrite2 && !says_written(response) => Verdict::Fallback,
         200..300 => Verdict::Delivered,
         408 | 429 | 500..600 => Verdict::Retry(retry_after(response)),
         401 | 403 | 407 | 300..400 => Verdict::Pause,
         404 if matches!(protocol, Protocol::ClickHouse { .. }) => Verdict::Pause,
         413 => Verdict::Split,
-        400 | 415 if second => Verdict::Fallback,
+        400 | 415 if newer => Verdict::Fallback,
         _ => Verdict::Refused,
     }
 }
@@ -79,7 +79,9 @@ mod tests {
     #[test]
     fn every_status_has_its_meaning() {
         let clickhouse = Protocol::ClickHouse { table: "samples".into() };
-        for protocol in [Protocol::RemoteWrite1, Protocol::RemoteWrite2, clickhouse, Protocol::Core] {
+        for protocol in
+            [Protocol::RemoteWrite1, Protocol::RemoteWrite2, Protocol::VictoriaMetrics, clickhouse, Protocol::Core]
+        {
             let judge = |status| judge(&protocol, true, &answer(status, &[]));
             for status in [200, 201, 202, 204] {
                 assert_eq!(judge(status), Verdict::Delivered);
@@ -110,6 +112,9 @@ mod tests {
         assert_eq!(judge(false, 204, &written), Verdict::Delivered);
         assert_eq!(judge(true, 400, &written), Verdict::Refused);
         assert_eq!(judge(false, 500, &[]), Verdict::Retry(None));
+        let zstd = |proven, status| super::judge(&Protocol::VictoriaMetrics, proven, &answer(status, &[]));
+        assert_eq!((zstd(false, 400), zstd(false, 415)), (Verdict::Fallback, Verdict::Fallback));
+        assert_eq!((zstd(false, 204), zstd(true, 400)), (Verdict::Delivered, Verdict::Refused));
     }
 
     #[test]

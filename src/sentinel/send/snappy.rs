@@ -1,26 +1,20 @@
 //! Snappy's block format (google/snappy, format_description.txt), written for size: about a fifth smaller than the usual
 //! encoder makes remote write's messages, for some more time. What it makes any decoder reads.
 //!
-//! Messages of metrics repeat themselves in short and in long stretches, and the nearest short one hides the better
-//! long one. So two tables are kept, by the next 6 and by the next 12 octets, and of what both find that one is taken
-//! which saves most; a better one an octet later goes before.
+//! Of what `matches` finds for a position that one is taken which saves most; a better one an octet later goes before.
 
+use super::matches::{REACH, Tables, common};
 use super::protobuf::varint;
 
-/// Octets that are looked at from a position on; nearer to the end nothing is sought.
-const REACH: usize = 16;
 /// Longest copy.
 const MAX_COPY: usize = 64;
 /// Positions of a copy's end that are noted.
 const NOTED: usize = 16;
-const TABLE_BITS: u32 = 15;
 
 /// A compressor; keeps its tables for the next time.
+#[derive(Default)]
 pub struct Snappy {
-    /// By hash the last position with it, plus `base`; what is below `base` is of an earlier input.
-    short: Vec<u32>,
-    long: Vec<u32>,
-    base: u32,
+    tables: Tables,
 }
 
 /// What was found: how many octets back, how many octets, how many of them are saved.
@@ -31,25 +25,16 @@ struct Found {
     saved: usize,
 }
 
-impl Default for Snappy {
-    fn default() -> Self {
-        Self { short: vec![0; 1 << TABLE_BITS], long: vec![0; 1 << TABLE_BITS], base: 1 }
-    }
-}
-
 impl Snappy {
     /// Appends `input`, at most 1 GiB, to `out`.
     pub fn compress(&mut self, input: &[u8], out: &mut Vec<u8>) {
-        if self.base as usize + input.len() > u32::MAX as usize {
-            *self = Self::default();
-        }
+        self.tables.begin(input.len());
         varint(out, input.len() as u64);
         let end = input.len().saturating_sub(REACH);
         let (mut at, mut literal) = (0, 0);
         let mut next = None;
         while at < end {
             let here = next.take().or_else(|| self.find(input, at));
-            self.note(input, at);
             let Some(found) = here else {
                 at += 1;
                 continue;
@@ -65,62 +50,24 @@ impl Snappy {
             put_literal(out, &input[literal..at]);
             put_copy(out, found.offset, found.length);
             let after = at + found.length;
-            for position in (at + 1).max(after.saturating_sub(NOTED))..after.min(end) {
-                self.note(input, position);
+            for position in (at + 2).max(after.saturating_sub(NOTED))..after.min(end) {
+                self.tables.note(input, position);
             }
             (at, literal) = (after, after);
         }
         put_literal(out, &input[literal..]);
-        self.base += input.len() as u32;
     }
 
     /// The best copy for a position before the last `REACH` octets.
-    fn find(&self, input: &[u8], at: usize) -> Option<Found> {
-        let (short, long) = hashes(input, at);
-        let best = [self.long[long], self.short[short]].into_iter().filter_map(|noted| {
-            let from = noted.checked_sub(self.base)? as usize;
-            let length = common(input, from, at);
+    fn find(&mut self, input: &[u8], at: usize) -> Option<Found> {
+        let best = self.tables.find(input, at).into_iter().flatten().filter_map(|from| {
+            let length = common(input, from, at, MAX_COPY);
             let offset = at - from;
             let saved = length.checked_sub(cost(offset, length)).filter(|saved| length >= 4 && *saved > 0)?;
             Some(Found { offset, length, saved })
         });
         best.max_by_key(|found| found.saved)
     }
-
-    fn note(&mut self, input: &[u8], at: usize) {
-        let (short, long) = hashes(input, at);
-        let noted = self.base + at as u32;
-        (self.short[short], self.long[long]) = (noted, noted);
-    }
-}
-
-/// Of the next 6 and of the next 12 octets.
-fn hashes(input: &[u8], at: usize) -> (usize, usize) {
-    const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
-    let word = |at: usize| input[at..].first_chunk::<8>().map_or(0, |word| u64::from_le_bytes(*word));
-    let short = (word(at) << 16).wrapping_mul(ODD);
-    let long = word(at).wrapping_mul(ODD) ^ (word(at + 4) >> 32).wrapping_mul(ODD).rotate_left(17);
-    let top = |hash: u64| (hash >> (64 - TABLE_BITS)) as usize;
-    (top(short), top(long.wrapping_mul(ODD)))
-}
-
-/// Octets that are the same from both positions on, as far as a copy goes.
-fn common(input: &[u8], from: usize, at: usize) -> usize {
-    let (a, b) = (&input[from..], &input[at..]);
-    let most = b.len().min(MAX_COPY);
-    let mut length = 0;
-    while length + 8 <= most {
-        let word = |of: &[u8]| of[length..].first_chunk::<8>().map_or(0, |word| u64::from_le_bytes(*word));
-        let differ = word(a) ^ word(b);
-        if differ != 0 {
-            return length + differ.trailing_zeros() as usize / 8;
-        }
-        length += 8;
-    }
-    while length < most && a[length] == b[length] {
-        length += 1;
-    }
-    length
 }
 
 fn cost(offset: usize, length: usize) -> usize {
@@ -191,18 +138,6 @@ mod tests {
             snappy.compress(&input, &mut packed);
             assert!(snap::raw::Decoder::new().decompress_vec(&packed[3..]).unwrap() == input, "round {round}");
             assert!(packed.len() <= 3 + snap::raw::max_compress_len(input.len()));
-        }
-    }
-
-    #[test]
-    fn positions_that_no_longer_fit_are_forgotten() {
-        let mut snappy = Snappy { base: u32::MAX - 100, ..Snappy::default() };
-        let input = b"repeated repeated repeated ".repeat(20);
-        for _ in 0..3 {
-            let mut packed = Vec::new();
-            snappy.compress(&input, &mut packed);
-            assert_eq!(snap::raw::Decoder::new().decompress_vec(&packed).unwrap(), input);
-            assert!(packed.len() < input.len() / 4);
         }
     }
 }

@@ -4,114 +4,21 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use super::{BreakerState, Lane, LaneOptions, Protocol, gunzip};
+use decode::Got;
+
+use super::{Lane, LaneOptions, Protocol, gunzip};
+use crate::outbound::BreakerState;
 use crate::sentinel::http::{Answer, Server, ServerRequest, TlsOptions, Url};
 use crate::sentinel::log::files::Memory;
 use crate::sentinel::log::{DropReason, Fsync, Log, Options, Policy};
 use crate::sentinel::model::{Batch, Identity, Kind, Sample, SeriesTable, stale_marker};
 use crate::sentinel::secret::Secret;
 
+#[path = "../../../tests/sentinel/decode.rs"]
+pub mod decode;
+
 /// Only a guard against a hang.
 const GUARD: Duration = Duration::from_secs(120);
-
-type Labels = Vec<(String, String)>;
-
-/// A sample as it arrived: labels with the name, time, bits of the value.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Got {
-    labels: Labels,
-    timestamp: i64,
-    bits: u64,
-}
-
-struct Field<'a> {
-    number: u64,
-    integer: u64,
-    octets: &'a [u8],
-}
-
-fn varint(raw: &mut &[u8]) -> u64 {
-    let mut value = 0;
-    for shift in (0..).step_by(7) {
-        let octet = raw[0];
-        *raw = &raw[1..];
-        value |= u64::from(octet & 0x7f) << shift;
-        if octet < 0x80 {
-            break;
-        }
-    }
-    value
-}
-
-/// The fields of a message.
-fn fields(mut raw: &[u8]) -> Vec<Field<'_>> {
-    let mut fields = Vec::new();
-    while !raw.is_empty() {
-        let key = varint(&mut raw);
-        let mut field = Field { number: key >> 3, integer: 0, octets: &[] };
-        match key & 7 {
-            0 => field.integer = varint(&mut raw),
-            1 => {
-                field.integer = u64::from_le_bytes(raw[..8].try_into().unwrap());
-                raw = &raw[8..];
-            }
-            2 => {
-                let len = varint(&mut raw) as usize;
-                (field.octets, raw) = raw.split_at(len);
-            }
-            other => panic!("wire type {other}"),
-        }
-        fields.push(field);
-    }
-    fields
-}
-
-fn text(octets: &[u8]) -> String {
-    String::from_utf8(octets.to_vec()).unwrap()
-}
-
-fn sample(labels: &Labels, raw: &[u8]) -> Got {
-    let fields = fields(raw);
-    let of = |number| fields.iter().find(|field| field.number == number).map_or(0, |field| field.integer);
-    Got { labels: labels.clone(), timestamp: of(2) as i64, bits: of(1) }
-}
-
-fn decode_1(raw: &[u8]) -> Vec<Got> {
-    let mut got = Vec::new();
-    for series in fields(raw) {
-        assert_eq!(series.number, 1);
-        let parts = fields(series.octets);
-        let label = |field: &Field| {
-            let parts = fields(field.octets);
-            (text(parts[0].octets), text(parts[1].octets))
-        };
-        let labels: Labels = parts.iter().filter(|field| field.number == 1).map(label).collect();
-        got.extend(parts.iter().filter(|field| field.number == 2).map(|field| sample(&labels, field.octets)));
-    }
-    got
-}
-
-fn decode_2(raw: &[u8]) -> Vec<Got> {
-    let all = fields(raw);
-    let symbols: Vec<String> = all.iter().filter(|field| field.number == 4).map(|field| text(field.octets)).collect();
-    assert_eq!(symbols[0], "");
-    let mut distinct = symbols.clone();
-    distinct.sort();
-    distinct.dedup();
-    assert_eq!(distinct.len(), symbols.len());
-    let mut got = Vec::new();
-    for series in all.iter().filter(|field| field.number == 5) {
-        let parts = fields(series.octets);
-        let mut raw = parts[0].octets;
-        let mut references = Vec::new();
-        while !raw.is_empty() {
-            references.push(symbols[varint(&mut raw) as usize].clone());
-        }
-        let labels: Labels = references.chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();
-        got.extend(parts.iter().filter(|field| field.number == 2).map(|field| sample(&labels, field.octets)));
-    }
-    got
-}
 
 fn decode_core(raw: &[u8]) -> Vec<Got> {
     let json: serde_json::Value = serde_json::from_slice(raw).unwrap();
@@ -157,17 +64,10 @@ impl Peer {
             let state = &mut *shared.0.lock().unwrap();
             let answer = state.script.pop_front().or(state.usual.clone()).unwrap();
             if (200..300).contains(&answer.status) {
-                let decoded =
-                    match (request.header("content-encoding"), request.header("x-prometheus-remote-write-version")) {
-                        (Some("snappy"), Some("0.1.0")) => {
-                            decode_1(&snap::raw::Decoder::new().decompress_vec(&request.body).unwrap())
-                        }
-                        (Some("snappy"), Some("2.0.0")) => {
-                            decode_2(&snap::raw::Decoder::new().decompress_vec(&request.body).unwrap())
-                        }
-                        (Some("gzip"), None) => decode_core(&gunzip(&request.body, 1 << 24).unwrap()),
-                        other => panic!("{other:?}"),
-                    };
+                let decoded = match request.header("content-encoding") {
+                    Some("gzip") => decode_core(&gunzip(&request.body, 1 << 24).unwrap()),
+                    _ => decode::remote_write(|name| request.header(name), &request.body),
+                };
                 state.got.extend(decoded);
             }
             let (method, target, headers) = (request.method.clone(), request.target.clone(), request.headers.clone());
@@ -279,6 +179,7 @@ fn every_protocol_delivers_every_value_once_and_204_and_202_are_success() {
     for (protocol, usual) in [
         (Protocol::RemoteWrite1, status(204)),
         (Protocol::RemoteWrite2, with(204, SECOND_FORM, "1")),
+        (Protocol::VictoriaMetrics, status(204)),
         (Protocol::Core, status(202)),
     ] {
         let peer = Peer::new(usual);
@@ -347,6 +248,7 @@ fn edge_values_arrive_to_the_bit() {
     for (protocol, usual) in [
         (Protocol::RemoteWrite1, status(200)),
         (Protocol::RemoteWrite2, with(200, SECOND_FORM, "1")),
+        (Protocol::VictoriaMetrics, status(200)),
         (Protocol::Core, status(200)),
     ] {
         let peer = Peer::new(usual);
@@ -471,20 +373,29 @@ fn a_receiver_that_does_not_know_us_pauses_the_lane_and_loses_nothing() {
 }
 
 #[test]
-fn the_second_form_falls_back_to_the_first_and_stays_there() {
-    for first in [status(415), status(400)] {
+fn the_newer_forms_fall_back_to_the_first_and_stay_there() {
+    use Protocol::{RemoteWrite2, VictoriaMetrics};
+    for (protocol, refusal, form) in [
+        (RemoteWrite2, 415, "snappy 2.0.0"),
+        (RemoteWrite2, 400, "snappy 2.0.0"),
+        (VictoriaMetrics, 415, "zstd 1"),
+        (VictoriaMetrics, 400, "zstd 1"),
+    ] {
         let peer = Peer::new(status(204));
         let mut bench = Bench::new(&["one"]);
-        peer.script(&[first]);
+        peer.script(&[status(refusal)]);
         bench.append(300);
-        let lane = Lane::start(bench.lane("one", Protocol::RemoteWrite2, &peer), &bench.log, "s").unwrap();
+        let lane = Lane::start(bench.lane("one", protocol, &peer), &bench.log, "s").unwrap();
         assert_eq!(sorted(peer.samples(300)), sorted(bench.expected()));
-        let versions = peer.until("requests", |state| {
-            let version =
-                |request: &ServerRequest| request.header("x-prometheus-remote-write-version").map(str::to_string);
-            Some(state.requests.iter().filter_map(version).collect::<Vec<_>>())
+        let forms = peer.until("requests", |state| {
+            let form = |request: &ServerRequest| {
+                let version = ["x-prometheus-remote-write-version", "x-victoriametrics-remote-write-version"];
+                let version = version.iter().find_map(|name| request.header(name));
+                format!("{} {}", request.header("content-encoding").unwrap(), version.unwrap())
+            };
+            Some(state.requests.iter().map(form).collect::<Vec<_>>())
         });
-        assert_eq!(versions, ["2.0.0", "0.1.0", "0.1.0", "0.1.0"]);
+        assert_eq!(forms, [form, "snappy 0.1.0", "snappy 0.1.0", "snappy 0.1.0"]);
         assert_eq!(lane.stats().fallbacks, 1);
     }
 }
