@@ -13,6 +13,7 @@ pub mod init;
 pub mod network;
 pub mod node;
 pub mod outbound;
+pub mod pool;
 pub mod sandbox;
 pub mod sentinel;
 pub mod storage;

@@ -82,6 +82,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("cold_boot_ms", Target::AtMostOf(0.9, "peer_cold_boot_ms")),
     ("exec_true_ms", Target::AtMost(5.0)),
     ("jail_cost_ms", Target::AtMost(3.0)),
+    ("supervisor_rss_kib", Target::AtMost(16.0 * 1024.0)),
     ("worker_overhead_kib", Target::AtMost(3072.0)),
     ("binary_bytes", Target::AtMost(8.0 * 1024.0 * 1024.0)),
     ("host_boot_ms", Target::AtMost(2500.0)),

@@ -1,5 +1,6 @@
 //! A booted node: how it is started, how the tests reach it, how it ends.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -112,6 +113,12 @@ impl Boot {
     pub fn virtual_time(mut self) -> Self {
         self.clock = Clock::Virtual;
         self.cpus = 1;
+        self
+    }
+
+    /// With this much memory instead of 4 GiB.
+    pub fn memory_mib(mut self, mib: u32) -> Self {
+        self.memory_mib = mib;
         self
     }
 
@@ -551,6 +558,22 @@ impl Node {
         let path = directory.join(format!("{name}.log"));
         fs::write(&path, self.console_text())?;
         writeln!(io::stderr(), "the node's console is kept in {}", path.display())
+    }
+
+    /// A pool as `node.info` shows it.
+    ///
+    /// # Panics
+    /// When there is none of that name.
+    pub fn pool(&self, name: &str) -> Fields {
+        let items = self.control().ok(Request::new("", "node.info")).items;
+        let found = items.into_iter().find(|item| item.get("pool") == Some(name));
+        found.unwrap_or_else(|| panic!("there is no pool {name}"))
+    }
+
+    /// Ids of the homes with a worker that no sandbox has yet.
+    pub fn idle_homes(&self) -> BTreeSet<String> {
+        let ids = self.pool("workers").0.into_iter().filter(|(key, _)| key == "idle");
+        ids.map(|(_, id)| String::from_utf8_lossy(&id).into_owned()).collect()
     }
 
     /// What `node.info` says.

@@ -245,7 +245,24 @@ pub fn node(client: &mut Client, json: bool) -> Result<u8, Failure> {
     let width = rows.iter().map(|(key, _)| key.len()).max().unwrap_or(0) + 1;
     let lines = rows.iter().map(|(key, value)| format!("{:width$}  {}\n", format!("{key}:"), printable(value)));
     print(lines.collect::<String>())?;
+    if !reply.items.is_empty() {
+        print("\n")?;
+        print(table(&POOL_HEADING, &reply.items.iter().map(pool_row).collect::<Vec<_>>()))?;
+    }
+    for row in &reply.items {
+        if let Some(problem) = row.get("problem") {
+            print(format!("pool {}: {}\n", text(row, "pool"), printable(problem)))?;
+        }
+    }
     Ok(0)
+}
+
+const POOL_HEADING: [&str; 10] =
+    ["POOL", "READY", "IN USE", "MADE", "HITS", "MISSES", "WAITED", "LATE", "EXPIRED", "FAILED"];
+
+fn pool_row(row: &Fields) -> Vec<String> {
+    let keys = ["pool", "ready", "in_use", "made", "hits", "misses", "waited", "late", "expired", "failed"];
+    keys.map(|key| text(row, key)).into()
 }
 
 /// A field for people: the key without its unit, the value with it.

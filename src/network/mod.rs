@@ -9,7 +9,6 @@ pub mod netlink;
 pub mod nft;
 pub mod plan;
 pub mod policy;
-pub mod pool;
 pub mod rules;
 mod service;
 mod tap;

@@ -11,6 +11,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -22,9 +23,9 @@ use super::link;
 use super::netlink::{Family, KernelError, Socket};
 use super::plan::{Plan, Slot, number_of};
 use super::policy::Policy;
-use super::pool::{Item, Limits, Pool};
 use super::rules::{self, Common, Entry, GROUP};
 use super::tap;
+use crate::pool::{Item, Limits, Pool, Shown};
 
 /// Longest frame's content of every link, in octets.
 pub const MTU: u32 = 1500;
@@ -32,8 +33,6 @@ pub const MTU: u32 = 1500;
 const LONGEST_BATCH: usize = 16 << 20;
 /// Switches the passing on of packets for all interfaces.
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
-/// Pause after a TAP device could not be made, while nobody waits for one.
-const PAUSE: Duration = Duration::from_secs(5);
 
 /// What the network is made with.
 #[derive(Debug, Clone)]
@@ -168,6 +167,7 @@ impl From<KernelError> for NetworkError {
 #[derive(Debug)]
 pub struct Network {
     orders: Sender<Order>,
+    shown: Arc<Mutex<Shown>>,
 }
 
 impl Network {
@@ -178,11 +178,17 @@ impl Network {
         report: impl FnMut(Report) + Send + 'static,
     ) -> io::Result<Self> {
         let (orders, receiver) = channel();
-        let own = orders.clone();
+        let (own, shown) = (orders.clone(), Arc::<Mutex<Shown>>::default());
+        let told = Arc::clone(&shown);
         std::thread::Builder::new().name("network".to_string()).stack_size(512 * 1024).spawn(move || {
-            Service::new(settings, own, report).run(adopted, &receiver);
+            Service::new(settings, own, report, told).run(adopted, &receiver);
         })?;
-        Ok(Self { orders })
+        Ok(Self { orders, shown })
+    }
+
+    /// The pool of slots as it was when its thread last looked after it.
+    pub fn pool(&self) -> Shown {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Asks for a slot; answered by `Report::Leased`.
@@ -237,23 +243,23 @@ struct Service<F> {
     kernel: Option<Kernel>,
     /// Slots whose devices are being destroyed.
     going: BTreeSet<u32>,
-    /// No TAP device is made for the pool before.
-    pause: Option<Instant>,
+    /// The pool as others see it.
+    shown: Arc<Mutex<Shown>>,
 }
 
 impl<F: FnMut(Report)> Service<F> {
-    fn new(settings: Settings, orders: Sender<Order>, report: F) -> Self {
+    fn new(settings: Settings, orders: Sender<Order>, report: F, shown: Arc<Mutex<Shown>>) -> Self {
         let pool = Pool::new(settings.limits);
         let (held, asked) = (HashMap::new(), HashMap::new());
-        Self { settings, orders, report, pool, held, asked, kernel: None, going: BTreeSet::new(), pause: None }
+        Self { settings, orders, report, pool, held, asked, kernel: None, going: BTreeSet::new(), shown }
     }
 
     fn run(&mut self, adopted: Vec<Adopted>, receiver: &Receiver<Order>) {
         self.take_over(adopted);
         loop {
             self.look_after();
-            let next = [self.pool.next_look(), self.pause].into_iter().flatten().min();
-            let received = match next {
+            *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = self.pool.shown();
+            let received = match self.pool.next_look() {
                 Some(next) => receiver.recv_timeout(next.saturating_duration_since(Instant::now())),
                 None => receiver.recv().map_err(|_| RecvTimeoutError::Disconnected),
             };
@@ -268,9 +274,12 @@ impl<F: FnMut(Report)> Service<F> {
     fn take(&mut self, order: Order) {
         match order {
             Order::Lease { owner, policy } => {
-                self.pause = None;
+                let now = Instant::now();
                 self.asked.insert(owner.clone(), policy);
-                self.pool.wait(owner, Instant::now());
+                match self.pool.take(now) {
+                    Some(item) => self.lease(owner, item),
+                    None => self.pool.wait(owner, now),
+                }
             }
             Order::Change { owner, policy, ticket } => {
                 let result = self.change(&owner, &policy);
@@ -380,26 +389,17 @@ impl<F: FnMut(Report)> Service<F> {
     /// Makes what is wanted, serves who waits, destroys what nobody needs.
     fn look_after(&mut self) {
         let now = Instant::now();
-        if self.pause.is_some_and(|pause| pause <= now) {
-            self.pause = None;
-        }
         loop {
             // Who waits comes before the pool.
-            while let Some((owner, item)) = self.pool.serve() {
+            while let Some((owner, item)) = self.pool.serve(now) {
                 self.lease(owner, item);
             }
-            let number = if self.pause.is_none() { self.pool.wanted() } else { None };
-            let Some(number) = number else { break };
+            let Some(number) = self.pool.wanted(now) else { break };
             match self.make(number) {
-                Ok(item) => {
-                    if let Some(old) = self.pool.put(item, Instant::now()) {
-                        self.destroy(old);
-                    }
-                }
+                Ok(item) => self.pool.made(item, now),
                 Err(error) => {
-                    self.pool.freed(number);
-                    self.pause = Some(now + PAUSE);
                     log::error!("{error}");
+                    self.pool.failed(number, error.to_string(), now);
                     for owner in self.asked.keys().cloned().collect::<Vec<_>>() {
                         self.pool.forget(&owner);
                         self.asked.remove(&owner);
@@ -413,8 +413,8 @@ impl<F: FnMut(Report)> Service<F> {
         }
         for owner in self.pool.too_late(now) {
             self.asked.remove(&owner);
-            let waited = self.settings.limits.wait;
-            let result = Err(NetworkError::Exhausted { max: self.pool.max(), waited });
+            let Limits { max, wait: waited, .. } = self.settings.limits;
+            let result = Err(NetworkError::Exhausted { max, waited });
             (self.report)(Report::Leased { owner, result });
         }
     }
@@ -532,7 +532,7 @@ impl<F: FnMut(Report)> Service<F> {
             self.destroy(item);
             return;
         }
-        if let Some(old) = self.pool.put(item, Instant::now()) {
+        if let Some(old) = self.pool.put_back(item, Instant::now()) {
             self.destroy(old);
         }
     }

@@ -15,7 +15,7 @@ use crate::network::Settings;
 use crate::network::cidr::Cidr;
 use crate::network::plan::{MAX_SLOTS, Plan};
 use crate::network::policy::special;
-use crate::network::pool::Limits;
+use crate::pool::Limits;
 use crate::sandbox::disk::is_file_name;
 use crate::sandbox::id::check_name;
 use crate::sentinel;
@@ -39,6 +39,10 @@ pub struct Config {
     pub paths: Paths,
     /// `[sandbox]`
     pub sandbox: Sandbox,
+    /// `[worker_pool]`
+    pub worker_pool: Pool,
+    /// `[overlay_pool]`
+    pub overlay_pool: Pool,
     /// `[jail]`
     pub jail: Jail,
     /// `[disks]`
@@ -105,6 +109,22 @@ pub struct Sandbox {
     pub stop_timeout_s: u64,
     /// Output kept of each exec for re-attaching, in KiB, 16–1,048,576.
     pub exec_ring_kib: u64,
+}
+
+/// Things that are made before anybody asks for a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Pool {
+    /// Kept ready, 0–256; with 0 each is made when it is needed.
+    pub min_ready: u64,
+    /// At most, ready or in use, 1–65,536.
+    pub max: u64,
+    /// Seconds after which an unused one beyond `min_ready` goes, 1–86,400.
+    pub idle_timeout_s: u64,
+    /// Seconds after which one that is unused is not used any more, 60–2,592,000.
+    pub max_age_s: u64,
+    /// Milliseconds that a sandbox waits for one, 0–600,000.
+    pub wait_ms: u64,
 }
 
 /// Where workers are kept in.
@@ -206,6 +226,38 @@ impl Default for Paths {
     }
 }
 
+impl Default for Pool {
+    fn default() -> Self {
+        Self { min_ready: 2, max: 4096, idle_timeout_s: 300, max_age_s: 86_400, wait_ms: 5000 }
+    }
+}
+
+impl Pool {
+    /// The table as a pool takes it.
+    pub fn limits(&self) -> Limits {
+        limits(self.min_ready, self.max, self.idle_timeout_s, self.max_age_s, self.wait_ms)
+    }
+
+    fn validate(&self, keys: [&'static str; 5]) -> Result<(), (&'static str, String)> {
+        within(keys[0], self.min_ready, 0..=256)?;
+        within(keys[1], self.max, 1..=65_536)?;
+        within(keys[2], self.idle_timeout_s, 1..=86_400)?;
+        within(keys[3], self.max_age_s, 60..=2_592_000)?;
+        within(keys[4], self.wait_ms, 0..=600_000)
+    }
+}
+
+fn limits(min_ready: u64, max: u64, idle_s: u64, age_s: u64, wait_ms: u64) -> Limits {
+    let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+    Limits {
+        min_ready: count(min_ready),
+        max: count(max),
+        idle: Duration::from_secs(idle_s),
+        age: Duration::from_secs(age_s),
+        wait: Duration::from_millis(wait_ms),
+    }
+}
+
 impl Default for Jail {
     fn default() -> Self {
         // Beyond what distributions give to users, system services and user namespaces (systemd's UIDS-GIDS.md).
@@ -260,13 +312,7 @@ impl Network {
         let never = self.never.iter().map(|text| text.parse().map_err(|e| ("network.never", e)));
         let never = never.collect::<Result<Vec<Cidr>, _>>()?;
         self.servers(&never, range)?;
-        let limits = Limits {
-            min_ready: self.min_ready as u32,
-            max: self.max as u32,
-            idle: Duration::from_secs(self.idle_timeout_s),
-            age: Duration::from_secs(self.max_age_s),
-            wait: Duration::from_millis(self.wait_ms),
-        };
+        let limits = limits(self.min_ready, self.max, self.idle_timeout_s, self.max_age_s, self.wait_ms);
         Ok(Settings { plan, limits, never, run: run.to_path_buf() })
     }
 
@@ -411,6 +457,20 @@ impl Config {
         within("sandbox.boot_timeout_s", self.sandbox.boot_timeout_s, 1..=600)?;
         within("sandbox.stop_timeout_s", self.sandbox.stop_timeout_s, 0..=600)?;
         within("sandbox.exec_ring_kib", self.sandbox.exec_ring_kib, 16..=1_048_576)?;
+        self.worker_pool.validate([
+            "worker_pool.min_ready",
+            "worker_pool.max",
+            "worker_pool.idle_timeout_s",
+            "worker_pool.max_age_s",
+            "worker_pool.wait_ms",
+        ])?;
+        self.overlay_pool.validate([
+            "overlay_pool.min_ready",
+            "overlay_pool.max",
+            "overlay_pool.idle_timeout_s",
+            "overlay_pool.max_age_s",
+            "overlay_pool.wait_ms",
+        ])?;
         within("jail.uid_first", self.jail.uid_first, 1000..=4_000_000_000)?;
         within("jail.uid_count", self.jail.uid_count, 1..=1_000_000)?;
         absolute("disks.directory", &self.disks.directory)?;

@@ -73,8 +73,8 @@ impl Supervisor {
 
     /// A worker's process has ended; why may still be on its way.
     pub(super) fn worker_ended(&mut self, id: &SandboxId) {
-        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
-        let Some(worker) = &mut sandbox.worker else { return };
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return self.waiting_worker_ended(id) };
+        let Some(worker) = &mut sandbox.worker else { return self.waiting_worker_ended(id) };
         if std::mem::replace(&mut worker.dead, true) {
             return;
         }
@@ -248,9 +248,13 @@ impl Supervisor {
         }
     }
 
-    fn release(&mut self, id: &SandboxId, extent: Extent) {
+    pub(super) fn release(&mut self, id: &SandboxId, extent: Extent) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.releasing = true;
+        if self.waits_for_its_worker(id, extent) {
+            return;
+        }
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.tap = None;
         self.ledger.with(id, |account| {
             account.give_back(&extent.resources());
@@ -310,7 +314,7 @@ impl Supervisor {
             self.record(id);
             return;
         }
-        self.give_back_uid(id);
+        self.give_back(id);
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         if !gone {
             if sandbox.removing {
@@ -341,13 +345,6 @@ impl Supervisor {
         }
     }
 
-    /// The sandbox's cgroup is empty, so nothing runs by its user id any more.
-    pub(super) fn give_back_uid(&mut self, id: &SandboxId) {
-        if let Some(uid) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.uid.take()) {
-            self.uids.give_back(uid);
-        }
-    }
-
     /// A client no longer waits. A sandbox whose id nobody was told is of no use to anybody.
     pub(super) fn cancel_wait(&mut self, key: u64, tag: &str, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
@@ -369,6 +366,7 @@ impl Supervisor {
         stopping.mode = stopping.mode.or(mode);
         stopping.waiters.extend(waiter);
         self.timers.after(grace, Timer::Logs);
+        self.drain_pools();
         let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
         for id in ids {
             if self.stop(&id, None).is_err() {
@@ -380,7 +378,8 @@ impl Supervisor {
     /// Whether the node's stop is complete; answers those who asked for it.
     pub(super) fn has_stopped(&mut self) -> bool {
         let Some(stopping) = &self.stopping else { return false };
-        let busy = self.sandboxes.values().any(|sandbox| sandbox.worker.is_some() || sandbox.releasing);
+        let busy = self.sandboxes.values().any(|sandbox| sandbox.worker.is_some() || sandbox.releasing)
+            || self.pools.are_busy();
         if busy && Instant::now() < stopping.deadline {
             return false;
         }

@@ -8,6 +8,7 @@ use mio::Token;
 use mio::net::UnixStream;
 
 use super::finish::Extent;
+use super::pools::Held;
 use super::stats::Inquiry;
 use crate::init::ChildStatus;
 use crate::network::plan::Slot;
@@ -133,7 +134,9 @@ pub struct Sandbox {
     pub after_network: Option<Extent>,
     /// The user id that its worker runs by, until all of that is taken down.
     pub uid: Option<u32>,
-    /// Its worker, while there is one.
+    /// What it has of the pools.
+    pub held: Held,
+    /// Its worker, while it has one that was started.
     pub worker: Option<Worker>,
     /// Its programs.
     pub execs: BTreeMap<u64, Exec>,
@@ -170,6 +173,7 @@ impl Sandbox {
             holds_slot: false,
             after_network: None,
             uid: None,
+            held: Held::default(),
             worker: None,
             execs: BTreeMap::new(),
             next_exec: 1,

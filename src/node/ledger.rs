@@ -1,11 +1,13 @@
 //! The supervisor's ledger: accounts of what sandboxes hold, written down before it is taken and erased after it was given
 //! back, and `node.ledger`, which compares them with the kernel.
 //!
-//! One row of the database holds all of a sandbox's resources. A create waits for it once, before anything is taken, and
-//! the row need not be on the medium by then: a kill leaves what was written, and what a power cut leaves of a sandbox is
-//! its directory alone, which is found without a record.
+//! One row of the database holds all of a sandbox's resources. It is written before its home is made, with all that the
+//! sandbox may come to have, so that a create that finds a worker ready waits for nothing. The row need not be on the medium
+//! by then: a kill leaves what was written, and what a power cut leaves of a sandbox is its directory alone, which is found
+//! without a record.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io;
 use std::time::Duration;
 
 use super::finish::Extent;
@@ -27,8 +29,8 @@ const SECOND_LOOK: Duration = Duration::from_millis(200);
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
     accounts: BTreeMap<SandboxId, Account>,
-    /// Creates that wait for their accounts to be in the database.
-    bookings: HashMap<Ticket, SandboxId>,
+    /// Homes that wait for their accounts to be in the database.
+    bookings: HashMap<Ticket, Booking>,
     look: Option<Look>,
     /// Requests that came during a look: they get the next.
     waiting: Vec<(u64, String)>,
@@ -36,6 +38,19 @@ pub(super) struct Ledger {
     pub reclaimed: u64,
     /// What it found written down and nowhere else.
     pub vanished: u64,
+}
+
+/// A home that is made once its account is in the database.
+#[derive(Debug, Clone)]
+pub(super) struct Booking {
+    /// The sandbox that is to have it, now or later.
+    pub id: SandboxId,
+    /// Its worker's place in the pool.
+    pub place: u32,
+    /// Its worker's user id.
+    pub uid: u32,
+    /// There is a sandbox that waits for it.
+    pub ordered: bool,
 }
 
 /// A comparison under way.
@@ -58,11 +73,6 @@ impl Ledger {
     /// The account of a sandbox.
     pub fn of(&self, id: &SandboxId) -> Option<&Account> {
         self.accounts.get(id)
-    }
-
-    /// Forgets an account.
-    pub fn close(&mut self, id: &SandboxId) {
-        self.accounts.remove(id);
     }
 
     /// Changes an account, where there is one.
@@ -118,64 +128,56 @@ impl Extent {
 }
 
 impl Supervisor {
-    /// Opens the account of a new sandbox, of all that it is to have.
-    pub(super) fn open_account(&mut self, id: &SandboxId) {
+    /// Opens the account of a home that is to be made, for a sandbox or for whichever comes, of all that a sandbox may
+    /// have there. `booked` goes on.
+    pub(super) fn book(&mut self, booking: Booking) {
+        let id = booking.id.clone();
+        let mut account = Account::new(Resource::ALL.iter().copied());
+        account.note(Resource::User, booking.uid);
+        self.ledger.open(&id, account);
+        self.fit_account(&id);
+        self.ledger.with(&id, |account| account.advance_all(Holding::Pending, Holding::Scheduled));
+        if let Some(ticket) = self.post(&id) {
+            self.ledger.bookings.insert(ticket, booking);
+        }
+    }
+
+    /// A home has its sandbox: what that is not to have is no longer in the account.
+    pub(super) fn fit_account(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get(id) else { return };
-        let networked = sandbox.spec.network.is_some();
-        let wanted = Resource::ALL.iter().copied().filter(|resource| *resource != Resource::Slot || networked);
-        let mut account = Account::new(wanted);
-        account.note(Resource::Memory, sandbox.spec.memory_mib);
-        self.ledger.open(id, account);
-    }
-
-    /// Sees to it that a sandbox's account is in the database before anything is taken. `false` when that is still to
-    /// come: `booked` goes on.
-    pub(super) fn is_booked(&mut self, id: &SandboxId) -> Result<bool, Error> {
-        match self.ledger.of(id).map(|account| account.holding(Resource::Directory)) {
-            Some(Holding::Pending) => {}
-            Some(Holding::Scheduled) => return Ok(false),
-            _ => return Ok(true),
-        }
-        let uid = self.uids.take().ok_or_else(|| {
-            let count = self.uids.count();
-            Error::new(Code::NoCapacity, format!("all {count} user ids for workers are taken (jail.uid_count)"))
-                .with("resource", "uid")
-                .with("max", count)
-        })?;
-        if let Some(sandbox) = self.sandboxes.get_mut(id) {
-            sandbox.uid = Some(uid);
-        }
+        let (memory, networked) = (sandbox.spec.memory_mib, sandbox.spec.network.is_some());
         self.ledger.with(id, |account| {
-            account.note(Resource::User, uid);
-            account.advance_all(Holding::Pending, Holding::Scheduled)
+            account.note(Resource::Memory, memory);
+            if !networked {
+                account.strike(Resource::Slot);
+            }
+            Ok(())
         });
-        if let Some(ticket) = self.post(id) {
-            self.ledger.bookings.insert(ticket, id.clone());
-        }
-        Ok(false)
     }
 
-    /// An account is in the database, or was refused; `false` when the ticket is another change's.
+    /// Whether a sandbox's account is in the database.
+    pub(super) fn is_booked(&self, id: &SandboxId) -> bool {
+        let account = self.ledger.of(id);
+        account.is_some_and(|a| !matches!(a.holding(Resource::Directory), Holding::Pending | Holding::Scheduled))
+    }
+
+    /// An account is in the database, or was refused: its home is made, or is not. `false` when the ticket is another
+    /// change's.
     pub(super) fn booked(&mut self, ticket: Ticket, result: &Result<(), StateError>) -> bool {
-        let Some(id) = self.ledger.bookings.remove(&ticket) else { return false };
-        if self.sandboxes.get(&id).is_none_or(|sandbox| sandbox.removing) {
-            return true;
-        }
-        let booked = match result {
+        let Some(booking) = self.ledger.bookings.remove(&ticket) else { return false };
+        let Booking { id, place, uid, ordered } = booking.clone();
+        let begun = match result {
             Ok(()) => {
                 self.ledger.with(&id, |account| account.advance_all(Holding::Scheduled, Holding::Allocated));
-                self.schedule(&id)
+                self.begin_worker(booking).map_err(|e| io::Error::other(format!("no thread: {e}")))
             }
-            Err(error) => {
-                let code = match error {
-                    StateError::DiskFull(_) => Code::NoCapacity,
-                    _ => Code::Internal,
-                };
-                Err(Error::new(code, format!("the ledger cannot be written: {error}")).with("resource", "disk"))
-            }
+            Err(error) => Err(io::Error::other(format!("the ledger cannot be written: {error}"))),
         };
-        if let Err(error) = booked {
-            self.fail_start(&id, error);
+        match begun {
+            // The slot may be asked for as well.
+            Ok(()) if self.sandboxes.get(&id).is_some_and(|sandbox| !sandbox.removing) => self.schedule_or_fail(&id),
+            Ok(()) => {}
+            Err(error) => self.worker_made(&id, (place, uid), ordered, Err(error)),
         }
         true
     }
@@ -244,7 +246,8 @@ impl Supervisor {
             None => look.network = Some(Ok(Checked::default())),
         }
         let (places, users) = (self.places.clone(), self.config.jail.uids());
-        if let Err(e) = self.background.run("ledger", move || Done::Counted(Census::take(&places, &users))) {
+        let spares = self.pools.directory().to_path_buf();
+        if let Err(e) = self.background.run("ledger", move || Done::Counted(Census::take(&places, &spares, &users))) {
             let error = Error::new(Code::NoCapacity, format!("no thread: {e}"));
             self.end_look(Err(error));
         }
@@ -278,6 +281,9 @@ impl Supervisor {
         };
         let accounts = &self.ledger.accounts;
         let mut found = census.differences(accounts.iter().map(|(id, account)| (id.as_str(), account)), &self.places);
+        let mut spares: BTreeSet<String> = self.pools.spare_overlays().collect();
+        spares.extend(self.sandboxes.values().filter_map(|sandbox| sandbox.held.spare_overlay()));
+        found.extend(census.spare_differences(&spares));
         found.extend(slots(accounts, &checked));
         let Some(look) = &mut self.ledger.look else { return };
         match look.before.take() {

@@ -14,6 +14,7 @@ mod listener;
 pub mod logging;
 mod logs;
 mod network;
+mod pools;
 mod requests;
 mod settle;
 mod start;

@@ -202,7 +202,12 @@ impl Supervisor {
                 }
                 self.answer(key, &Message::ok(tag, Fields::new()));
             }
-            Command::NodeInfo => self.answer(key, &Message::ok(tag, self.info())),
+            Command::NodeInfo => {
+                for row in self.pool_rows() {
+                    self.answer(key, &Message::item(tag, row));
+                }
+                self.answer(key, &Message::ok(tag, self.info()));
+            }
             Command::NodeStop(mode) => {
                 self.add_job(key, tag, Job::NodeStop);
                 self.begin_stop(Some(mode), Some((key, tag.to_string())));

@@ -8,24 +8,23 @@ use std::time::Duration;
 use mio::net::UnixStream;
 
 use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
-use super::supervisor::{Done, Supervisor, Timer, now_ms};
+use super::pools::Shape;
+use super::supervisor::{Done, Source, Supervisor, Timer, now_ms};
 use crate::network::MTU;
 use crate::sandbox::agent::{Agent, Approach};
+use crate::sandbox::berth::Berth;
 use crate::sandbox::disk::Shelf;
-use crate::sandbox::home::Opened;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::ledger::{Holding, Resource};
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::limits::{self, Limits};
-use crate::sandbox::spawn::{Birth, Spawned};
 use crate::sandbox::spec::{MAX_DISK_MIB, Spec};
 use crate::sandbox::worker;
-use crate::storage::overlay;
 use crate::storage::template_disk::TemplateEvent;
 use crate::storage::templates::{self, Template, TemplateError};
 use crate::wire::{Code, Error, Fields, Link, Message, Request};
 
-const MIB: u64 = 1024 * 1024;
+pub(super) const MIB: u64 = 1024 * 1024;
 /// The guest's vsock address. Each worker has its own vsock device, so one number serves all.
 const GUEST_CID: u32 = 3;
 
@@ -54,17 +53,19 @@ impl Supervisor {
         if !self.catalogue.importing {
             self.catalogue.row(&spec.template)?;
         }
-        let id = SandboxId::random().map_err(|e| Error::new(Code::Internal, format!("no random id: {e}")))?;
+        let idle = self.take_idle();
+        let id = match &idle {
+            Some(item) => item.thing.id.clone(),
+            None => SandboxId::random().map_err(|e| Error::new(Code::Internal, format!("no random id: {e}")))?,
+        };
         let mut sandbox = Sandbox::new(id.clone(), owner, spec, self.places.of(&id), now_ms());
-        sandbox.state.become_(State::Scheduling)?;
+        sandbox.state = State::Scheduling;
         sandbox.waiters.push(waiter);
         self.sandboxes.insert(id.clone(), sandbox);
-        self.open_account(&id);
         self.notify_waiters(&id);
-        if let Err(error) = self.schedule(&id) {
-            // Before its account is booked nothing is taken.
-            self.ledger.close(&id);
-            self.sandboxes.remove(&id);
+        self.fit_account(&id);
+        if let Err(error) = self.settle_worker(&id, idle).and_then(|()| self.schedule(&id)) {
+            self.discard(&id);
             return Err(error);
         }
         Ok(id)
@@ -80,12 +81,35 @@ impl Supervisor {
         }
         let template = self.catalogue.get(&name)?.clone();
         if self.catalogue.is_verified(&name)? {
-            if !self.is_booked(id)? || !self.has_slot(id)? {
-                return Ok(());
-            }
-            return self.build(id, &template);
+            let shape = self.shape(id, &template)?;
+            // All of it is asked for at once, the slot once it is written down that there may be one.
+            let slot = self.is_booked(id) && self.has_slot(id)?;
+            let has = [slot, self.has_overlay(id, shape), self.has_worker(id)];
+            return if has.contains(&false) { Ok(()) } else { self.build(id, &template, shape) };
         }
         self.verify(template)
+    }
+
+    /// What the sandbox's disk is to be.
+    fn shape(&mut self, id: &SandboxId, template: &Template) -> Result<Shape, Error> {
+        let base_mib = template.manifest.size_bytes.div_ceil(MIB);
+        let asked = self.sandboxes.get(id).and_then(|sandbox| sandbox.spec.disk_mib);
+        let disk_mib = asked.unwrap_or(base_mib + self.config.sandbox.default_extra_disk_mib);
+        if disk_mib < base_mib || disk_mib > MAX_DISK_MIB {
+            return Err(Error::new(
+                Code::OutOfRange,
+                format!("disk_mib={disk_mib} is out of range: {base_mib} (the template's disk) to {MAX_DISK_MIB}"),
+            )
+            .with("argument", "disk_mib")
+            .with("min", base_mib)
+            .with("max", MAX_DISK_MIB));
+        }
+        if let Some(sandbox) = self.sandboxes.get_mut(id) {
+            sandbox.spec.disk_mib = Some(disk_mib);
+            sandbox.template_sha256 = template.manifest.sha256_hex();
+        }
+        let (base_bytes, base_sha256) = (template.manifest.size_bytes, template.manifest.sha256);
+        Ok(Shape { disk_bytes: disk_mib * MIB, base_bytes, base_sha256 })
     }
 
     /// Begins to hash a template's image, unless that is under way.
@@ -152,28 +176,27 @@ impl Supervisor {
         waiting.map(|sandbox| sandbox.id.clone()).collect()
     }
 
-    /// Makes everything the sandbox holds and starts its worker.
-    fn build(&mut self, id: &SandboxId, template: &Template) -> Result<(), Error> {
+    /// Starts the worker that waits for the sandbox.
+    fn build(&mut self, id: &SandboxId, template: &Template, shape: Shape) -> Result<(), Error> {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
-        let base_mib = template.manifest.size_bytes.div_ceil(MIB);
-        let disk_mib = sandbox.spec.disk_mib.unwrap_or(base_mib + self.config.sandbox.default_extra_disk_mib);
-        if disk_mib < base_mib || disk_mib > MAX_DISK_MIB {
-            return Err(Error::new(
-                Code::OutOfRange,
-                format!("disk_mib={disk_mib} is out of range: {base_mib} (the template's disk) to {MAX_DISK_MIB}"),
-            )
-            .with("argument", "disk_mib")
-            .with("min", base_mib)
-            .with("max", MAX_DISK_MIB));
-        }
-        sandbox.spec.disk_mib = Some(disk_mib);
-        sandbox.template_sha256 = template.manifest.sha256_hex();
         sandbox.state.become_(State::Creating)?;
         self.notify_waiters(id);
-        self.launch(id, template, disk_mib * MIB)
+        let Some((berth, token)) = self.take_berth(id) else { return Ok(()) };
+        let launched = self.launch(id, template, shape, berth, token);
+        if launched.is_err() {
+            self.unwatch(token);
+        }
+        launched
     }
 
-    fn launch(&mut self, id: &SandboxId, template: &Template, disk_bytes: u64) -> Result<(), Error> {
+    fn launch(
+        &mut self,
+        id: &SandboxId,
+        template: &Template,
+        shape: Shape,
+        berth: Berth,
+        token: mio::Token,
+    ) -> Result<(), Error> {
         let share = self.config.paths.share.clone();
         let open =
             |path: &Path| File::open(path).map_err(|e| Error::new(Code::VmFailed, format!("{}: {e}", path.display())));
@@ -186,16 +209,14 @@ impl Supervisor {
             .open("/dev/kvm")
             .map_err(|e| Error::new(Code::VmFailed, format!("/dev/kvm: {e}")))?;
 
-        let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
         let no_room = |what: &str| {
             let what = what.to_string();
             move |e: std::io::Error| Error::new(Code::NoCapacity, format!("{what}: {e}"))
         };
-        let Opened { overlay, serial, last_words, log, listener, cgroup } =
-            sandbox.home.make().map_err(no_room("the sandbox's places cannot be made"))?;
-        self.ledger.taken(id, &[Resource::Directory, Resource::Disk, Resource::Socket, Resource::Cgroup]);
-        overlay::create(&overlay, disk_bytes, template.manifest.size_bytes, template.manifest.sha256)
-            .map_err(|e| Error::new(Code::NoCapacity, format!("overlay: {e}")))?;
+        let Berth { pid, pidfd, link, serial, .. } = berth;
+        let overlay = self.take_blank(id, shape).map_err(no_room("overlay"))?;
+        self.ledger.taken(id, &[Resource::Disk]);
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
         let shelf = Shelf { directory: &self.config.disks.directory, devices: &self.config.disks.devices };
         let disks = sandbox.spec.disks.iter().map(|disk| shelf.open(disk, &sandbox.home));
         let disks = disks.collect::<Result<Vec<File>, Error>>()?;
@@ -211,26 +232,14 @@ impl Supervisor {
         limits
             .apply(sandbox.home.cgroup(), &overlay)
             .map_err(no_room("the sandbox's control group cannot be limited"))?;
-        let lengths = disks.iter().chain([&overlay]).map(|disk| disk.metadata().map_or(0, |meta| meta.len()));
-        let uid = sandbox.uid.ok_or_else(|| Error::new(Code::Internal, "no user id was booked"))?;
-        let birth = Birth {
-            cgroup: Some(&cgroup),
-            listener: listener.as_fd(),
-            last_words: &last_words,
-            log: &log,
-            uid,
-            file_bytes: lengths.max().unwrap_or(0),
-        };
-        let Spawned { pid, pidfd } = self.spawner.spawn(&birth).map_err(no_room("worker cannot be started"))?;
-        self.ledger.taken(id, &[Resource::User, Resource::Memory, Resource::Process]);
+        self.ledger.taken(id, &[Resource::Memory]);
         self.ledger.with(id, |account| {
-            account.note(Resource::Disk, disk_bytes / MIB);
-            account.note(Resource::Process, u64::try_from(pid).unwrap_or(0));
+            account.note(Resource::Disk, shape.disk_bytes / MIB);
             account.advance_all(Holding::Reserved, Holding::Active)
         });
 
         let joined = (|| -> std::io::Result<(UnixStream, Agent)> {
-            let stream = worker::connect(sandbox.home.socket())?;
+            let stream = link;
             let mut request = Request::new("start", "vm.start")
                 .set("vcpus", sandbox.spec.vcpus)
                 .set("memory_mib", sandbox.spec.memory_mib)
@@ -272,7 +281,7 @@ impl Supervisor {
         let link = Link::new(stream);
         sandbox.tap = None;
         sandbox.state.become_(State::Starting)?;
-        let (process, control, guest) = (pidfd.as_raw_fd(), link_descriptor(&link), agent.stream().as_raw_fd());
+        let (control, guest) = (link_descriptor(&link), agent.stream().as_raw_fd());
         let mut held = Worker {
             pid,
             _pidfd: pidfd,
@@ -281,16 +290,16 @@ impl Supervisor {
             routes: std::collections::HashMap::new(),
             inquiries: std::collections::HashMap::new(),
             next_inquiry: 0,
-            tokens: [mio::Token(0); 3],
+            tokens: [token; 3],
             refusal: None,
             status: None,
             told_to_stop: false,
             dead: false,
             agent_losses: 0,
         };
-        held.tokens = self
-            .watch_worker(id, process, control, guest)
-            .map_err(|e| Error::new(Code::NoCapacity, format!("worker {pid} cannot be watched: {e}")))?;
+        let unwatched = |e| Error::new(Code::NoCapacity, format!("worker {pid} cannot be watched: {e}"));
+        held.tokens[1] = self.watch(control, Source::WorkerLink(id.clone())).map_err(unwatched)?;
+        held.tokens[2] = self.watch(guest, Source::Agent(id.clone())).map_err(unwatched)?;
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
             sandbox.worker = Some(held);
         }

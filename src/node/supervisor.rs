@@ -2,9 +2,11 @@
 //! a disk: what may block is a background thread's, and every queue has a bound.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -21,6 +23,7 @@ use super::instance::Sandbox;
 use super::ledger::Ledger;
 use super::listener::Listener;
 use super::network::NetworkChange;
+use super::pools::{Pools, Shape};
 use super::requests::Job;
 use super::timers::Timers;
 use crate::control::access::{Identity, Peer};
@@ -28,6 +31,7 @@ use crate::control::client::Client;
 use crate::control::port::Port;
 use crate::init::{ExitWatch, StopMode};
 use crate::network::{Network, Report, Settings};
+use crate::sandbox::berth::Berth;
 use crate::sandbox::census::Census;
 use crate::sandbox::home::Places;
 use crate::sandbox::id::SandboxId;
@@ -73,6 +77,8 @@ pub(super) enum Timer {
     Look,
     /// The database refused to write: put the rows again that are not in it.
     Record,
+    /// The pools have something to do.
+    Pools,
 }
 
 /// What a background thread has done.
@@ -95,6 +101,26 @@ pub(super) enum Done {
     Counted(Census),
     /// The network did something.
     Network(Report),
+    /// A home was made and its worker started.
+    WorkerMade {
+        id: SandboxId,
+        place: u32,
+        uid: u32,
+        /// For the sandbox of that id.
+        ordered: bool,
+        result: io::Result<Box<Berth>>,
+    },
+    /// An overlay was made.
+    OverlayMade { place: u32, path: PathBuf, shape: Shape, result: io::Result<File> },
+    /// A home that no sandbox has any more was taken down.
+    Unmade {
+        /// Which it was for.
+        id: Option<SandboxId>,
+        /// Its worker's place and user id.
+        worker: Option<(u32, u32)>,
+        overlay_place: Option<u32>,
+        result: io::Result<()>,
+    },
 }
 
 /// A supervisor of one node.
@@ -120,7 +146,8 @@ pub struct Supervisor {
     pub(super) background: Background<Done>,
     pub(super) database: Database,
     pub(super) init: Option<ExitWatch>,
-    pub(super) spawner: Spawner,
+    pub(super) spawner: Arc<Spawner>,
+    pub(super) pools: Pools,
     /// User ids of workers.
     pub(super) uids: Uids,
     /// What sandboxes hold.
@@ -212,7 +239,7 @@ impl Supervisor {
             config.network.settings(&config.paths.run).map_err(|(key, message)| format!("{key}: {message}"))?;
         let mode = config.control.socket_mode().unwrap_or(0o600);
         let listener = Listener::bind(&config.control.socket, mode).map_err(failed("control socket"))?;
-        let spawner = Spawner::new().map_err(failed("the workers' namespaces"))?;
+        let spawner = Arc::new(Spawner::new().map_err(failed("the workers' namespaces"))?);
 
         let mut sources =
             HashMap::from([(Token(0), Source::Waker), (Token(1), Source::Signals), (Token(2), Source::Listener)]);
@@ -246,6 +273,7 @@ impl Supervisor {
             database,
             init,
             spawner,
+            pools: Pools::new(&config),
             uids: Uids::new(config.jail.uids()),
             ledger: Ledger::default(),
             places,
@@ -265,6 +293,7 @@ impl Supervisor {
             config,
         };
         supervisor.take_up(&snapshot);
+        supervisor.start_pools();
         supervisor.start_network();
         supervisor.open_port();
         supervisor.import_templates();
@@ -325,6 +354,7 @@ impl Supervisor {
             while let Some(timer) = self.timers.due() {
                 self.expire(timer);
             }
+            self.tend_pools();
             self.settle();
             if self.has_stopped() {
                 return Ok(());
@@ -461,6 +491,11 @@ impl Supervisor {
                 Done::Network(report) => self.network_reported(report),
                 Done::Swept { homes, users } => self.swept(homes, &users),
                 Done::Counted(census) => self.counted(census),
+                Done::WorkerMade { id, place, uid, ordered, result } => {
+                    self.worker_made(&id, (place, uid), ordered, result);
+                }
+                Done::OverlayMade { place, path, shape, result } => self.overlay_made(place, path, shape, result),
+                Done::Unmade { id, worker, overlay_place, result } => self.unmade(id, worker, overlay_place, result),
             }
         }
     }
@@ -495,6 +530,7 @@ impl Supervisor {
             Timer::Port => self.open_port(),
             Timer::Record => self.record_all(),
             Timer::Look => self.look(),
+            Timer::Pools => self.pools_due(),
         }
     }
 

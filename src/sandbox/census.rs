@@ -34,6 +34,8 @@ pub struct Census {
     pub homes: BTreeMap<String, Found>,
     /// Processes that run by a worker's user id and are in no sandbox's group, with that id.
     pub strangers: Vec<(u64, u32)>,
+    /// Names of overlays without a sandbox.
+    pub spares: BTreeSet<String>,
     /// Mount points in the sandboxes' places.
     pub mounts: Vec<String>,
 }
@@ -54,8 +56,8 @@ pub struct Difference {
 }
 
 impl Census {
-    /// Looks. `users` are the ids that workers run by.
-    pub fn take(places: &Places, users: &Range<u32>) -> Self {
+    /// Looks. `spares` is the directory of overlays without a sandbox, `users` are the ids that workers run by.
+    pub fn take(places: &Places, spares: &Path, users: &Range<u32>) -> Self {
         let mut homes: BTreeMap<String, Found> = BTreeMap::new();
         for name in names(&places.disks) {
             let found = homes.entry(name.clone()).or_default();
@@ -81,7 +83,7 @@ impl Census {
         let pids = names(Path::new("/proc")).into_iter().filter_map(|name| name.parse().ok());
         let of_workers = pids.filter_map(|pid| Some((pid, user_of(pid)?))).filter(|(_, uid)| users.contains(uid));
         let strangers = of_workers.filter(|(pid, _)| !grouped.contains(pid)).collect();
-        Self { homes, strangers, mounts: mounts(places) }
+        Self { homes, strangers, spares: names(spares).into_iter().collect(), mounts: mounts(places) }
     }
 
     /// Where these accounts, by sandbox, differ from what was found. Resources on their way from one to the other do not;
@@ -122,6 +124,18 @@ impl Census {
             all.insert(stray("mount", mount, "present"));
         }
         all
+    }
+}
+
+impl Census {
+    /// Where the overlays without a sandbox differ from those that the pool has.
+    pub fn spare_differences(&self, pool: &BTreeSet<String>) -> BTreeSet<Difference> {
+        let difference = |name: &String, record: &str, kernel: &str| Difference {
+            record: record.to_string(),
+            ..stray(Resource::Disk.as_str(), name, kernel)
+        };
+        let missing = pool.difference(&self.spares).map(|name| difference(name, "reserved", "absent"));
+        missing.chain(self.spares.difference(pool).map(|name| difference(name, "none", "present"))).collect()
     }
 }
 
@@ -285,6 +299,14 @@ mod tests {
         let all = census.differences(std::iter::empty(), &places());
         let names: Vec<&str> = all.iter().map(|difference| difference.name.as_str()).collect();
         assert_eq!(names, ["/d/x", "100002"]);
+    }
+
+    #[test]
+    fn a_spare_overlay_is_the_pools() {
+        let census = Census { spares: BTreeSet::from(["a".to_string(), "b".to_string()]), ..Census::default() };
+        let all = census.spare_differences(&BTreeSet::from(["b".to_string(), "c".to_string()]));
+        let shown: Vec<String> = all.iter().map(|d| format!("{} {} {}", d.name, d.record, d.kernel)).collect();
+        assert_eq!(shown, ["a none present", "c reserved absent"]);
     }
 
     #[test]

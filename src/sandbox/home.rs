@@ -54,8 +54,6 @@ pub struct Home {
 /// Descriptors of a freshly made home, for its worker.
 #[derive(Debug)]
 pub struct Opened {
-    /// The sandbox's private disk, still empty.
-    pub overlay: File,
     /// Takes the guest's serial log; opened for appending.
     pub serial: File,
     /// Where the worker leaves why it ended.
@@ -138,7 +136,8 @@ impl Home {
         self.dir.join("exec").join(format!("{exec}.{channel}"))
     }
 
-    /// Makes directory, files, socket and cgroup. On failure the caller takes down what was made.
+    /// Makes directory, files, socket and cgroup; the private disk is `take_overlay`'s. On failure the caller takes down
+    /// what was made.
     pub fn make(&self) -> io::Result<Opened> {
         let mut private = fs::DirBuilder::new();
         private.mode(0o700);
@@ -146,7 +145,6 @@ impl Home {
         private.create(self.dir.join("exec"))?;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
-        let overlay = options.open(self.overlay())?;
         let last_words = options.open(self.last_words())?;
         let append = |path: PathBuf| OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(path);
         let (serial, log) = (append(self.serial_log())?, append(self.worker_log())?);
@@ -154,7 +152,12 @@ impl Home {
         listener.set_nonblocking(true)?;
         fs::create_dir(&self.cgroup)?;
         let cgroup = File::open(&self.cgroup)?;
-        Ok(Opened { overlay, serial, last_words, log, listener, cgroup })
+        Ok(Opened { serial, last_words, log, listener, cgroup })
+    }
+
+    /// Takes a file on the same file system as the private disk.
+    pub fn take_overlay(&self, file: &Path) -> io::Result<()> {
+        fs::rename(file, self.overlay())
     }
 
     /// Processes in the sandbox's cgroup, as pids of the node. Empty when there is no such cgroup.

@@ -190,6 +190,11 @@ impl Account {
         self.0.iter().all(|entry| entry.holding.is_free())
     }
 
+    /// The sandbox is not to have this, and has not.
+    pub fn strike(&mut self, resource: Resource) {
+        self.0.retain(|entry| entry.resource != resource);
+    }
+
     /// Says which, or how much.
     pub fn note(&mut self, resource: Resource, value: impl Into<u64>) {
         let value = value.into();

@@ -3,6 +3,7 @@
 //! Nothing here knows of clients or of the loop that drives it (`node`).
 
 pub mod agent;
+pub mod berth;
 pub mod census;
 pub mod disk;
 pub mod exec;

@@ -51,8 +51,6 @@ pub struct Birth<'a> {
     pub log: &'a File,
     /// User and group id, its own.
     pub uid: u32,
-    /// Length of the largest file that it writes to, in octets.
-    pub file_bytes: u64,
 }
 
 /// A started worker.
@@ -64,8 +62,8 @@ pub struct Spawned {
     pub pidfd: OwnedFd,
 }
 
-/// What a worker's process may have, beside the length of its files: (resource, soft and hard limit). Memory is its
-/// cgroup's matter: address space is no measure of it.
+/// What a worker's process may have, beside the length of its files, which it limits itself when it knows them:
+/// (resource, soft and hard limit). Memory is its cgroup's matter: address space is no measure of it.
 const LIMITS: [(libc::__rlimit_resource_t, u64); 9] = [
     // 1,024 streams to the guest, 256 that wait for it, the supervisor's connections, disks, events, doorbells.
     (libc::RLIMIT_NOFILE, 2048),
@@ -80,8 +78,6 @@ const LIMITS: [(libc::__rlimit_resource_t, u64); 9] = [
     (libc::RLIMIT_SIGPENDING, 64),
     (libc::RLIMIT_STACK, 8 << 20),
 ];
-/// Length of the largest file where no disk is larger: the log of its console and its own.
-const LEAST_FILE_BYTES: u64 = 4 << 20;
 
 impl Spawner {
     /// Starts this very program as `warren vmm`, opened now, so that an update of the file does not mix versions.
@@ -134,7 +130,6 @@ impl Spawner {
             mounts: mounts.as_raw_fd(),
             network: network.as_raw_fd(),
             uid: birth.uid,
-            file_bytes: birth.file_bytes.max(LEAST_FILE_BYTES),
             parent: self.parent,
         };
 
@@ -195,7 +190,6 @@ struct Plan<'a> {
     mounts: RawFd,
     network: RawFd,
     uid: u32,
-    file_bytes: u64,
     parent: Parent,
 }
 
@@ -240,7 +234,7 @@ unsafe fn confine(plan: &Plan<'_>) -> &'static [u8] {
         step!(b"own namespaces", libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP));
         step!(b"host name", libc::sethostname(c"worker".as_ptr(), 6));
 
-        for (resource, limit) in LIMITS.into_iter().chain([(libc::RLIMIT_FSIZE, plan.file_bytes)]) {
+        for (resource, limit) in LIMITS {
             let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
             step!(b"resource limits", libc::setrlimit(resource, &raw const limit));
         }

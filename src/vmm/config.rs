@@ -56,6 +56,13 @@ pub struct StartConfig {
 }
 
 impl StartConfig {
+    /// Length of the longest file that it writes to, in octets.
+    pub fn longest_file(&self) -> u64 {
+        let disks = self.disks.iter().filter(|disk| !disk.read_only).map(|disk| &disk.file);
+        let lengths = disks.chain([&self.overlay]).map(|file| file.metadata().map_or(0, |meta| meta.len()));
+        lengths.max().unwrap_or(0)
+    }
+
     /// Checks a `vm.start` request; `descriptors` are those that came with it. What it does not name is closed.
     pub fn parse(request: Request, descriptors: Vec<OwnedFd>) -> Result<Self, Error> {
         let mut args = Args::of(request);

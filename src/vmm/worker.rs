@@ -1,7 +1,8 @@
 //! The worker process: one mio loop that serves the supervisor's connections and the guest's devices.
 //!
 //! It opens no path. The supervisor gives it a listening socket (descriptor 3), a file for its last words
-//! (descriptor 4), and with `vm.start` everything that the microVM needs.
+//! (descriptor 4), and with `vm.start` everything that the microVM needs. Until then it knows no sandbox and may wait
+//! for long; it ends by itself when its last connection closes meanwhile.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -359,6 +360,10 @@ impl Worker {
             return Err(Error::new(Code::BadState, "this worker was started already"));
         }
         let config = StartConfig::parse(request, descriptors)?;
+        if let Err(e) = jail::limit_files(config.longest_file()) {
+            self.end = Some(End::new(Reason::StartFailed, e.to_string()));
+            return Err(Error::new(Code::VmFailed, e.to_string()));
+        }
         let (guest_end, waker) = (self.guest_end.clone(), self.waker.clone());
         let ended = move |end| {
             guest_end.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(end);
@@ -410,6 +415,10 @@ impl Worker {
         self.watchers.retain(|w| w.connection != token);
         self.stoppers.retain(|w| w.connection != token);
         self.surveys.retain(|s| s.request.connection != token);
+        if self.machine.is_none() && self.connections.is_empty() {
+            // It was made for a sandbox to come, and whoever knew of it is gone.
+            self.end.get_or_insert_with(|| End::new(Reason::Stopped, "nobody is left who could start it"));
+        }
     }
 
     /// Takes the microVM apart, leaves the last words, then tells everybody who asked.

@@ -3,6 +3,8 @@
 //! One instruction is one virtual nanosecond, so that rows repeat within a percent on any machine. Exits, caches
 //! and TLB misses cost nothing there: rows compare with each other and with `PEER`, not with real hardware. A guest of
 //! several processors runs on a second node, by wall time: virtual time has one CPU.
+//!
+//! `bench PART…` measures only some of it: `boot`, `measure`, `jail`, `cycle`, `peer`, `net`, `many`, `wall`.
 
 use std::fs;
 use std::io;
@@ -25,9 +27,13 @@ fn main() -> ExitCode {
         Ok(meta) => rows.push(Row::new("binary_bytes", meta.len() as f64, "octets", &warren.display().to_string())),
         Err(e) => return fail(&format!("{}: {e}", warren.display())),
     }
-    match host_boot() {
-        Ok(row) => rows.push(row),
-        Err(e) => return fail(&e.to_string()),
+    let parts: Vec<String> = std::env::args().skip(1).collect();
+    let asked = |part: &str| parts.is_empty() || parts.iter().any(|asked| asked == part);
+    if asked("boot") {
+        match host_boot() {
+            Ok(row) => rows.push(row),
+            Err(e) => return fail(&e.to_string()),
+        }
     }
 
     let mut boot = Boot::diskless().virtual_time();
@@ -41,20 +47,32 @@ fn main() -> ExitCode {
     let node = boot.power_on();
     // By way of the root port alone: while the node waits for the world outside, its virtual clock runs ahead.
     node.run(&["sh", "-c", "until [ -S /run/warren/control.sock ]; do sleep 0.01; done"]);
-    let mut complete = measure(&node, &["node-bench", "measure"], &mut rows);
-    complete &= measure(&node, &["node-bench", "jail"], &mut rows);
-    let mut net = vec!["node-bench", "net"];
-    if peer.is_some() {
-        complete &= measure(&node, &["node-bench", "peer", "/test/peer"], &mut rows);
-        net.push("/test/peer");
+    let mut complete = true;
+    let (mut beside, mut net) = (vec!["node-bench", "peer"], vec!["node-bench", "net"]);
+    beside.extend(peer.iter().map(|_| "/test/peer"));
+    net.extend(peer.iter().map(|_| "/test/peer"));
+    for argv in [vec!["node-bench", "measure"], vec!["node-bench", "jail"], vec!["node-bench", "cycle"], beside, net] {
+        if asked(argv[1]) && (argv[1] != "peer" || peer.is_some()) {
+            complete &= measure(&node, &argv, &mut rows);
+        }
     }
-    complete &= measure(&node, &net, &mut rows);
     node.power_cut();
 
+    if asked("many") {
+        // A node of its own: a hundred guests have more memory than the others need.
+        let node = Boot::diskless().virtual_time().memory_mib(8 * 1024);
+        let node = node.file("/test/bin/node-bench", 0o755, bytes(&node_tool("node-bench"))).power_on();
+        node.run(&["sh", "-c", "until [ -S /run/warren/control.sock ]; do sleep 0.01; done"]);
+        complete &= measure(&node, &["node-bench", "many"], &mut rows);
+        node.power_cut();
+    }
+
     let mut by_wall = Vec::new();
-    let node = Boot::diskless().file("/test/bin/node-bench", 0o755, bytes(&node_tool("node-bench"))).start();
-    complete &= measure(&node, &["node-bench", "wall"], &mut by_wall);
-    node.power_cut();
+    if asked("wall") {
+        let node = Boot::diskless().file("/test/bin/node-bench", 0o755, bytes(&node_tool("node-bench"))).start();
+        complete &= measure(&node, &["node-bench", "wall"], &mut by_wall);
+        node.power_cut();
+    }
 
     for row in &mut rows {
         row.condition = if row.name == "binary_bytes" {

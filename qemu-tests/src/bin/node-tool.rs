@@ -9,7 +9,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 
+use qemu_tests::connection::Connection;
 use warren::storage::overlay::Overlay;
+use warren::wire::{Fields, Message, Request};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -68,7 +70,44 @@ fn processes() -> Vec<(u32, String)> {
     found
 }
 
+/// What the supervisor has made before anybody asked for it. Waits some seconds for pools that are being filled.
+fn idle_homes() -> Vec<String> {
+    let mut idle = Vec::new();
+    for _ in 0..50 {
+        let Ok(items) = node_info() else { break };
+        let ids = items.iter().flat_map(|item| &item.0).filter(|(key, _)| key == "idle");
+        idle = ids.map(|(_, id)| String::from_utf8_lossy(id).into_owned()).collect();
+        let full = |item: &Fields| {
+            let number = |key: &str| item.number(key).unwrap_or(0);
+            item.get("pool") == Some("slots") || (number("making") == 0 && number("ready") >= READY)
+        };
+        if items.iter().all(full) {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    idle
+}
+
+/// `min_ready` of workers and overlays.
+const READY: u64 = 2;
+
+fn node_info() -> io::Result<Vec<Fields>> {
+    let mut control = Connection::open(Path::new("/run/warren/control.sock"))?;
+    control.stream().set_read_timeout(Some(std::time::Duration::from_secs(5)))?;
+    control.send(&Message::Request(Request::new("1", "node.info")))?;
+    let mut items = Vec::new();
+    loop {
+        match control.receive()? {
+            Message::Item { fields, .. } => items.push(fields),
+            Message::Ok { .. } => return Ok(items),
+            other => return Err(io::Error::other(format!("{other:?}"))),
+        }
+    }
+}
+
 fn state() -> Vec<String> {
+    let idle = idle_homes();
     let mut lines = Vec::new();
     for (pid, argv) in processes() {
         if argv.ends_with(" supervise") {
@@ -81,6 +120,17 @@ fn state() -> Vec<String> {
     tree("file", Path::new("/data/templates"), false, &mut lines);
     tree("file", Path::new("/run/warren"), false, &mut lines);
     tree("interface", Path::new("/sys/class/net"), false, &mut lines);
+    // Homes and overlays of nobody yet, and what the supervisor has open of them.
+    lines.retain(|line| !idle.iter().any(|id| line.contains(id.as_str())) && !line.contains("/data/overlays/"));
+    for one in
+        [&["process warren vmm"][..], &["descriptor socket"], &["descriptor anon_inode:[pidfd]", "descriptor pidfd"]]
+    {
+        for _ in &idle {
+            if let Some(at) = lines.iter().position(|line| one.contains(&line.as_str())) {
+                lines.swap_remove(at);
+            }
+        }
+    }
     // The pool of network slots is filled and emptied at its own pace; the network's own tests look at it.
     lines.retain(|line| !line.starts_with("interface /sys/class/net/wt") && !line.contains("/dev/net/tun"));
     let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();

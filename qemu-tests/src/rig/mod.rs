@@ -170,13 +170,7 @@ impl Setup {
         let listener = UnixListener::bind(path("socket")).expect("a socket can be bound");
         listener.set_nonblocking(true).expect("a socket takes flags");
         let last_words = create("last-words");
-        let written = self.descriptors.iter().map(|(_, _, descriptor)| {
-            let file = descriptor.try_clone().map(File::from).expect("a descriptor can be cloned");
-            file.metadata().map_or(0, |meta| meta.len())
-        });
-        let overlay_bytes = overlay.metadata().expect("an overlay has a size").len();
-        let file_bytes = written.max().unwrap_or(0).max(overlay_bytes);
-        let process = Worker::spawn(&listener, &last_words, &path("log"), file_bytes);
+        let process = Worker::spawn(&listener, &last_words, &path("log"));
 
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("the node has KVM");
         let mut descriptors: Vec<(String, String, OwnedFd)> = [
@@ -205,7 +199,9 @@ impl Setup {
         stream.set_read_timeout(Some(timing::hang())).expect("a socket takes a time limit");
         let raw: Vec<_> = descriptors.iter().map(|(_, _, descriptor)| descriptor.as_fd()).collect();
         send_with_descriptors(&stream, request, &raw).expect("vm.start can be sent");
-        let answer = Connection::over(stream).receive();
+        // Open until a worker that refused is told to stop: it ends when nobody is left who could start it.
+        let mut connection = Connection::over(stream);
+        let answer = connection.receive();
         let vm = Vm { home, process, control: OnceLock::new(), agent: OnceLock::new(), next_exec: AtomicU64::new(1) };
         match answer.unwrap_or_else(|e| panic!("no answer to vm.start ({e}); the worker's log: {}", vm.log())) {
             Message::Ok { .. } => Ok(vm),

@@ -27,11 +27,10 @@ pub struct Worker {
 
 impl Worker {
     /// Starts one as the supervisor does, with the two descriptors that it inherits; what it says goes to the file `log`.
-    /// `file_bytes` is the length of the largest file that it writes to.
     ///
     /// # Panics
     /// When it cannot be started.
-    pub fn spawn(listener: &UnixListener, last_words: &File, log: &Path, file_bytes: u64) -> Self {
+    pub fn spawn(listener: &UnixListener, last_words: &File, log: &Path) -> Self {
         static SPAWNER: OnceLock<Spawner> = OnceLock::new();
         let spawner = SPAWNER.get_or_init(|| {
             let program = File::open(WARREN).expect("the node has its program");
@@ -39,16 +38,16 @@ impl Worker {
             Spawner::of(program, &["warren", "vmm", "explain"], Parent::Caller)
                 .expect("the workers' namespaces can be made")
         });
-        Self::by(spawner, listener, last_words, log, file_bytes)
+        Self::by(spawner, listener, last_words, log)
     }
 
     /// The same by another spawner, whose parent is the caller.
-    pub fn by(spawner: &Spawner, listener: &UnixListener, last_words: &File, log: &Path, file_bytes: u64) -> Self {
+    pub fn by(spawner: &Spawner, listener: &UnixListener, last_words: &File, log: &Path) -> Self {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let log = File::options().append(true).create(true).open(log).expect("a log can be made");
         let number = std::process::id() % 1000 * 1000 + STARTED.fetch_add(1, Ordering::Relaxed) % 1000;
         let uid = FIRST_UID + number;
-        let birth = Birth { cgroup: None, listener: listener.as_fd(), last_words, log: &log, uid, file_bytes };
+        let birth = Birth { cgroup: None, listener: listener.as_fd(), last_words, log: &log, uid };
         let spawned = spawner.spawn(&birth).unwrap_or_else(|e| panic!("a worker does not start: {e}"));
         Self { spawned, status: None }
     }

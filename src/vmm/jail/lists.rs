@@ -109,7 +109,7 @@ mod numbers {
         fstat = SYS_fstat, ftruncate = SYS_ftruncate, futex = SYS_futex, getpid = SYS_getpid,
         getrandom = SYS_getrandom, gettid = SYS_gettid, ioctl = SYS_ioctl, lseek = SYS_lseek,
         madvise = SYS_madvise, mmap = SYS_mmap, mprotect = SYS_mprotect, mremap = SYS_mremap, munmap = SYS_munmap,
-        prctl = SYS_prctl, pread64 = SYS_pread64, preadv = SYS_preadv, pwrite64 = SYS_pwrite64,
+        prctl = SYS_prctl, pread64 = SYS_pread64, preadv = SYS_preadv, prlimit64 = SYS_prlimit64, pwrite64 = SYS_pwrite64,
         pwritev = SYS_pwritev, read = SYS_read, readv = SYS_readv, recvmsg = SYS_recvmsg,
         restart_syscall = SYS_restart_syscall, rseq = SYS_rseq, rt_sigaction = SYS_rt_sigaction,
         rt_sigprocmask = SYS_rt_sigprocmask, rt_sigreturn = SYS_rt_sigreturn,
@@ -139,6 +139,8 @@ const OWN_FLAGS: Rule = Rule::OneOf(
         (libc::F_DUPFD_CLOEXEC as u64, "F_DUPFD_CLOEXEC"),
     ],
 );
+/// Lower only: CAP_SYS_RESOURCE raises it again.
+const OWN_FILES: Rule = Rule::All(&[(0, 0), (1, libc::RLIMIT_FSIZE as u64)], "RLIMIT_FSIZE of itself");
 const NAMES_ONLY: Rule = Rule::OneOf(0, &[(libc::PR_SET_NAME as u64, "PR_SET_NAME")]);
 /// In its own pid namespace the worker is process 1.
 const ITSELF: Rule = Rule::All(&[(0, 1)], "process 1, which is itself");
@@ -178,6 +180,7 @@ calls! {
     prctl "" NAMES_ONLY, "names of threads";
     pread64 "DKL" Rule::Any, "disks' maps, KVM's counters, the log's own end";
     preadv "K" Rule::Any, "a guest's read from a disk";
+    prlimit64 "" OWN_FILES, "how long its files may get, once it knows them";
     pwrite64 "DPKL" Rule::Any, "disks' maps, last words";
     pwritev "K" Rule::Any, "a guest's write to a disk";
     read "D" Rule::Any, "counters of events";

@@ -62,6 +62,23 @@ pub fn confine() -> Result<(), JailError> {
     Ok(())
 }
 
+/// Length of the largest file where no disk is larger: the log of its console and its own.
+const LEAST_FILE_BYTES: u64 = 4 << 20;
+
+/// No file that this process writes gets longer than `bytes`, or than its logs may be. The limit only ever goes down; tests
+/// of the worker run without a jail, and without this.
+pub fn limit_files(bytes: u64) -> Result<(), JailError> {
+    if !threads::is_closed() {
+        return Ok(());
+    }
+    let bytes = bytes.max(LEAST_FILE_BYTES);
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+    let nothing = std::ptr::null_mut::<libc::rlimit>();
+    // SAFETY: a live limit that is read; the former one is not asked for.
+    let done = unsafe { libc::syscall(libc::SYS_prlimit64, 0, libc::RLIMIT_FSIZE, &raw const limit, nothing) };
+    refused("length of files", done).map(drop)
+}
+
 /// What the spawner has to have done, as far as it would be dangerous if it had not.
 fn check_confinement() -> Result<(), JailError> {
     // SAFETY: these take nothing and cannot fail.

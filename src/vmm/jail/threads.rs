@@ -25,6 +25,11 @@ pub(super) fn close(breach: Breach) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether this process' jail was closed.
+pub(super) fn is_closed() -> bool {
+    CLOSED.get().is_some()
+}
+
 /// Puts a list in force on the calling thread.
 pub fn enter(kind: Kind) -> io::Result<()> {
     match CLOSED.get() {

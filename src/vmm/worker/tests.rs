@@ -110,6 +110,20 @@ fn a_failed_start_is_answered_watched_recorded_and_the_end() {
 }
 
 #[test]
+fn a_worker_that_nobody_started_ends_with_its_last_connection() {
+    let worker = Running::start();
+    let (mut first, mut second) = (worker.connect(), worker.connect());
+    assert!(ask(&mut first, "1 hello\n").starts_with("1 ok"));
+    assert!(ask(&mut second, "1 hello\n").starts_with("1 ok"));
+    drop(first);
+    assert!(ask(&mut second, "2 hello\n").starts_with("2 ok"), "there is still somebody");
+    drop(second);
+    let (end, record) = worker.end();
+    assert_eq!(end.reason, Reason::Stopped);
+    assert!(record.contains("nobody is left"), "{record}");
+}
+
+#[test]
 fn a_cancelled_watch_hears_nothing_more() {
     let worker = Running::start();
     let mut stream = worker.connect();

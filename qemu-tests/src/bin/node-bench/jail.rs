@@ -24,7 +24,7 @@ pub fn measure() -> io::Result<()> {
     let spawner = Spawner::of(File::open(PROBE)?, &["jail-probe", "close"], Parent::Caller)?;
     let spawned = |spawner: &Spawner| {
         times(|| {
-            let mut worker = Worker::by(spawner, &listener, &last_words, &path("log"), 0);
+            let mut worker = Worker::by(spawner, &listener, &last_words, &path("log"));
             match worker.end() {
                 Some(status) if status.success() => Ok(()),
                 other => Err(io::Error::other(format!("jail-probe ended with {other:?}"))),

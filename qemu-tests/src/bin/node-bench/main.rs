@@ -2,6 +2,7 @@
 //!
 //! Rows go to standard output, tab-separated. All files are in RAM: a disk's speed has no meaning in virtual time.
 
+mod fleet;
 mod jail;
 mod net;
 
@@ -42,10 +43,14 @@ fn main() -> ExitCode {
         ["measure"] => measure(),
         ["wall"] => wall(),
         ["jail"] => jail::measure(),
+        ["cycle"] => fleet::cycle(),
+        ["many"] => fleet::many(),
         ["net"] => net::measure(None),
         ["net", peer] => net::measure(Some(peer)),
         ["peer", program] => Peer::measure(program),
-        _ => Err(io::Error::other("usage: node-bench boot | measure | wall | jail | net [PROGRAM] | peer PROGRAM")),
+        _ => Err(io::Error::other(
+            "usage: node-bench boot | measure | wall | jail | cycle | many | net [PROGRAM] | peer PROGRAM",
+        )),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

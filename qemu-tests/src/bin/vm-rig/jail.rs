@@ -70,7 +70,7 @@ fn attempt(spawner: &Spawner, home: &Path, stage: &str, attack: &Attack) -> Outc
     }
     let listener = UnixListener::bind(path("socket")).expect("a socket can be bound");
     let last_words = File::create(path("last-words")).expect("a file can be made");
-    let mut worker = Worker::by(spawner, &listener, &last_words, &path("log"), 0);
+    let mut worker = Worker::by(spawner, &listener, &last_words, &path("log"));
     let what = format!("{stage} {}", attack.name);
     let status = worker.wait(timing::hang()).unwrap_or_else(|| panic!("{what} does not end"));
     let said = std::fs::read_to_string(path("log")).unwrap_or_default();

@@ -17,7 +17,8 @@ use warren::network::link;
 use warren::network::netlink::{Attributes, CREATE, Family, Request, Socket};
 use warren::network::plan::{NODE_MAC, Plan, Slot};
 use warren::network::policy::{Policy, SPECIAL};
-use warren::network::pool::Limits;
+use warren::pool::Limits;
+
 use warren::network::{Lease, Network, NetworkError, Report, Settings, conntrack};
 
 use crate::frames::{Udp, VNET, arp, ethernet, ipv4, unreachable};

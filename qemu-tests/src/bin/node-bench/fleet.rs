@@ -1,0 +1,108 @@
+//! What sandboxes cost the node: the processor's time for one from its creation to its removal, the supervisor's memory
+//! with many of them, and how fast its successor takes them over.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use qemu_tests::connection::Connection;
+use warren::wire::Request;
+
+use super::{CONTROL, ask, exec, exec_time, milliseconds, print};
+
+/// Sandboxes one after the other.
+const CYCLES: u32 = 20;
+/// What follows an answer (a pool that is filled again, what is taken down) is over by then.
+const AFTERWARDS: Duration = Duration::from_millis(500);
+/// Sandboxes at once.
+const MANY: u32 = 100;
+/// Each of them has this much memory.
+const SMALL_MIB: u64 = 64;
+
+/// How long the processors of the node have had nothing to do since its boot (proc(5), /proc/uptime).
+fn idle() -> io::Result<f64> {
+    let text = fs::read_to_string("/proc/uptime")?;
+    text.split_whitespace().nth(1).and_then(|word| word.parse().ok()).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// The processor's time of one sandbox, from `sandbox.create` over one program to what follows its removal. The node
+/// has one processor.
+pub fn cycle() -> io::Result<()> {
+    let mut control = Connection::open(Path::new(CONTROL))?;
+    let mut round = || -> io::Result<()> {
+        let create = Request::new("c", "sandbox.create").set("memory_mib", super::MEMORY_MIB).set("disk_mib", 512);
+        let (_, fields) = ask(&mut control, create)?;
+        let id = fields.get("id").unwrap_or_default().to_string();
+        exec_time(&mut control, exec(Some(&id), &["true"]))?;
+        ask(&mut control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
+        Ok(())
+    };
+    round()?;
+    std::thread::sleep(AFTERWARDS);
+    let (begin, before) = (Instant::now(), idle()?);
+    for _ in 0..CYCLES {
+        round()?;
+    }
+    std::thread::sleep(AFTERWARDS);
+    let busy = begin.elapsed().as_secs_f64() - (idle()? - before);
+    let condition =
+        format!("one processor, all that it did; base, 1 vCPU, {} MiB; mean of {CYCLES}", super::MEMORY_MIB);
+    print("create_exec_remove_cpu_ms", busy * 1e3 / f64::from(CYCLES), "ms", &condition);
+    Ok(())
+}
+
+/// The process id of the supervisor.
+fn supervisor() -> io::Result<u32> {
+    let group = fs::read_to_string("/sys/fs/cgroup/supervise/cgroup.procs")?;
+    group.lines().next().and_then(|line| line.parse().ok()).ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+/// Kills the supervisor; how long until the next one answers with as many sandboxes running.
+fn restart(running: u32) -> io::Result<f64> {
+    let killed = i32::try_from(supervisor()?).map_err(|_| io::ErrorKind::InvalidData)?;
+    let begin = Instant::now();
+    // SAFETY: takes plain numbers.
+    unsafe { libc::kill(killed, libc::SIGKILL) };
+    loop {
+        // The socket is there again before who answers on it has looked at everything.
+        let answer = Connection::open(Path::new(CONTROL))
+            .and_then(|mut control| ask(&mut control, Request::new("l", "sandbox.list").set("state", "running")));
+        match answer {
+            Ok((rows, _)) if rows.len() as u64 == u64::from(running) => return Ok(milliseconds(begin.elapsed())),
+            Ok((rows, _)) => return Err(io::Error::other(format!("{} sandboxes run on, not {running}", rows.len()))),
+            Err(_) => std::thread::sleep(Duration::from_micros(200)),
+        }
+    }
+}
+
+/// A value of /proc/PID/status in KiB.
+fn status_kib(pid: u32, key: &str) -> io::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+    line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Many sandboxes at once.
+pub fn many() -> io::Result<()> {
+    let alone = restart(0)?;
+    let mut control = Connection::open(Path::new(CONTROL))?;
+    let idle_kib = status_kib(supervisor()?, "VmRSS")?;
+    for _ in 0..MANY {
+        let create = Request::new("c", "sandbox.create").set("memory_mib", SMALL_MIB);
+        let (_, fields) = ask(&mut control, create)?;
+        let id = fields.get("id").unwrap_or_default().to_string();
+        exec_time(&mut control, exec(Some(&id), &["true"]))?;
+    }
+    std::thread::sleep(AFTERWARDS);
+    let pid = supervisor()?;
+    let (all, anonymous) = (status_kib(pid, "VmRSS")?, status_kib(pid, "RssAnon")?);
+    let condition =
+        format!("VmRSS with {MANY} sandboxes after a program in each; anonymous {anonymous}; without any {idle_kib}");
+    print("supervisor_rss_kib", all as f64, "KiB", &condition);
+    let each = (restart(MANY)? - alone) / f64::from(MANY);
+    let condition =
+        format!("kill -9 to the list of {MANY} that run, less the same without any ({alone:.1} ms), for each");
+    print("adopt_ms", each, "ms", &condition);
+    Ok(())
+}
