@@ -152,6 +152,23 @@ pub enum NodeVerb {
         #[arg(short, long)]
         all: bool,
     },
+    /// Copy the state database to a file while the node runs
+    Backup {
+        /// A file that is not there yet, or - for standard output
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Begin again with a state database that `backup` wrote
+    ///
+    /// It is checked first. Sandboxes that run go on where it knows them; the database before it is kept on the node.
+    Restore {
+        /// The file, or - for standard input
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// Take down sandboxes that it does not know
+        #[arg(long)]
+        force: bool,
+    },
     /// Stop all sandboxes and switch the node off
     Stop,
     /// Stop all sandboxes and start the node anew

@@ -15,6 +15,7 @@ use clap::{CommandFactory, Parser};
 use crate::wire::Error;
 
 mod args;
+mod backup;
 mod bridge;
 pub mod client;
 mod copy;
@@ -110,6 +111,8 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Node { verb } => match verb.as_ref().unwrap_or(&NodeVerb::Info) {
             NodeVerb::Audit(args) => show::audit(&mut connect()?, args, cli.json),
             NodeVerb::Ledger { all } => show::ledger(&mut connect()?, *all, cli.json),
+            NodeVerb::Backup { file } => backup::backup(&mut connect()?, file),
+            NodeVerb::Restore { file, force } => backup::restore(&mut connect()?, file, *force),
             NodeVerb::Info => show::node(&mut connect()?, cli.json),
             NodeVerb::Stop => show::stop_node(&mut connect()?, "poweroff"),
             NodeVerb::Reboot => show::stop_node(&mut connect()?, "reboot"),

@@ -27,6 +27,13 @@ pub enum Command {
         /// All that is written down, without comparing.
         all: bool,
     },
+    /// The state database as a file.
+    NodeBackup,
+    /// Another state database.
+    NodeRestore {
+        /// Also when it does not know sandboxes that are there.
+        force: bool,
+    },
     /// The audit log.
     NodeAudit(AuditQuery),
     /// The templates.
@@ -140,7 +147,7 @@ impl Verb {
         match self.name {
             "hello" | "help" | "node.info" | "sandbox.list" | "sandbox.stats" => Role::Monitor,
             "template.list" | "template.inspect" | "sandbox.inspect" | "sandbox.logs" | "exec.list" => Role::Viewer,
-            "node.stop" | "node.audit" | "node.ledger" => Role::Admin,
+            "node.stop" | "node.audit" | "node.ledger" | "node.backup" | "node.restore" => Role::Admin,
             _ => Role::Operator,
         }
     }
@@ -171,6 +178,11 @@ verbs! {
     "node.ledger", "[all=true]", "where record and kernel differ on what sandboxes hold", |_, mut args, _| {
         let all = args.flag("all")?;
         done(args, Command::NodeLedger { all })
+    };
+    "node.backup", "", "the state database, on channel content", |_, args, _| done(args, Command::NodeBackup);
+    "node.restore", "[force=true]", "begin again with a state database; channel content", |_, mut args, _| {
+        let force = args.flag("force")?;
+        done(args, Command::NodeRestore { force })
     };
     "template.list", "", "the templates", |_, args, _| done(args, Command::TemplateList);
     "template.inspect", "NAME", "one template", |_, mut args, _| {
@@ -442,6 +454,8 @@ mod tests {
             ("node.stop", Role::Admin, true),
             ("node.audit", Role::Admin, false),
             ("node.ledger", Role::Admin, false),
+            ("node.backup", Role::Admin, true),
+            ("node.restore", Role::Admin, true),
         ] {
             let verb = Verb::of(name).expect("a verb");
             assert_eq!((verb.role(), verb.is_audited()), (role, audited), "{name}");

@@ -353,6 +353,25 @@ mod tests {
     }
 
     #[test]
+    fn a_dying_worker_has_its_user_until_it_is_gone() {
+        let root = std::env::temp_dir().join(format!("warren-adopt-{}", std::process::id()));
+        let places = Places { disks: root.join("d"), sockets: root.join("s"), cgroups: root.join("c") };
+        let id = SandboxId::parse("abcdefghijkl").unwrap();
+        fs::create_dir_all(places.cgroups.join(id.as_str())).unwrap();
+        let home = places.of(&id);
+        assert_eq!(users(&home, None), BTreeSet::new());
+        fs::write(home.cgroup().join("cgroup.procs"), format!("{}\n", std::process::id())).unwrap();
+        let own = nix::unistd::getuid().as_raw();
+        assert_eq!(users(&home, None), BTreeSet::from([own]), "by its process");
+        // One that was recorded and is not seen: it may be about to be started, or on its way out.
+        let account = |text: &str| Account::parse(text).unwrap();
+        fs::write(home.cgroup().join("cgroup.procs"), "").unwrap();
+        assert_eq!(users(&home, Some(&account("user=active:2100000000"))), BTreeSet::from([2_100_000_000]));
+        assert_eq!(users(&home, Some(&account("user=released:2100000000"))), BTreeSet::new());
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
     fn a_sandbox_that_never_ran_is_discarded_and_one_that_ended_is_kept() {
         for state in [State::Pending, State::Scheduling, State::Creating, State::Starting] {
             assert_eq!(fate(state, true, false, None, false), Fate::Discard);

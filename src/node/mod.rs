@@ -4,6 +4,7 @@ mod adopt;
 mod agents;
 mod audit;
 mod background;
+mod backup;
 mod catalogue;
 pub mod config;
 mod finish;

@@ -17,6 +17,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::background::Background;
+use super::backup::Backups;
 use super::catalogue::Catalogue;
 use super::config::Config;
 use super::instance::Sandbox;
@@ -37,7 +38,8 @@ use crate::sandbox::home::Places;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::spawn::Spawner;
 use crate::sandbox::uids::Uids;
-use crate::storage::state::{Change, Snapshot, State as Database, Ticket};
+use crate::storage::backup::Contents;
+use crate::storage::state::{Change, Snapshot, State as Database, StateError, Ticket};
 use crate::storage::template_disk::TemplateEvent;
 use crate::storage::templates::TemplateError;
 
@@ -97,6 +99,10 @@ pub(super) enum Done {
         /// User ids that are free again.
         users: Vec<u32>,
     },
+    /// A piece of a database that is being restored was written.
+    RestoreMoved(u64),
+    /// A database that is to be restored was gathered and checked.
+    Restored { client: u64, tag: String, result: Result<Contents, StateError> },
     /// The kernel was asked what there is of sandboxes.
     Counted(Census),
     /// The network did something.
@@ -152,6 +158,8 @@ pub struct Supervisor {
     pub(super) uids: Uids,
     /// What sandboxes hold.
     pub(super) ledger: Ledger,
+    /// Copies of the database under way.
+    pub(super) backups: Backups,
     pub(super) places: Places,
     /// The network's thread, once it runs.
     pub(super) network: Option<Network>,
@@ -276,6 +284,7 @@ impl Supervisor {
             pools: Pools::new(&config),
             uids: Uids::new(config.jail.uids()),
             ledger: Ledger::default(),
+            backups: Backups::default(),
             places,
             network: None,
             network_settings,
@@ -356,7 +365,7 @@ impl Supervisor {
             }
             self.tend_pools();
             self.settle();
-            if self.has_stopped() {
+            if self.has_stopped() || self.backups.staged {
                 return Ok(());
             }
         }
@@ -469,7 +478,7 @@ impl Supervisor {
 
     fn take_results(&mut self) {
         for (ticket, result) in self.database.completed() {
-            if self.booked(ticket, &result) {
+            if self.booked(ticket, &result) || self.backed_up(ticket, &result) {
                 continue;
             }
             if let Err(e) = result {
@@ -491,6 +500,8 @@ impl Supervisor {
                 Done::Network(report) => self.network_reported(report),
                 Done::Swept { homes, users } => self.swept(homes, &users),
                 Done::Counted(census) => self.counted(census),
+                Done::RestoreMoved(key) => drop(self.touched_clients.insert(key)),
+                Done::Restored { client, tag, result } => self.restored(client, &tag, result),
                 Done::WorkerMade { id, place, uid, ordered, result } => {
                     self.worker_made(&id, (place, uid), ordered, result);
                 }

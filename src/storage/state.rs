@@ -17,6 +17,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rusqlite::{Connection, ErrorCode};
 
 use super::audit::{self, AuditQuery, AuditRow};
+use super::backup;
 use super::schema;
 pub use super::schema::{AllocationRow, Change, ExecutionRow, SCHEMA_VERSION, SandboxRow, TemplateRow};
 
@@ -125,6 +126,7 @@ pub struct Snapshot {
 enum Order {
     Write(Job),
     ReadAudit(Ticket, AuditQuery),
+    Copy(Ticket, PathBuf),
 }
 
 struct Job {
@@ -153,8 +155,11 @@ impl State {
     /// Opens or makes the database at `path` and reads it whole. Blocks; for the start, before the loop.
     /// `notify` is called from the database's thread when `completed` has something new.
     ///
-    /// A damaged database is moved aside to `PATH.corrupt-N` and a new one begun.
+    /// A database that was put beside it by a restore takes its place. A damaged database is moved aside to `PATH.corrupt-N` and a new one begun.
     pub fn open(path: &Path, notify: impl Fn() + Send + 'static) -> Result<(Self, Snapshot), StateError> {
+        if backup::take_in(path)? {
+            log::warn!("state database {} is the one that was restored", path.display());
+        }
         let (connection, snapshot) = match open_file(path) {
             Err(StateError::Corrupt(why)) => {
                 let aside = move_aside(path)?;
@@ -210,6 +215,15 @@ impl State {
         ticket
     }
 
+    /// Queues a copy of the whole database as it is after all that was submitted before, into a new file; `completed` has
+    /// its result. What is submitted after it waits for it.
+    pub fn copy(&mut self, to: PathBuf) -> Ticket {
+        let ticket = self.ticket();
+        self.pending += 1;
+        self.send(ticket, Order::Copy(ticket, to));
+        ticket
+    }
+
     /// Takes the readings that are there. Never waits.
     pub fn readings(&mut self) -> Results<Vec<AuditRow>> {
         std::mem::take(&mut *self.readings.lock().unwrap_or_else(PoisonError::into_inner))
@@ -236,13 +250,16 @@ impl State {
     fn queue(&mut self, change: Change, durable: bool) -> Ticket {
         let ticket = self.ticket();
         self.pending += 1;
-        let job = Order::Write(Job { ticket, change, durable });
-        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
+        self.send(ticket, Order::Write(Job { ticket, change, durable }));
+        ticket
+    }
+
+    fn send(&self, ticket: Ticket, order: Order) {
+        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(order).is_ok());
         if !sent {
             let mut completions = self.completions.lock().unwrap_or_else(PoisonError::into_inner);
             completions.push((ticket, Err(StateError::Closed)));
         }
-        ticket
     }
 
     fn ticket(&mut self) -> Ticket {
@@ -275,19 +292,25 @@ fn run(
 ) {
     while let Ok(first) = queue.recv() {
         let (mut batch, mut next) = (Vec::new(), Some(first));
-        let reading = loop {
+        let aside = loop {
             match next {
                 Some(Order::Write(job)) => batch.push(job),
-                Some(Order::ReadAudit(ticket, query)) => break Some((ticket, query)),
-                None => break None,
+                other => break other,
             }
             next = if batch.len() < MAX_BATCH { queue.try_recv().ok() } else { None };
         };
         let results = write_batch(&mut connection, &batch);
         completions.lock().unwrap_or_else(PoisonError::into_inner).extend(results);
-        if let Some((ticket, query)) = reading {
-            let rows = audit::read(&connection, &query);
-            readings.lock().unwrap_or_else(PoisonError::into_inner).push((ticket, rows));
+        match aside {
+            Some(Order::ReadAudit(ticket, query)) => {
+                let rows = audit::read(&connection, &query);
+                readings.lock().unwrap_or_else(PoisonError::into_inner).push((ticket, rows));
+            }
+            Some(Order::Copy(ticket, to)) => {
+                let made = backup::make(&connection, &to);
+                completions.lock().unwrap_or_else(PoisonError::into_inner).push((ticket, made));
+            }
+            Some(Order::Write(_)) | None => {}
         }
         notify();
     }
@@ -336,7 +359,7 @@ fn write_transaction(connection: &mut Connection, batch: &[Job]) -> Result<Vec<R
     Ok(results)
 }
 
-fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateError> {
+pub(super) fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateError> {
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(|e| StateError::Io(format!("{}: {e}", folder.display())))?;
     }
