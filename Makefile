@@ -14,6 +14,7 @@ TARGET  := target/x86_64-unknown-linux-gnu/release
 SCRIPT  ?=
 ARGS    ?=
 PEER    ?=
+PARTS   ?=
 export SCRIPT ARGS PEER
 
 .PHONY: help package bench-sentinel run up down test soak fuzz sanitize image bench deps peers build binaries kernels templates node config-check fmt lint clean
@@ -26,7 +27,7 @@ help:
 	make soak                          hours of kills, cycles and power cuts (WARREN_SOAK_KILLS=500)
 	make image                         build/warren.img: a disk image that boots under UEFI
 	make package                       build/warren-sentinel.tar.gz: the sentinel for other Linux hosts
-	make bench [PEER=/path/firecracker] build/bench.tsv: how fast, how big
+	make bench [PEER=/path/firecracker] [PARTS="cycle net"] build/bench.tsv: how fast, how big
 	make bench-sentinel                build/bench-sentinel.tsv: the sentinel beside vmagent and Prometheus
 	make fuzz MINUTES=10 [NAMES="a b"] every fuzz target with coverage feedback and AddressSanitizer
 	make sanitize                      devices, memory and parsers under AddressSanitizer
@@ -74,7 +75,7 @@ $(B)/warren $(B)/burrow: binaries
 $(B)/vmlinux: kernel-config/build kernel-config/guest.config | deps
 	@kernel-config/build guest $(B)
 	touch $@
-$(B)/bzImage: kernel-config/build kernel-config/host.config kernel-config/host-qemu.config | deps
+$(B)/bzImage: kernel-config/build kernel-config/host.config kernel-config/host-qemu.config kernel-config/host-qemu.patch | deps
 	@kernel-config/build host-qemu $(B)
 	touch $@
 $(B)/hardware/bzImage: kernel-config/build kernel-config/host.config kernel-config/host-hardware.config | deps
@@ -151,7 +152,7 @@ sanitize: deps
 
 bench: build
 	@cargo build --release --locked -q -p qemu-tests --bins
-	$(TARGET)/bench
+	$(TARGET)/bench $(PARTS)
 
 # Outside of QEMU: the peers' programs run in the same minutes, and ratios to them are what counts.
 bench-sentinel: peers

@@ -49,7 +49,7 @@ pub fn block(data: &[u8]) {
             continue;
         }
         let head = queue.add(&memory, &buffers);
-        window.queue_event(0);
+        window.serve(0);
         let (used, written) = queue.used(&memory).expect("a chain was not answered");
         assert_eq!((used, u64::from(written)), (head, writable));
         if writable > 0 {

@@ -103,9 +103,6 @@ const QUEUE: Token = Token(0);
 const STOP: Token = Token(1);
 
 /// The thread: serves the queue until it is told to stop, then flushes.
-///
-/// The events are edge-triggered and never read, which saves a system call for each: a notification during the work
-/// makes the next `poll` return at once, whatever the counter has, and that is not full before 2^64 of them.
 fn serve(mut poll: Poll, window: &MmioTransport<Block>) -> io::Result<()> {
     let mut events = Events::with_capacity(2);
     loop {

@@ -188,7 +188,7 @@ pub fn run(window: &dyn Window) {
         for (index, event) in window.queue_events().iter().enumerate() {
             if event.read().is_ok() {
                 any = true;
-                window.queue_event(index);
+                window.serve(index);
             }
         }
         if !any {

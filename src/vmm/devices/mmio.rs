@@ -197,13 +197,6 @@ impl<D: Device> MmioTransport<D> {
         }
     }
 
-    /// Serves a queue, and has it served again where that was not all. On the device's thread.
-    pub fn serve(&self, index: usize) {
-        if self.with_queues(|device, context| device.queue_notified(context, index)) == Some(Progress::More) {
-            self.kick(index);
-        }
-    }
-
     /// Makes the device's thread serve a queue (again) soon.
     pub fn kick(&self, index: usize) {
         if let Some(event) = self.queue_events.get(index) {
@@ -404,8 +397,11 @@ pub trait Window: Send + Sync {
     fn interrupt(&self) -> &EventFd;
     /// One event for each queue, for ioeventfds at `QUEUE_NOTIFY` with the queue's index as datamatch.
     fn queue_events(&self) -> &[EventFd];
-    /// A queue's event came: serve the queue. On the device's thread.
-    fn queue_event(&self, index: usize);
+    /// A queue's event came: serves the queue, and has it served again where that was not all. On the device's thread.
+    ///
+    /// The events are watched edge-triggered and never read, which saves a system call for each: a notification during
+    /// the work makes the next wait return at once, whatever the counter has, and that is not full before 2^64 of them.
+    fn serve(&self, index: usize);
     /// The guest is at its end: a processor that waits in a register write goes on, whatever the device does.
     fn let_go(&self);
 }
@@ -445,11 +441,9 @@ impl<D: Device> Window for MmioTransport<D> {
         self.ending.store(true, Ordering::SeqCst);
     }
 
-    fn queue_event(&self, index: usize) {
-        // Read before serving: a notification during the work is then not lost. An error means it was read.
-        if let Some(event) = self.queue_events.get(index) {
-            let _ = event.read();
+    fn serve(&self, index: usize) {
+        if self.with_queues(|device, context| device.queue_notified(context, index)) == Some(Progress::More) {
+            self.kick(index);
         }
-        self.serve(index);
     }
 }

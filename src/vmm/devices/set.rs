@@ -354,7 +354,7 @@ impl DeviceSet {
                 self.rng.kick(0);
             }
             Source::Queue { window, queue } => {
-                self.windows[window].queue_event(queue);
+                self.windows[window].serve(queue);
                 match window {
                     VSOCK_WINDOW => self.arm_vsock_timer(),
                     RNG_WINDOW => self.arm_rng_timer(),

@@ -19,7 +19,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::device::{Context, Device, Progress};
 use super::queue::{Chain, MAX_SIZE, QueueError};
@@ -48,6 +48,9 @@ const ANNOUNCE_OCTETS: usize = 256 << 10;
 const MOST: usize = HEADER + LONGEST + 4;
 /// So many frames that fit the MTU, one after the other, make the device take fewer buffers ahead.
 const QUIET_FRAMES: u32 = 64;
+/// A guest that sent so many frames one at a time, with no longer pause between them, will send another at once.
+const BURST_FRAMES: u32 = 16;
+const BURST_PAUSE: Duration = Duration::from_micros(100);
 
 /// Least MTU: the smallest datagram that IPv4 has to carry whole (RFC 791).
 pub const MIN_MTU: u16 = 68;
@@ -135,6 +138,9 @@ pub struct Net {
     appetite: usize,
     /// Frames since the last one that was longer than the MTU.
     quiet: u32,
+    /// Frames that the guest sent without a pause, and when it notified last.
+    burst: u32,
+    notified: Instant,
     /// Where a frame goes that is longer than the room that was ready for it. Untouched, it costs no memory.
     spare: Box<[u8]>,
     /// Octets of such a frame in `spare` that the guest is still to get; 0 when there is none.
@@ -165,6 +171,8 @@ impl Net {
             timer: Timer::new()?,
             appetite: 0,
             quiet: 0,
+            burst: 0,
+            notified: now,
             spare: vec![0; MOST].into(),
             kept: 0,
             counters: Arc::default(),
@@ -318,9 +326,13 @@ impl Net {
     /// Takes frames of the guest.
     pub fn transmit(&mut self, context: &mut Context<'_>) -> Result<Progress, QueueError> {
         let memory = context.memory;
-        let now = self.tx_limiter.is_limited().then(Instant::now);
+        let notified = Instant::now();
+        let now = self.tx_limiter.is_limited().then_some(notified);
+        if notified - std::mem::replace(&mut self.notified, notified) > BURST_PAUSE {
+            self.burst = 0;
+        }
         let mut chain = Chain::default();
-        let (mut octets, mut announced) = (0, 0);
+        let (mut octets, mut announced, mut yielded) = (0, 0, false);
         for _ in 0..BATCH_FRAMES {
             if octets >= BATCH_OCTETS {
                 break;
@@ -331,12 +343,20 @@ impl Net {
             }
             if !context.queues[TX].pop(memory, &mut chain)? {
                 context.interrupt_for(TX)?;
+                if self.burst >= BURST_FRAMES && !std::mem::replace(&mut yielded, true) {
+                    // A processor that does both is better spent on the guest for a while: a notification, which
+                    // takes it away again, costs more than a frame.
+                    std::thread::yield_now();
+                    continue;
+                }
                 if !context.queues[TX].enable_notifications(memory)? {
                     return Ok(Progress::Idle);
                 }
                 continue;
             }
             self.send(&chain);
+            self.burst = self.burst.saturating_add(1);
+            yielded = false;
             context.queues[TX].add_used(memory, chain.head, 0)?;
             octets += chain.readable.len();
             if octets - announced >= ANNOUNCE_OCTETS {

@@ -58,7 +58,7 @@ impl Guest {
         buffers.push((STATUS, 1, true));
         self.queue.want_interrupt(&self.memory);
         self.queue.add_indirect(&self.memory, 0x6000, &buffers);
-        self.window.queue_event(0);
+        self.window.serve(0);
         assert_eq!(driver::interrupted(&self.window), 1);
         let (_, written) = self.queue.used(&self.memory).unwrap();
         let mut status = [0];
@@ -118,12 +118,12 @@ fn data_may_share_buffers_with_header_and_status() {
     // Header and data in one buffer, the header cut in two.
     let memory = guest.memory.clone();
     guest.queue.add(&memory, &[(HEADER, 3, false), (HEADER + 3, 13 + 512, false), (STATUS, 1, true)]);
-    guest.window.queue_event(0);
+    guest.window.serve(0);
     assert_eq!(guest.octets(STATUS, 1), [0]);
     guest.header(0, 0);
     // Data and status in one buffer.
     guest.queue.add(&memory, &[(HEADER, 16, false), (DATA, 1024 + 1, true)]);
-    guest.window.queue_event(0);
+    guest.window.serve(0);
     let octets = guest.octets(DATA, 1025);
     assert_eq!((octets[511], octets[512], octets[1024]), (0x77, 1, 0));
 }
@@ -155,7 +155,7 @@ fn requests_that_cannot_be_served_end_in_an_error() {
     let memory = guest.memory.clone();
     guest.queue.add(&memory, &[(HEADER, 16, false)]);
     guest.queue.add(&memory, &[(HEADER, 15, false), (STATUS, 1, true)]);
-    guest.window.queue_event(0);
+    guest.window.serve(0);
     assert_eq!(guest.queue.used(&memory).unwrap().1, 0);
     assert_eq!(guest.queue.used(&memory).unwrap().1, 1);
     assert_eq!(guest.octets(STATUS, 1), [1]);
@@ -299,14 +299,14 @@ fn requests_beyond_the_limit_wait_and_are_served_later() {
     }
     let mut served = 0;
     let mut waits = 0;
-    guest.window.queue_event(0);
+    guest.window.serve(0);
     let guard = Instant::now();
     while served < 12 {
         served += std::iter::from_fn(|| guest.queue.used(&memory)).count();
         if let Some(at) = guest.window.with_device(|block| block.deadline()) {
             waits += 1;
             std::thread::sleep(at.saturating_duration_since(Instant::now()));
-            guest.window.queue_event(0);
+            guest.window.serve(0);
         }
         assert!(guard.elapsed().as_secs() < 30, "{served} were served");
     }

@@ -198,6 +198,6 @@ fn registers_driven_at_random_never_panic() {
         }
         write(&window, offset, value);
         read(&window, offset);
-        window.queue_event(0);
+        window.serve(0);
     }
 }

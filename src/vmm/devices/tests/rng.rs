@@ -13,7 +13,7 @@ fn requests_are_filled_up_to_their_bound() {
     queue.add(&memory, &[(0x8000, 100, true), (0x8100, 28, true)]);
     queue.add(&memory, &[(0x1_0000, 0x4_0000, true)]);
     queue.add(&memory, &[(0x8000, 16, false)]);
-    window.queue_event(0);
+    window.serve(0);
     assert_eq!(queue.used(&memory).unwrap().1, 128);
     assert_eq!(queue.used(&memory).unwrap().1, 0x1_0000);
     assert_eq!(queue.used(&memory).unwrap().1, 0);
@@ -33,7 +33,7 @@ fn a_flood_of_requests_is_served_in_turns() {
     for _ in 0..64 {
         queues[0].add(&memory, &[(0x8000, 16, true)]);
     }
-    window.queue_event(0);
+    window.serve(0);
     let served = std::iter::from_fn(|| queues[0].used(&memory)).count();
     assert!(served < 64);
     driver::run(&window);
@@ -48,7 +48,7 @@ fn a_reset_is_no_way_around_the_limit() {
     for _ in 0..64 {
         let mut queues = driver::start(&window, 0, 1, 16, 0);
         queues[0].add(&memory, &[(0x8_0000, 0x1_0000, true)]);
-        window.queue_event(0);
+        window.serve(0);
         filled += queues[0].used(&memory).map_or(0, |(_, len)| u64::from(len));
         if window.with_device(|rng| rng.wake()).is_some() {
             break;

@@ -165,7 +165,7 @@ impl crate::vmm::devices::mmio::Window for Bus<'_> {
     fn queue_events(&self) -> &[vmm_sys_util::eventfd::EventFd] {
         self.set.windows()[1].queue_events
     }
-    fn queue_event(&self, _: usize) {}
+    fn serve(&self, _: usize) {}
     fn let_go(&self) {}
 }
 
