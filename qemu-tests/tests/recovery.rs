@@ -325,7 +325,7 @@ fn cycles_of_create_exec_and_remove_cost_nothing_that_stays() {
                 scope.spawn(|| {
                     let client = node.connect();
                     while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok() {
-                        let network = if turn.fetch_add(1, Ordering::Relaxed) % 2 == 0 { "on" } else { "off" };
+                        let network = if turn.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) { "on" } else { "off" };
                         let sandbox = Sandbox::create(&client, &[("network", network)]);
                         assert_eq!(sandbox.exec(&["echo", "on"]).text("stdout"), "on\n");
                         sandbox.remove().expect("a sandbox can be removed");
