@@ -167,6 +167,8 @@ fn update_says_what_it_changed() {
     let output = run(&node, &["--json", "update", "sb", "--memory-target", "64"]);
     let document: Value = serde_json::from_str(&stdout(&output)).unwrap();
     assert_eq!(document["memory_target_mib"], 64);
+    assert_eq!(stdout(&run(&node, &["update", "sb", "--cpu-quota", "50", "--disk-iops", "0"])), "sb\n");
+    node.await_seen("sandbox.update sb cpu_quota=50 disk_iops=0");
     assert_eq!(run(&node, &["update", "sb"]).status.code(), Some(2));
 }
 

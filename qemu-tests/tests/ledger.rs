@@ -68,8 +68,8 @@ fn a_supervisor_that_comes_after_settles_what_was_left() {
     });
     let said = node.control().ok(Request::new("", "node.ledger")).fields;
     assert!(said.number("reclaimed").is_some_and(|count| count >= 1), "{said:?}");
-    assert_eq!(kept.exec(&["echo", "on"]).text("stdout"), "on\n");
     before.assert_restored(&node);
+    assert_eq!(kept.exec(&["echo", "on"]).text("stdout"), "on\n");
     kept.remove().expect("a sandbox taken over can be removed");
 }
 
@@ -84,16 +84,16 @@ fn a_full_data_partition_refuses_what_needs_room_and_harms_nobody() {
     kept.sh("echo kept > /workspace/file; sync");
     let before = NodeState::of(&node);
     node.sh(FILL);
-    // What was made beforehand is still there to be had.
+    // What was made beforehand is still there to be had, and its guest may find no room for what it writes first.
     let mut made = Vec::new();
     let refused = timing::wait_for("a refusal", || match node.control().call(Sandbox::create_request(&[])) {
         Ok(reply) => {
             made.push(Sandbox::of(node.control(), reply.field("id")));
             None
         }
-        Err(error) => Some(error),
+        Err(error) => Some(error).filter(|error| error.is(Code::NoCapacity)),
     });
-    assert!(refused.is(Code::NoCapacity), "{refused}");
+    assert!(!refused.message.is_empty(), "{refused}");
     assert_eq!(kept.exec(&["cat", "/workspace/file"]).text("stdout"), "kept\n");
     assert!(node.control().call(Request::new("", "node.info")).is_ok());
     node.sh("rm -r /data/full; sync");

@@ -72,11 +72,14 @@ pub enum Verb {
         #[arg(value_name = "SANDBOX")]
         id: String,
         /// Memory it is asked to do with; what is above goes back to the node as far as the guest can spare it
-        #[arg(long, required_unless_present = "network", value_name = "SIZE", value_parser = parse_mib)]
+        #[arg(long, required_unless_present_any = ["network", "limits"], value_name = "SIZE", value_parser = parse_mib)]
         memory_target: Option<u64>,
         /// What it may reach; the lists are as a whole what they are from now on
         #[command(flatten)]
         network: NetworkArgs,
+        /// What it may take; 0 is no limit
+        #[command(flatten)]
+        limits: LimitArgs,
     },
     /// Stop sandboxes; their disks stay
     Stop {
@@ -228,6 +231,24 @@ impl NetworkArgs {
 
 /// What a new sandbox shall be like.
 #[derive(Debug, Default, Args)]
+#[group(id = "limits", multiple = true)]
+pub struct LimitArgs {
+    /// Time of processors, in hundredths of one
+    #[arg(long, value_name = "N")]
+    pub cpu_quota: Option<u64>,
+    /// Most requests a second to all disks together
+    #[arg(long, value_name = "N")]
+    pub disk_iops: Option<u64>,
+    /// Most megabytes (10^6) a second to and from all disks together
+    #[arg(long, value_name = "N")]
+    pub disk_mbps: Option<u64>,
+    /// Most megabytes (10^6) a second over the network, each way
+    #[arg(long, value_name = "N")]
+    pub net_mbps: Option<u64>,
+}
+
+/// What a new sandbox is to be.
+#[derive(Debug, Default, Args)]
 pub struct Shape {
     /// A name for the sandbox
     #[arg(long)]
@@ -238,6 +259,9 @@ pub struct Shape {
     /// Virtual CPUs
     #[arg(long, alias = "cpus", value_name = "N")]
     pub vcpus: Option<u64>,
+    /// Time of processors that it may take, in hundredths of one; without it what its own may take
+    #[arg(long, value_name = "N")]
+    pub cpu_quota: Option<u64>,
     /// Memory, such as 512M or 2G; a bare number is MiB
     #[arg(short, long, value_name = "SIZE", value_parser = parse_mib)]
     pub memory: Option<u64>,

@@ -101,8 +101,8 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Ps(args) => show::ps(&mut connect()?, args, cli.json),
         Verb::Inspect { ids } => show::inspect(&mut connect()?, "sandbox.inspect", ids),
         Verb::Top { ids } => show::top(&mut connect()?, ids, cli.json),
-        Verb::Update { id, memory_target, network } => {
-            show::update(&mut connect()?, id, *memory_target, network, cli.json)
+        Verb::Update { id, memory_target, network, limits } => {
+            show::update(&mut connect()?, id, *memory_target, network, limits, cli.json)
         }
         Verb::Stop { ids, time } => show::stop(&mut connect()?, ids, *time, cli.json),
         Verb::Rm { ids, force } => show::rm(&mut connect()?, ids, *force, cli.json),

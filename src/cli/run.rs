@@ -146,6 +146,7 @@ fn make(client: &mut Client, shape: &Shape, template: Option<&str>) -> Result<Fi
     }
     let numbers = [
         ("vcpus", shape.vcpus),
+        ("cpu_quota", shape.cpu_quota),
         ("memory_mib", shape.memory),
         ("disk_iops", shape.disk_iops),
         ("disk_mbps", shape.disk_mbps),

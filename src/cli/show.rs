@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::Failure;
-use super::args::{AuditArgs, NetworkArgs, PsArgs};
+use super::args::{AuditArgs, LimitArgs, NetworkArgs, PsArgs};
 use super::client::{CONNECTION_LOST, Call, Client};
 use super::output::{ago, human_bytes, human_seconds, json_object, print, print_error, print_json, printable, table};
 use crate::wire::{Code, Error, Fields, Request};
@@ -125,14 +125,25 @@ pub fn update(
     id: &str,
     memory_target_mib: Option<u64>,
     network: &NetworkArgs,
+    limits: &LimitArgs,
     json: bool,
 ) -> Result<u8, Failure> {
     let request = || Request::new("", "sandbox.update").arg(id);
     // The node takes a request for each.
     let memory = memory_target_mib.map(|mib| request().set("memory_target_mib", mib));
     let network = network.network.as_ref().map(|_| network.add_to(request()));
+    let limits = [
+        ("cpu_quota", limits.cpu_quota),
+        ("disk_iops", limits.disk_iops),
+        ("disk_mbps", limits.disk_mbps),
+        ("net_mbps", limits.net_mbps),
+    ];
+    let limits = limits.into_iter().filter_map(|(key, limit)| Some((key, limit?)));
+    let limits = limits.fold(None, |request: Option<Request>, (key, limit)| {
+        Some(request.unwrap_or_else(|| Request::new("", "sandbox.update").arg(id)).set(key, limit))
+    });
     let mut said = Fields::new();
-    for request in memory.into_iter().chain(network) {
+    for request in memory.into_iter().chain(network).chain(limits) {
         let reply = client.call(request)?.fields;
         let first = said.0.is_empty();
         said.0.extend(reply.0.into_iter().filter(|(key, _)| first || key != "id"));

@@ -7,7 +7,7 @@ use crate::init::StopMode;
 use crate::sandbox::id::check_name;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::network;
-use crate::sandbox::spec::{Defaults, MEMORY_MIB, MIN_MEMORY_TARGET_MIB, Spec, Update};
+use crate::sandbox::spec::{Defaults, MEMORY_MIB, MIN_MEMORY_TARGET_MIB, Quota, Spec, Update};
 use crate::storage::audit::AuditQuery;
 use crate::wire::{Arg, Args, Code, Error, Request};
 
@@ -203,7 +203,7 @@ verbs! {
         let sandbox = sandbox(&mut args)?;
         done(args, Command::SandboxStats(sandbox))
     };
-    "sandbox.update", "SANDBOX memory_target_mib=N | network=on|off [allow=CIDR,…]* [deny=CIDR,…]*", "change a running sandbox", sandbox_update;
+    "sandbox.update", "SANDBOX memory_target_mib=N | network=on|off [allow=CIDR,…]* [deny=CIDR,…]* | [cpu_quota=N] [disk_iops=N] [disk_mbps=N] [net_mbps=N]", "change a running sandbox", sandbox_update;
     "sandbox.logs", "SANDBOX [follow=true]", "the serial log, on channel log", sandbox_logs;
     "exec.start",
     "SANDBOX ARG+ [env=K=V]* [cwd=PATH] [user=USER] [stdin=true] [tty=true cols=N rows=N] [timeout_ms=N] [detach=true]",
@@ -310,12 +310,13 @@ fn sandbox_remove(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error
 fn sandbox_update(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
     let sandbox = sandbox(&mut args)?;
     let memory = args.number("memory_target_mib", MIN_MEMORY_TARGET_MIB..=*MEMORY_MIB.end())?;
-    let update = match (memory, network::take(&mut args)?) {
-        (Some(mib), None) => Update::Memory(mib),
-        (None, Some(policy)) => Update::Network(policy),
-        (None, None) => return Err(missing("memory_target_mib")),
-        (Some(_), Some(_)) => {
-            let error = Error::new(Code::BadArgument, "memory and network are changed by a request each");
+    let update = match (memory, network::take(&mut args)?, Quota::take(&mut args)?) {
+        (Some(mib), None, None) => Update::Memory(mib),
+        (None, Some(policy), None) => Update::Network(policy),
+        (None, None, Some(quota)) => Update::Quota(quota),
+        (None, None, None) => return Err(missing("memory_target_mib")),
+        _ => {
+            let error = Error::new(Code::BadArgument, "memory, network and limits are changed by a request each");
             return Err(error.with("argument", "network"));
         }
     };

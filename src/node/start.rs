@@ -223,6 +223,7 @@ impl Supervisor {
         let in_memory = [&overlay].into_iter().chain(&disks).filter(|disk| limits::is_in_memory(disk));
         let limits = Limits {
             vcpus: sandbox.spec.vcpus.into(),
+            cpu_quota: sandbox.spec.cpu_quota,
             memory_bytes: u64::from(sandbox.spec.memory_mib) * MIB,
             disks: 1 + disks.len() as u64,
             files_in_memory: in_memory.map(|disk| disk.metadata().map_or(0, |meta| meta.len())).sum(),

@@ -1,11 +1,16 @@
 //! What clients ask of a worker: how its sandbox is, and to change it while it runs.
 
+use std::fs::File;
+use std::io;
 use std::time::Duration;
 
+use super::instance::Sandbox;
 use super::requests::Job;
 use super::supervisor::{Supervisor, Timer};
 use crate::sandbox::id::SandboxId;
-use crate::sandbox::spec::{MIN_MEMORY_TARGET_MIB, Update};
+use crate::sandbox::lifecycle::State;
+use crate::sandbox::limits::Limits;
+use crate::sandbox::spec::{MIN_MEMORY_TARGET_MIB, Quota, Spec, Update, check_cpu_quota};
 use crate::sandbox::usage::Usage;
 use crate::wire::{Code, Error, Fields, Message, Request};
 
@@ -96,6 +101,8 @@ pub enum Purpose {
         /// Memory that the guest is asked to do with, in MiB.
         memory_target_mib: u64,
     },
+    /// The same for what the sandbox may take; the cgroup's limits follow the worker's.
+    Quota(Quota),
 }
 
 impl Supervisor {
@@ -112,6 +119,7 @@ impl Supervisor {
         let mib = match update {
             Update::Memory(mib) => mib,
             Update::Network(policy) => return self.ask_network(key, tag, &id, policy),
+            Update::Quota(quota) => return self.ask_quota(key, tag, &id, quota),
         };
         let Some(sandbox) = self.sandboxes.get(&id) else { return Ok(()) };
         let max = u64::from(sandbox.spec.memory_mib);
@@ -124,6 +132,30 @@ impl Supervisor {
         }
         let request = Request::new("", "vm.balloon").set("target_mib", mib);
         self.ask_worker(key, tag, &id, request, Purpose::Update { memory_target_mib: mib })
+    }
+
+    /// Changes what a running sandbox may take: of disks and network first in the worker, then in the cgroup.
+    fn ask_quota(&mut self, key: u64, tag: &str, id: &SandboxId, quota: Quota) -> Result<(), Error> {
+        let Some(sandbox) = self.sandboxes.get(id) else { return Ok(()) };
+        if sandbox.state != State::Running {
+            let error = Error::new(Code::BadState, format!("sandbox {id} is {}, not running", sandbox.state));
+            return Err(error.with("state", sandbox.state));
+        }
+        check_cpu_quota(quota.cpu, sandbox.spec.vcpus)?;
+        if quota.net_mbps.is_some() && sandbox.slot.is_none() {
+            let message = format!("sandbox {id} was created without a network: it has no network device");
+            return Err(Error::new(Code::BadState, message).with("state", sandbox.state));
+        }
+        let bytes = |mbps: Option<u64>| mbps.map(|mbps| mbps * 1_000_000);
+        let limits = [
+            ("disk_iops", quota.disk_iops),
+            ("disk_bytes_per_s", bytes(quota.disk_mbps)),
+            ("net_rx_bytes_per_s", bytes(quota.net_mbps)),
+            ("net_tx_bytes_per_s", bytes(quota.net_mbps)),
+        ];
+        let limits = limits.into_iter().filter_map(|(key, limit)| Some((key, limit?)));
+        let request = limits.fold(Request::new("", "vm.limits"), |request, (key, limit)| request.set(key, limit));
+        self.ask_worker(key, tag, id, request, Purpose::Quota(quota))
     }
 
     fn ask_worker(
@@ -184,6 +216,21 @@ impl Supervisor {
             (Message::Ok { .. }, Purpose::Update { memory_target_mib }) => {
                 Message::ok(&tag, Fields::new().with("id", id).with("memory_target_mib", memory_target_mib))
             }
+            (Message::Ok { .. }, Purpose::Quota(quota)) => {
+                let spec = sandbox.spec.with(&quota);
+                match limit_group(&spec, sandbox) {
+                    Ok(()) => {
+                        sandbox.spec = spec;
+                        let fields = sandbox.spec.limits(Fields::new().with("id", id));
+                        self.record(id);
+                        Message::ok(&tag, fields)
+                    }
+                    Err(e) => {
+                        let message = format!("the control group of sandbox {id} cannot be limited: {e}");
+                        Message::err(&tag, Error::new(Code::Internal, message))
+                    }
+                }
+            }
             (Message::Err { error, .. }, _) => Message::err(&tag, error.clone()),
             _ => return,
         };
@@ -198,6 +245,18 @@ impl Supervisor {
         let error = Error::new(Code::LinkLost, format!("the worker of sandbox {id} did not answer within {seconds} s"));
         self.finish(inquiry.client, &Message::err(&inquiry.tag, error));
     }
+}
+
+/// Puts the limits of processors and disks on a sandbox's cgroup.
+fn limit_group(spec: &Spec, sandbox: &Sandbox) -> io::Result<()> {
+    let limits = Limits {
+        vcpus: spec.vcpus.into(),
+        cpu_quota: spec.cpu_quota,
+        disk_iops: spec.disk_iops,
+        disk_bytes_per_s: spec.disk_mbps.map(|mbps| mbps * 1_000_000),
+        ..Limits::default()
+    };
+    limits.change(sandbox.home.cgroup(), &File::open(sandbox.home.overlay())?)
 }
 
 /// The worker's answer as clients see it. It comes from a process that runs hostile code: only numbers are taken, and

@@ -22,6 +22,8 @@ const PERIOD_US: u64 = 100_000;
 pub struct Limits {
     /// Its processors.
     pub vcpus: u64,
+    /// Time of processors that it may take, in hundredths of one; what its own may take and one more when not said.
+    pub cpu_quota: Option<u64>,
     /// Its guest's memory, in octets.
     pub memory_bytes: u64,
     /// All of its disks, the root disk among them.
@@ -38,43 +40,54 @@ impl Limits {
     /// File and content, in the order in which they are written.
     fn settings(&self) -> [(&'static str, String); 4] {
         let memory = self.memory_bytes + self.memory_bytes / TABLES + OVERHEAD_BYTES + self.files_in_memory;
-        // One more than the guest has processors: its disks and devices are served beside it.
-        let cpu = (self.vcpus + 1) * PERIOD_US;
         [
             ("memory.max", memory.to_string()),
             ("memory.oom.group", "1".to_string()),
             ("pids.max", (self.vcpus + self.disks + OTHER_THREADS).to_string()),
-            ("cpu.max", format!("{cpu} {PERIOD_US}")),
+            ("cpu.max", self.cpu()),
         ]
+    }
+
+    /// The content of `cpu.max`.
+    fn cpu(&self) -> String {
+        // One more than the guest has processors: its disks and devices are served beside it.
+        let hundredths = self.cpu_quota.unwrap_or((self.vcpus + 1) * 100);
+        format!("{} {PERIOD_US}", hundredths * (PERIOD_US / 100))
     }
 
     /// Puts them on an empty group, whose sandbox has `file` on its disk. A limit that this host cannot keep is an error
     /// that names its file.
     pub fn apply(&self, cgroup: &Path, file: &File) -> io::Result<()> {
-        let set = |name: &str, value: &str| {
-            fs::write(cgroup.join(name), value).map_err(|e| io::Error::new(e.kind(), format!("{name}={value}: {e}")))
-        };
         for (name, value) in self.settings() {
-            set(name, &value)?;
+            set(cgroup, name, &value)?;
         }
-        if let Some((limit, device)) = self.io_limit().zip(device_under(file)) {
-            set("io.max", &format!("{device} {limit}"))?;
+        if self.disk_iops.is_some() || self.disk_bytes_per_s.is_some() { self.limit_io(cgroup, file) } else { Ok(()) }
+    }
+
+    /// Puts those of processors and disks on a group that is in use.
+    pub fn change(&self, cgroup: &Path, file: &File) -> io::Result<()> {
+        set(cgroup, "cpu.max", &self.cpu())?;
+        self.limit_io(cgroup, file)
+    }
+
+    fn limit_io(&self, cgroup: &Path, file: &File) -> io::Result<()> {
+        match device_under(file) {
+            Some(device) => set(cgroup, "io.max", &format!("{device} {}", self.io_limit())),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// What the group's processes may do to the device under its files. The worker keeps its limits itself, to the
     /// request; this one is for a worker that does not, and leaves room for the overlay's own maps.
-    fn io_limit(&self) -> Option<String> {
-        let words = [
-            (["riops", "wiops"], self.disk_iops.map(|iops| iops.saturating_mul(2))),
-            (["rbps", "wbps"], self.disk_bytes_per_s.map(|bytes| bytes.saturating_mul(2))),
-        ];
-        let words =
-            words.into_iter().filter_map(|(keys, limit)| limit.map(|limit| keys.map(|key| format!("{key}={limit}"))));
-        let words: Vec<String> = words.flatten().collect();
-        (!words.is_empty()).then(|| words.join(" "))
+    fn io_limit(&self) -> String {
+        let word = |limit: Option<u64>| limit.map_or("max".to_string(), |limit| limit.saturating_mul(2).to_string());
+        let (iops, bytes) = (word(self.disk_iops), word(self.disk_bytes_per_s));
+        format!("riops={iops} wiops={iops} rbps={bytes} wbps={bytes}")
     }
+}
+
+fn set(cgroup: &Path, name: &str, value: &str) -> io::Result<()> {
+    fs::write(cgroup.join(name), value).map_err(|e| io::Error::new(e.kind(), format!("{name}={value}: {e}")))
 }
 
 /// How often the kernel killed in the group because it was at its memory's limit.
@@ -116,11 +129,11 @@ mod tests {
         assert_eq!(pids, ("pids.max", "7".to_string()));
         assert_eq!(cpu, ("cpu.max", "300000 100000".to_string()));
         let in_memory = Limits { files_in_memory: 1 << 30, ..limits };
-        assert_eq!(limits.io_limit(), None);
+        assert_eq!(Limits { cpu_quota: Some(50), ..limits }.settings()[3].1, "50000 100000");
         let slow = Limits { disk_iops: Some(100), ..limits };
-        assert_eq!(slow.io_limit().as_deref(), Some("riops=200 wiops=200"));
+        assert_eq!(slow.io_limit(), "riops=200 wiops=200 rbps=max wbps=max");
         let slow = Limits { disk_bytes_per_s: Some(1000), ..slow };
-        assert_eq!(slow.io_limit().as_deref(), Some("riops=200 wiops=200 rbps=2000 wbps=2000"));
+        assert_eq!(slow.io_limit(), "riops=200 wiops=200 rbps=2000 wbps=2000");
         assert_eq!(in_memory.settings()[0].1, ((1024 + 512 + 8 + 64) << 20).to_string());
     }
 }

@@ -9,6 +9,8 @@ use crate::network::policy::Policy;
 
 /// Fewest and most virtual CPUs.
 pub const VCPUS: std::ops::RangeInclusive<u64> = 1..=16;
+/// Time of processors, in hundredths of one; no more than the sandbox has.
+pub const CPU_QUOTA: std::ops::RangeInclusive<u64> = 1..=1600;
 /// Least and most memory, in MiB.
 pub const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=32 * 1024;
 /// Least memory that a running sandbox can be asked to do with, in MiB.
@@ -33,6 +35,8 @@ pub struct Spec {
     pub name: Option<String>,
     /// 1 to 16.
     pub vcpus: u8,
+    /// Time of processors that it may take, in hundredths of one; that of its own when not said.
+    pub cpu_quota: Option<u64>,
     /// 64 to 32768.
     pub memory_mib: u32,
     /// Size of the root disk; the template's size and the node's default on top when not said.
@@ -60,6 +64,35 @@ pub enum Update {
     Memory(u64),
     /// What it may reach over the network.
     Network(Policy),
+    /// How much it may take.
+    Quota(Quota),
+}
+
+/// A change of what a running sandbox may take: what is not named stays, and 0 is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Quota {
+    /// As `Spec::cpu_quota`.
+    pub cpu: Option<u64>,
+    /// As `Spec::disk_iops`.
+    pub disk_iops: Option<u64>,
+    /// As `Spec::disk_mbps`.
+    pub disk_mbps: Option<u64>,
+    /// As `Spec::net_mbps`.
+    pub net_mbps: Option<u64>,
+}
+
+impl Quota {
+    /// Takes a change from a request's arguments; `None` where they name none.
+    pub fn take(args: &mut Args) -> Result<Option<Self>, Error> {
+        let mut number = |key, limits: std::ops::RangeInclusive<u64>| args.number(key, 0..=*limits.end());
+        let quota = Self {
+            cpu: number("cpu_quota", CPU_QUOTA)?,
+            disk_iops: number("disk_iops", DISK_IOPS)?,
+            disk_mbps: number("disk_mbps", DISK_MBPS)?,
+            net_mbps: number("net_mbps", NET_MBPS)?,
+        };
+        Ok((quota != Self::default()).then_some(quota))
+    }
 }
 
 /// What the node gives when a request does not say.
@@ -84,6 +117,8 @@ impl Spec {
         let memory_mib = args
             .number("memory_mib", MEMORY_MIB)?
             .map_or(defaults.memory_mib, |n| u32::try_from(n).unwrap_or(u32::MAX));
+        let cpu_quota = args.number("cpu_quota", CPU_QUOTA)?;
+        check_cpu_quota(cpu_quota, vcpus)?;
         let disk_mib = args.number("disk_mib", 1..=MAX_DISK_MIB)?;
         let disk_iops = args.number("disk_iops", DISK_IOPS)?;
         let disk_mbps = args.number("disk_mbps", DISK_MBPS)?;
@@ -116,6 +151,7 @@ impl Spec {
             template,
             name,
             vcpus,
+            cpu_quota,
             memory_mib,
             disk_mib,
             disks,
@@ -128,6 +164,33 @@ impl Spec {
         })
     }
 
+    /// The spec after a change.
+    pub fn with(&self, quota: &Quota) -> Self {
+        let changed = |before: Option<u64>, change: Option<u64>| match change {
+            Some(limit) => (limit > 0).then_some(limit),
+            None => before,
+        };
+        Self {
+            cpu_quota: changed(self.cpu_quota, quota.cpu),
+            disk_iops: changed(self.disk_iops, quota.disk_iops),
+            disk_mbps: changed(self.disk_mbps, quota.disk_mbps),
+            net_mbps: changed(self.net_mbps, quota.net_mbps),
+            ..self.clone()
+        }
+    }
+
+    /// What it may take, as fields of a reply.
+    pub fn limits(&self, fields: Fields) -> Fields {
+        let limits = [
+            ("cpu_quota", self.cpu_quota),
+            ("disk_iops", self.disk_iops),
+            ("disk_mbps", self.disk_mbps),
+            ("net_mbps", self.net_mbps),
+        ];
+        let limits = limits.into_iter().filter_map(|(key, limit)| Some((key, limit?)));
+        limits.fold(fields, |fields, (key, limit)| fields.with(key, limit))
+    }
+
     /// The spec as fields of a reply.
     pub fn fields(&self, fields: Fields) -> Fields {
         let fields = fields
@@ -137,11 +200,22 @@ impl Spec {
             .with("disk_mib", self.disk_mib.unwrap_or(0));
         let fields = self.disks.iter().fold(fields, |fields, disk| fields.with("disk", disk));
         let fields = network::fields(self.network.as_ref(), fields);
-        let limits = [("disk_iops", self.disk_iops), ("disk_mbps", self.disk_mbps), ("net_mbps", self.net_mbps)];
-        let limits = limits.into_iter().filter_map(|(key, limit)| Some((key, limit?)));
-        let fields = limits.fold(fields, |fields, (key, limit)| fields.with(key, limit));
+        let fields = self.limits(fields);
         let fields = self.env.iter().fold(fields, |fields, entry| fields.with("env", entry));
         self.labels.iter().fold(fields, |fields, (key, value)| fields.with("label", format!("{key}={value}")))
+    }
+}
+
+/// More time than its processors have would be no limit.
+pub fn check_cpu_quota(quota: Option<u64>, vcpus: u8) -> Result<(), Error> {
+    let max = u64::from(vcpus) * 100;
+    match quota {
+        Some(quota) if quota > max => {
+            let message = format!("cpu_quota={quota} is out of range: {} to {max} (its processors)", CPU_QUOTA.start());
+            let error = Error::new(Code::OutOfRange, message).with("argument", "cpu_quota");
+            Err(error.with("min", CPU_QUOTA.start()).with("max", max))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -189,6 +263,17 @@ mod tests {
             assert_eq!((error.fields.get("min"), error.fields.get("max")), (Some(min), Some(max)));
             assert!(error.message.contains(value), "{error}");
         }
+    }
+
+    #[test]
+    fn a_change_of_limits_changes_what_it_names() {
+        let spec = take(Request::new("1", "sandbox.create").set("disk_iops", 5).set("cpu_quota", 100)).unwrap();
+        assert!(take(Request::new("1", "sandbox.create").set("cpu_quota", 101)).unwrap_err().is(Code::OutOfRange));
+        let request = Request::new("1", "sandbox.update").set("disk_iops", 0).set("disk_mbps", 7);
+        let quota = Quota::take(&mut Args::of(request)).unwrap().unwrap();
+        let changed = spec.with(&quota);
+        assert_eq!((changed.cpu_quota, changed.disk_iops, changed.disk_mbps), (Some(100), None, Some(7)));
+        assert_eq!(Quota::take(&mut Args::of(Request::new("1", "sandbox.update"))).unwrap(), None);
     }
 
     #[test]

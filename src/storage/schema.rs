@@ -78,6 +78,9 @@ const MIGRATIONS: &[&str] = &[
 ",
     audit::MIGRATION,
     "
+    ALTER TABLE sandboxes ADD COLUMN cpu_quota INTEGER;                     -- hundredths of a processor
+",
+    "
     CREATE TABLE allocations (              -- what sandboxes hold; a row may outlive its sandbox's
         sandbox_id TEXT PRIMARY KEY,
         held       TEXT NOT NULL            -- words, as the ledger writes them
@@ -107,6 +110,8 @@ pub struct SandboxRow {
     pub reason: String,
     /// Virtual CPUs.
     pub vcpus: u32,
+    /// Time of processors, in hundredths of one.
+    pub cpu_quota: Option<u64>,
     /// Memory in MiB.
     pub memory_mib: u64,
     /// Disk in MiB.
@@ -272,7 +277,7 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
         connection,
         "SELECT id, name, template, template_sha256, state, reason, vcpus, memory_mib, disk_mib, env, labels,
                 created_ms, started_ms, ended_ms, pid, disks, disk_iops, disk_mbps, network, net_allow, net_deny,
-                net_mbps, net_address, owner FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
+                net_mbps, net_address, owner, cpu_quota FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
         |row| {
             Ok(SandboxRow {
                 id: row.get(0)?,
@@ -299,6 +304,7 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
                 net_mbps: maybe_unsigned(row, 21)?,
                 net_address: row.get(22)?,
                 owner: row.get(23)?,
+                cpu_quota: maybe_unsigned(row, 24)?,
             })
         },
     )
@@ -359,9 +365,9 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 "INSERT INTO sandboxes (id, name, template, template_sha256, state, reason, vcpus, memory_mib,
                                         disk_mib, env, labels, created_ms, started_ms, ended_ms, pid, disks,
                                         disk_iops, disk_mbps, network, net_allow, net_deny, net_mbps, net_address,
-                                        owner)
+                                        owner, cpu_quota)
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20,
-                         ?21, ?22, ?23, ?24)
+                         ?21, ?22, ?23, ?24, ?25)
                  ON CONFLICT (id) DO UPDATE SET
                      name = excluded.name, template = excluded.template, template_sha256 = excluded.template_sha256,
                      state = excluded.state, reason = excluded.reason, vcpus = excluded.vcpus,
@@ -370,7 +376,8 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                      ended_ms = excluded.ended_ms, pid = excluded.pid, disks = excluded.disks,
                      disk_iops = excluded.disk_iops, disk_mbps = excluded.disk_mbps, network = excluded.network,
                      net_allow = excluded.net_allow, net_deny = excluded.net_deny, net_mbps = excluded.net_mbps,
-                     net_address = excluded.net_address, owner = excluded.owner",
+                     net_address = excluded.net_address, owner = excluded.owner,
+                     cpu_quota = excluded.cpu_quota",
             )?
             .execute(params![
                 row.id,
@@ -397,6 +404,7 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 row.net_mbps.map(signed),
                 row.net_address,
                 row.owner,
+                row.cpu_quota.map(signed),
             ])?,
         Change::RemoveSandbox { id } => connection.prepare("DELETE FROM sandboxes WHERE id = ?1")?.execute([id])?,
         Change::PutTemplate(row) => connection

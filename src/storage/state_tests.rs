@@ -44,6 +44,7 @@ fn sandbox(id: &str) -> SandboxRow {
         state: "running".to_string(),
         reason: "quotes \" ' and \n lines".to_string(),
         vcpus: 2,
+        cpu_quota: Some(150),
         memory_mib: 512,
         disks: vec!["data:new:64".to_string()],
         disk_iops: Some(100),

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 
 use super::devices::block::ID_LEN;
 use super::devices::net::{MAX_MTU, MIN_MTU, NetConfig};
-use super::devices::rate::{Limits, Rate};
+use super::devices::rate::{Limits, LimitsChange, Rate};
 use super::devices::{ExtraDisk, MAX_EXTRA_DISKS, ROOT};
 use super::memory::PAGE;
 use crate::wire::{Args, Code, Error, Request};
@@ -96,6 +96,22 @@ impl StartConfig {
         args.finish()?;
         Ok(config)
     }
+}
+
+/// The arguments of `vm.limits`: what is to change of the disks, and each way of the network (to the guest first). With 0 there is no
+/// limit any more.
+pub fn parse_limits(request: Request) -> Result<(LimitsChange, Option<[LimitsChange; 2]>), Error> {
+    let mut args = Args::of(request);
+    let mut rate = |key| {
+        let rate = args.number(key, 0..=u64::MAX)?;
+        Ok::<_, Error>(rate.map(|rate| (rate > 0).then(|| Rate::per_second(rate))))
+    };
+    let disks = LimitsChange { operations: rate("disk_iops")?, bytes: rate("disk_bytes_per_s")? };
+    let rx = LimitsChange { operations: rate("net_rx_packets_per_s")?, bytes: rate("net_rx_bytes_per_s")? };
+    let tx = LimitsChange { operations: rate("net_tx_packets_per_s")?, bytes: rate("net_tx_bytes_per_s")? };
+    args.finish()?;
+    let net = [rx, tx];
+    Ok((disks, (net != [LimitsChange::default(); 2]).then_some(net)))
 }
 
 fn needed<T>(key: &str, value: Option<T>) -> Result<T, Error> {
@@ -244,6 +260,17 @@ mod tests {
         assert_eq!((limits.operations.unwrap().per_second, limits.bytes.unwrap().per_second), (100, 1_000_000));
         assert_eq!(StartConfig::parse(request(), descriptors(6)).unwrap().disk_limits, Limits::default());
         assert_eq!(code(request().set("disk_iops", 0)), "OUT_OF_RANGE");
+    }
+
+    #[test]
+    fn a_change_of_limits_names_what_changes() {
+        let change = Request::new("1", "vm.limits").set("disk_iops", 0).set("net_tx_bytes_per_s", 5000);
+        let (disks, net) = parse_limits(change).unwrap();
+        assert_eq!(disks, LimitsChange { operations: Some(None), bytes: None });
+        let [rx, tx] = net.unwrap();
+        assert_eq!((rx, tx.bytes), (LimitsChange::default(), Some(Some(Rate::per_second(5000)))));
+        assert_eq!(parse_limits(Request::new("1", "vm.limits")).unwrap(), (LimitsChange::default(), None));
+        assert!(parse_limits(Request::new("1", "vm.limits").set("vcpus", 1)).is_err());
     }
 
     #[test]

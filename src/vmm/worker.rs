@@ -16,7 +16,7 @@ use mio::event::Event;
 use mio::net::UnixListener;
 use mio::{Events, Interest, Poll, Token, Waker};
 
-use super::config::{MAX_MEMORY_MIB, MIN_TARGET_MIB, StartConfig};
+use super::config::{MAX_MEMORY_MIB, MIN_TARGET_MIB, StartConfig, parse_limits};
 use super::jail;
 use super::last_words::{End, LastWords, Reason, say};
 use super::link::{Connection, RawStream};
@@ -267,6 +267,14 @@ impl Worker {
                 let target = target.ok_or_else(|| missing("target_mib"))?;
                 let machine = self.machine.as_ref().ok_or_else(not_running)?;
                 machine.set_memory_target(target)?;
+                Ok(Outcome::Done(Fields::new()))
+            }
+            "vm.limits" => {
+                let (disks, net) = parse_limits(request)?;
+                let machine = self.machine.as_ref().ok_or_else(not_running)?;
+                if !machine.devices().change_limits(disks, net) {
+                    return Err(Error::new(Code::BadState, "the guest has no network device"));
+                }
                 Ok(Outcome::Done(Fields::new()))
             }
             "serial.input" => {

@@ -73,6 +73,11 @@ impl Disk {
         &self.counters
     }
 
+    /// Has the thread look at its queue: what it waits for may have changed.
+    pub fn kick(&self) {
+        self.window.kick(0);
+    }
+
     /// Lets the thread flush and end, when it is through with the request under way. Does not wait.
     pub fn stop(&self) {
         // Fails only when the counter is full: then it is readable anyway.

@@ -39,6 +39,15 @@ pub struct Limits {
     pub operations: Option<Rate>,
 }
 
+/// A change of limits: what is not named stays, and what is named without a rate is limited no more.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LimitsChange {
+    /// Of octets.
+    pub bytes: Option<Option<Rate>>,
+    /// Of packets or requests.
+    pub operations: Option<Option<Rate>>,
+}
+
 #[derive(Debug, Clone)]
 struct Bucket {
     /// Tokens for each second, which is also level for each nanosecond.
@@ -95,6 +104,17 @@ impl Limiter {
     pub fn new(limits: Limits, now: Instant) -> Self {
         let bucket = |rate: Option<Rate>| rate.map(|rate| Bucket::new(rate, now));
         Self { bytes: bucket(limits.bytes), operations: bucket(limits.operations) }
+    }
+
+    /// Changes limits; buckets that are changed begin full. Who waits is to ask again.
+    pub fn change(&mut self, change: LimitsChange, now: Instant) {
+        let bucket = |rate: Option<Rate>| rate.map(|rate| Bucket::new(rate, now));
+        if let Some(bytes) = change.bytes {
+            self.bytes = bucket(bytes);
+        }
+        if let Some(operations) = change.operations {
+            self.operations = bucket(operations);
+        }
     }
 
     /// Whether there is any limit. Who asks first saves reading the clock.

@@ -20,7 +20,7 @@ use super::device::Progress;
 use super::disk::Disk;
 use super::mmio::{MmioTransport, WINDOW, Window};
 use super::net::{self, Net, NetConfig, NetCounters, Tap};
-use super::rate::{Limiter, Limits};
+use super::rate::{Limiter, Limits, LimitsChange};
 use super::rng::Rng;
 use super::serial::Serial;
 use super::timer::Timer;
@@ -194,6 +194,8 @@ pub struct DeviceSet {
     windows: Vec<Arc<dyn Window>>,
     /// The root disk first.
     disks: Vec<Disk>,
+    /// Of all disks together.
+    disk_limiter: Arc<Mutex<Limiter>>,
     vsock: Arc<MmioTransport<Vsock>>,
     rng: Arc<MmioTransport<Rng>>,
     balloon: Arc<MmioTransport<Balloon>>,
@@ -278,6 +280,7 @@ impl DeviceSet {
             memory: memory.clone(),
             windows,
             disks,
+            disk_limiter: limiter,
             vsock,
             rng,
             balloon,
@@ -485,6 +488,17 @@ impl DeviceSet {
     pub fn set_memory_target(&self, bytes: u64) {
         let ram = self.memory.size();
         self.balloon.change(|balloon| balloon.set_target(ram.saturating_sub(bytes)));
+    }
+
+    /// Changes limits. `false` where there is no network to limit.
+    pub fn change_limits(&self, disks: LimitsChange, net: Option<[LimitsChange; 2]>) -> bool {
+        if let Some([rx, tx]) = net {
+            let Some(device) = &self.net else { return false };
+            device.with_device(|device| device.change_limits(rx, tx));
+        }
+        self.disk_limiter.lock().unwrap_or_else(PoisonError::into_inner).change(disks, Instant::now());
+        self.disks.iter().for_each(Disk::kick);
+        true
     }
 
     /// Asks the guest for new statistics of its memory; gives whether some may come. They are there when `stats` has

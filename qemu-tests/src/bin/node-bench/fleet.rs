@@ -6,13 +6,14 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use qemu_tests::bench::median;
 use qemu_tests::connection::Connection;
-use warren::wire::Request;
+use warren::wire::{Message, Request};
 
 use super::{CONTROL, ask, exec, exec_time, milliseconds, print};
 
 /// Sandboxes one after the other.
-const CYCLES: u32 = 20;
+const CYCLES: u32 = 10;
 /// What follows an answer (a pool that is filled again, what is taken down) is over by then.
 const AFTERWARDS: Duration = Duration::from_millis(500);
 /// Sandboxes at once.
@@ -30,10 +31,9 @@ fn idle() -> io::Result<f64> {
 /// has one processor.
 pub fn cycle() -> io::Result<()> {
     let mut control = Connection::open(Path::new(CONTROL))?;
+    let mut started = Vec::new();
     let mut round = || -> io::Result<()> {
-        let create = Request::new("c", "sandbox.create").set("memory_mib", super::MEMORY_MIB).set("disk_mib", 512);
-        let (_, fields) = ask(&mut control, create)?;
-        let id = fields.get("id").unwrap_or_default().to_string();
+        let id = create(&mut control, &mut started)?;
         exec_time(&mut control, exec(Some(&id), &["true"]))?;
         ask(&mut control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
         Ok(())
@@ -43,13 +43,38 @@ pub fn cycle() -> io::Result<()> {
     let (begin, before) = (Instant::now(), idle()?);
     for _ in 0..CYCLES {
         round()?;
+        still_there();
     }
     std::thread::sleep(AFTERWARDS);
     let busy = begin.elapsed().as_secs_f64() - (idle()? - before);
     let condition =
         format!("one processor, all that it did; base, 1 vCPU, {} MiB; mean of {CYCLES}", super::MEMORY_MIB);
     print("create_exec_remove_cpu_ms", busy * 1e3 / f64::from(CYCLES), "ms", &condition);
+    let condition = format!("create sent to its worker having all that it needs; median of {}", started.len());
+    print("create_to_start_ms", median(&mut started), "ms", &condition);
     Ok(())
+}
+
+/// Creates a sandbox; adds how long it took until its worker was told to start.
+fn create(control: &mut Connection, started: &mut Vec<f64>) -> io::Result<String> {
+    let create = Request::new("c", "sandbox.create").set("memory_mib", super::MEMORY_MIB).set("disk_mib", 512);
+    let begin = Instant::now();
+    control.send(&Message::Request(create.set("progress", true)))?;
+    loop {
+        match control.receive()? {
+            Message::Item { fields, .. } if fields.get("state") == Some("starting") => {
+                started.push(milliseconds(begin.elapsed()));
+            }
+            Message::Ok { fields, .. } => return Ok(fields.get("id").unwrap_or_default().to_string()),
+            Message::Err { error, .. } => return Err(io::Error::other(format!("create failed: {error}"))),
+            _ => {}
+        }
+    }
+}
+
+/// A line that is no row: who waits for the rows sees that it goes on.
+fn still_there() {
+    println!("#");
 }
 
 /// The process id of the supervisor.
@@ -93,6 +118,7 @@ pub fn many() -> io::Result<()> {
         let (_, fields) = ask(&mut control, create)?;
         let id = fields.get("id").unwrap_or_default().to_string();
         exec_time(&mut control, exec(Some(&id), &["true"]))?;
+        still_there();
     }
     std::thread::sleep(AFTERWARDS);
     let pid = supervisor()?;

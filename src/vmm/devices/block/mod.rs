@@ -71,8 +71,7 @@ impl Block {
 
     /// The same disk with limits, which it may share with others.
     pub fn limited(mut self, limiter: &Arc<Mutex<Limiter>>) -> Self {
-        let is_limited = limiter.lock().unwrap_or_else(PoisonError::into_inner).is_limited();
-        self.limiter = is_limited.then(|| limiter.clone());
+        self.limiter = Some(limiter.clone());
         self
     }
 
@@ -95,8 +94,12 @@ impl Block {
     fn must_wait(&mut self) -> bool {
         self.wake = None;
         let Some(limiter) = &self.limiter else { return false };
+        let mut limiter = limiter.lock().unwrap_or_else(PoisonError::into_inner);
+        if !limiter.is_limited() {
+            return false;
+        }
         let now = Instant::now();
-        if let Some(wait) = limiter.lock().unwrap_or_else(PoisonError::into_inner).wait(now) {
+        if let Some(wait) = limiter.wait(now) {
             self.wake = Some(now + wait);
             add(&self.counters.throttled, 1);
         }

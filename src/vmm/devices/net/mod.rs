@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use super::device::{Context, Device, Progress};
 use super::queue::{Chain, MAX_SIZE, QueueError};
-use super::rate::{Limiter, Limits};
+use super::rate::{Limiter, Limits, LimitsChange};
 use super::timer::Timer;
 use crate::wire::Fields;
 use features::HEADER;
@@ -183,6 +183,14 @@ impl Net {
     /// The device's counters.
     pub fn counters(&self) -> Arc<NetCounters> {
         Arc::clone(&self.counters)
+    }
+
+    /// Changes the limits of frames to the guest and from it. A direction that waits goes on with the next event.
+    pub fn change_limits(&mut self, rx: LimitsChange, tx: LimitsChange) {
+        let now = Instant::now();
+        self.rx_limiter.change(rx, now);
+        self.tx_limiter.change(tx, now);
+        self.timer.arm(now, now);
     }
 
     /// Readable when frames have come: then `receive`.
