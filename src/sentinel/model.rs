@@ -4,10 +4,14 @@
 //! allocation with the same [`SeriesId`]. Ids are never used twice in a process, so whoever remembers one (a scrape's
 //! cache, the set of series for staleness markers) can never mistake one series for another.
 
-use std::collections::{BTreeMap, HashMap};
+use std::borrow::Borrow;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::send::protobuf::{header, octets, octets_len};
 
 /// Longest name of a series or a label, in octets.
 pub const MAX_NAME: usize = 1024;
@@ -136,21 +140,31 @@ pub fn sanitized_name(raw: &str) -> String {
     if name.is_empty() { "_".to_string() } else { name }
 }
 
+/// The label that remote write has the name of a series in.
+const NAME: &str = "__name__";
+
 /// What identifies a series before it is interned: name, kind, and labels sorted by name without repeats. A label
 /// with an empty value is no label (as in Prometheus).
+///
+/// There may be very many of them, so that all stands in one piece; and that piece is what remote write sends.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Identity {
-    name: Box<str>,
+    /// For each label, the name among them, in order: `1: Label { 1: name, 2: value }` of Protocol Buffers.
+    text: Box<[u8]>,
+    /// Where the name stands in it.
+    name_at: u32,
+    name_len: u16,
+    /// Without the name.
+    labels: u8,
     kind: Kind,
-    labels: Box<[(Box<str>, Box<str>)]>,
 }
 
 impl Identity {
     /// Checks and sorts.
     pub fn new<N, V>(name: &str, kind: Kind, labels: impl IntoIterator<Item = (N, V)>) -> Result<Self, ModelError>
     where
-        N: Into<Box<str>>,
-        V: Into<Box<str>>,
+        N: AsRef<str>,
+        V: AsRef<str>,
     {
         if name.is_empty() {
             return Err(ModelError::NoName);
@@ -158,11 +172,12 @@ impl Identity {
         if !is_series_name(name) {
             return Err(ModelError::BadName(shown(name)));
         }
-        let mut sorted: Vec<(Box<str>, Box<str>)> = Vec::new();
-        for (label, value) in labels {
-            let (label, value) = (label.into(), value.into());
-            if !is_label_name(&label) {
-                return Err(ModelError::BadName(shown(&label)));
+        let given: Vec<(N, V)> = labels.into_iter().collect();
+        let mut sorted: Vec<(&str, &str)> = vec![(NAME, name)];
+        for (label, value) in &given {
+            let (label, value) = (label.as_ref(), value.as_ref());
+            if !is_label_name(label) {
+                return Err(ModelError::BadName(shown(label)));
             }
             if value.len() > MAX_VALUE {
                 return Err(ModelError::LongValue(label.into()));
@@ -171,23 +186,34 @@ impl Identity {
                 sorted.push((label, value));
             }
         }
-        if sorted.len() > MAX_LABELS {
-            return Err(ModelError::ManyLabels(sorted.len()));
+        let count = sorted.len() - 1;
+        if count > MAX_LABELS {
+            return Err(ModelError::ManyLabels(count));
         }
-        sorted.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        sorted.sort_unstable_by_key(|(label, _)| *label);
         if let Some(pair) = sorted.windows(2).find(|pair| pair[0].0 == pair[1].0) {
             return Err(ModelError::DoubleLabel(pair[0].0.to_string()));
         }
-        let identity = Self { name: name.into(), kind, labels: sorted.into() };
-        match identity.size() {
-            size if size > MAX_SERIES_SIZE => Err(ModelError::Large(size)),
-            _ => Ok(identity),
+        let size = sorted.iter().map(|(label, value)| label_len(label, value)).sum();
+        if size > MAX_SERIES_SIZE {
+            return Err(ModelError::Large(size));
         }
+        let (mut text, mut name_at) = (Vec::with_capacity(size), 0);
+        for (label, value) in sorted {
+            header(&mut text, 1, octets_len(label.len()) + octets_len(value.len()));
+            octets(&mut text, 1, label.as_bytes());
+            octets(&mut text, 2, value.as_bytes());
+            if label == NAME {
+                name_at = (text.len() - value.len()) as u32;
+            }
+        }
+        Ok(Self { text: text.into(), name_at, name_len: name.len() as u16, labels: count as u8, kind })
     }
 
     /// The series' name.
     pub fn name(&self) -> &str {
-        &self.name
+        let at = self.name_at as usize;
+        std::str::from_utf8(&self.text[at..at + usize::from(self.name_len)]).unwrap_or_default()
     }
 
     /// What its values mean.
@@ -196,30 +222,85 @@ impl Identity {
     }
 
     /// Labels, sorted by name, none empty.
-    pub fn labels(&self) -> impl ExactSizeIterator<Item = (&str, &str)> {
-        self.labels.iter().map(|(name, value)| (&**name, &**value))
+    pub fn labels(&self) -> Labels<'_> {
+        Labels { rest: &self.text, left: usize::from(self.labels) }
     }
 
     /// The value of one label.
     pub fn label(&self, name: &str) -> Option<&str> {
-        let at = self.labels.binary_search_by(|(label, _)| (**label).cmp(name)).ok()?;
-        Some(&self.labels[at].1)
+        self.labels().find(|(label, _)| *label == name).map(|(_, value)| value)
+    }
+
+    /// All labels and the name, in order, as fields of a remote write `TimeSeries`.
+    pub fn encoded(&self) -> &[u8] {
+        &self.text
     }
 
     /// About how many octets of memory it takes.
     pub fn size(&self) -> usize {
-        self.name.len() + self.labels.iter().map(|(name, value)| name.len() + value.len() + 32).sum::<usize>()
+        self.text.len() + size_of::<Self>()
     }
 }
+
+/// Octets of a label as it is kept.
+fn label_len(label: &str, value: &str) -> usize {
+    octets_len(octets_len(label.len()) + octets_len(value.len()))
+}
+
+/// Labels of a series, in order.
+#[derive(Clone)]
+pub struct Labels<'a> {
+    rest: &'a [u8],
+    left: usize,
+}
+
+impl<'a> Labels<'a> {
+    /// The octets of the next field, which was written by [`Identity::new`].
+    fn field(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
+        let (mut len, mut shift, mut at) = (0usize, 0, 1);
+        loop {
+            let octet = *rest.get(at)?;
+            len |= usize::from(octet & 0x7f) << shift;
+            (at, shift) = (at + 1, shift + 7);
+            if octet < 0x80 {
+                break;
+            }
+        }
+        let (field, after) = rest[at..].split_at_checked(len)?;
+        *rest = after;
+        Some(field)
+    }
+}
+
+impl<'a> Iterator for Labels<'a> {
+    type Item = (&'a str, &'a str);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            let mut label = Self::field(&mut self.rest)?;
+            let name = std::str::from_utf8(Self::field(&mut label)?).ok()?;
+            if name != NAME {
+                self.left -= 1;
+                return Some((name, std::str::from_utf8(Self::field(&mut label)?).ok()?));
+            }
+        }
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.left, Some(self.left))
+    }
+}
+
+impl ExactSizeIterator for Labels<'_> {}
 
 impl fmt::Display for Identity {
     /// As in Prometheus text: `name{label="value",…}`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.name)?;
+        f.write_str(self.name())?;
         for (n, (label, value)) in self.labels().enumerate() {
             write!(f, "{}{label}={value:?}", if n == 0 { '{' } else { ',' })?;
         }
-        if self.labels.is_empty() { Ok(()) } else { f.write_str("}") }
+        if self.labels == 0 { Ok(()) } else { f.write_str("}") }
     }
 }
 
@@ -236,7 +317,7 @@ pub struct SeriesId(pub u64);
 #[derive(Debug)]
 pub struct Series {
     id: SeriesId,
-    identity: Arc<Identity>,
+    identity: Identity,
 }
 
 impl Series {
@@ -272,18 +353,42 @@ pub struct Batch {
     pub samples: Vec<Sample>,
 }
 
+/// A series in the table, found by its identity.
+#[derive(Debug)]
+struct Known(Arc<Series>);
+
+impl Borrow<Identity> for Known {
+    fn borrow(&self) -> &Identity {
+        &self.0.identity
+    }
+}
+
+impl Hash for Known {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.identity.hash(state);
+    }
+}
+
+impl PartialEq for Known {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.identity == other.0.identity
+    }
+}
+
+impl Eq for Known {}
+
 /// Every series that somebody still refers to, each once.
 #[derive(Debug)]
 pub struct SeriesTable {
     limit: usize,
     next: AtomicU64,
-    known: Mutex<HashMap<Arc<Identity>, Arc<Series>>>,
+    known: Mutex<HashSet<Known>>,
 }
 
 impl SeriesTable {
     /// A table that holds at most `limit` series at once.
     pub fn new(limit: usize) -> Self {
-        Self { limit, next: AtomicU64::new(1), known: Mutex::new(HashMap::new()) }
+        Self { limit, next: AtomicU64::new(1), known: Mutex::default() }
     }
 
     /// The one series of this identity. A full table forgets the series that nobody refers to and, when that makes no
@@ -291,19 +396,18 @@ impl SeriesTable {
     pub fn intern(&self, identity: Identity) -> Result<Arc<Series>, ModelError> {
         let mut known = self.lock();
         if let Some(series) = known.get(&identity) {
-            return Ok(Arc::clone(series));
+            return Ok(Arc::clone(&series.0));
         }
         if known.len() >= self.limit {
-            known.retain(|_, series| Arc::strong_count(series) > 1);
+            known.retain(|series| Arc::strong_count(&series.0) > 1);
             // A table that stays nearly full would be searched for every new series.
             if known.len() >= self.limit - self.limit / 64 {
                 return Err(ModelError::SeriesLimit(self.limit));
             }
         }
-        let identity = Arc::new(identity);
         let id = SeriesId(self.next.fetch_add(1, Ordering::Relaxed));
-        let series = Arc::new(Series { id, identity: Arc::clone(&identity) });
-        known.insert(identity, Arc::clone(&series));
+        let series = Arc::new(Series { id, identity });
+        known.insert(Known(Arc::clone(&series)));
         Ok(series)
     }
 
@@ -312,7 +416,7 @@ impl SeriesTable {
     pub fn adopt(&self, identity: Identity) -> Arc<Series> {
         self.intern(identity.clone()).unwrap_or_else(|_| {
             let id = SeriesId(self.next.fetch_add(1, Ordering::Relaxed));
-            Arc::new(Series { id, identity: Arc::new(identity) })
+            Arc::new(Series { id, identity })
         })
     }
 
@@ -320,13 +424,13 @@ impl SeriesTable {
     pub fn sweep(&self) -> usize {
         let mut known = self.lock();
         let before = known.len();
-        known.retain(|_, series| Arc::strong_count(series) > 1);
+        known.retain(|series| Arc::strong_count(&series.0) > 1);
         before - known.len()
     }
 
     /// What is known of each name: its kind.
     pub fn kinds(&self) -> BTreeMap<String, Kind> {
-        self.lock().keys().map(|identity| (identity.name().to_string(), identity.kind())).collect()
+        self.lock().iter().map(|known| (known.0.name().to_string(), known.0.kind())).collect()
     }
 
     /// Series held.
@@ -339,7 +443,7 @@ impl SeriesTable {
         self.len() == 0
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Arc<Identity>, Arc<Series>>> {
+    fn lock(&self) -> MutexGuard<'_, HashSet<Known>> {
         // No code that holds the lock can leave the map half changed.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -363,12 +467,23 @@ mod tests {
     }
 
     #[test]
+    fn labels_of_any_length_and_place_are_read_back() {
+        let long = ["x".repeat(100), "y".repeat(200), "z".repeat(60_000)];
+        let labels = [("Zone", &*long[0]), ("__a", "b"), ("__z", &*long[2]), ("a", "ä"), ("b", &*long[1])];
+        let series = identity(&"n".repeat(1000), &labels);
+        assert!(series.labels().eq(labels));
+        assert_eq!((series.labels().len(), series.name().len(), series.label("b")), (5, 1000, Some(&*long[1])));
+        assert_eq!(series.label("__name__"), None);
+    }
+
+    #[test]
     fn what_is_no_series_is_refused_with_its_name() {
         let of = |name: &str, labels: &[(&str, &str)]| Identity::new(name, Kind::Gauge, labels.iter().copied());
         assert_eq!(of("", &[]), Err(ModelError::NoName));
         assert_eq!(of("1a", &[]), Err(ModelError::BadName("1a".into())));
         assert_eq!(of("a", &[("b:c", "d")]), Err(ModelError::BadName("b:c".into())));
         assert_eq!(of("a", &[("b", "c"), ("b", "d")]), Err(ModelError::DoubleLabel("b".into())));
+        assert_eq!(of("a", &[("__name__", "c")]), Err(ModelError::DoubleLabel("__name__".into())));
         assert_eq!(of("a", &[("b", &"x".repeat(MAX_VALUE + 1))]), Err(ModelError::LongValue("b".into())));
     }
 

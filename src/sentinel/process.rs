@@ -4,6 +4,7 @@
 //! What becomes of a series depends only on its name and labels, so it is worked out once per series and remembered
 //! for as long as somebody refers to the series.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -205,9 +206,9 @@ impl Processor {
     }
 
     /// The batch as it goes into the log, and how many samples could not become what the rules say.
-    pub fn apply(&self, batch: &Batch) -> (Batch, u64) {
+    pub fn apply<'a>(&self, batch: &'a Batch) -> (Cow<'a, Batch>, u64) {
         if self.labels.is_empty() && self.rules.is_empty() {
-            return (batch.clone(), 0);
+            return (Cow::Borrowed(batch), 0);
         }
         let mut out = Batch { samples: Vec::with_capacity(batch.samples.len()) };
         let mut failed = 0;
@@ -230,7 +231,7 @@ impl Processor {
                 out.samples.push(Sample { series, ..*sample });
             }
         }
-        (out, failed)
+        (Cow::Owned(out), failed)
     }
 
     fn fate(&self, series: &Arc<Series>) -> Result<Fate, ModelError> {

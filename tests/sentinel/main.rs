@@ -5,14 +5,17 @@
 mod buffer;
 mod clickhouse;
 mod config;
+mod container;
 mod core;
 mod decode;
 mod exporter;
 mod measure;
+mod metrics;
 mod peers;
 mod process;
 mod prometheus;
 mod receiver;
+mod snmp_many;
 mod snmpd;
 mod survival;
 mod tls;

@@ -41,10 +41,11 @@ fn row(name: &str, value: f64, unit: &str, condition: &str) {
 #[test]
 #[ignore = "measures"]
 fn the_pipeline_without_collection() {
-    for (name, protocol, header) in [
-        ("zstd", Protocol::VictoriaMetrics, None),
-        ("remote write 1.0", Protocol::RemoteWrite1, None),
-        ("remote write 2.0", Protocol::RemoteWrite2, Some("X-Prometheus-Remote-Write-Samples-Written")),
+    for (name, protocol, header, batch) in [
+        ("zstd", Protocol::VictoriaMetrics, None, 2000),
+        ("zstd", Protocol::VictoriaMetrics, None, 10_000),
+        ("remote write 1.0", Protocol::RemoteWrite1, None, 2000),
+        ("remote write 2.0", Protocol::RemoteWrite2, Some("X-Prometheus-Remote-Write-Samples-Written"), 2000),
     ] {
         let headers = header.map(|name| (name.to_string(), "1".to_string())).into_iter().collect();
         let answer = Answer { status: 204, headers, body: Vec::new() };
@@ -71,7 +72,7 @@ fn the_pipeline_without_collection() {
             url: Url::parse(&format!("http://{}/", server.address())).unwrap(),
             tls: TlsOptions::default(),
             credentials: Vec::new(),
-            batch: 2000,
+            batch,
             flush: Duration::from_secs(1),
             timeout: Duration::from_secs(30),
             retries: 3,
@@ -94,7 +95,7 @@ fn the_pipeline_without_collection() {
         let samples = SERIES as f64 * ROUNDS as f64;
         until("everything sent", || (lane.stats().sent_samples as f64 >= samples).then_some(()));
         let seconds = cpu() - before;
-        let condition = format!("{name}, 20,000 series, batches of 2000");
+        let condition = format!("{name}, 20,000 series, batches of {batch}");
         row("sentinel_samples_per_core_s", samples / seconds, "1/s", &condition);
         row("sentinel_wire_bytes_per_sample", lane.stats().sent_bytes as f64 / samples, "octets", &condition);
         row("sentinel_log_bytes_per_sample", log.stats().written_bytes as f64 / samples, "octets", &condition);
@@ -102,8 +103,14 @@ fn the_pipeline_without_collection() {
 }
 
 /// Pages of metrics scraped by each process in the same run, and sent by remote write to one that counts.
-const TARGETS: usize = 20;
-const SERIES_A_PAGE: usize = 1000;
+struct Load {
+    pages: usize,
+    series_a_page: usize,
+    interval_s: usize,
+}
+
+const LOADS: [Load; 2] =
+    [Load { pages: 20, series_a_page: 1000, interval_s: 2 }, Load { pages: 50, series_a_page: 2000, interval_s: 5 }];
 const WARM_UP: Duration = Duration::from_secs(10);
 const MEASURED: Duration = Duration::from_secs(30);
 
@@ -114,10 +121,10 @@ struct Arrived {
     octets: AtomicU64,
 }
 
-fn page(scrape: u64) -> String {
+fn page(series: usize, scrape: u64) -> String {
     use std::fmt::Write as _;
     let mut text = String::new();
-    for n in 0..SERIES_A_PAGE {
+    for n in 0..series {
         if n % 25 == 0 {
             let _ = writeln!(text, "# TYPE node_family_{}_seconds_total counter", n / 25);
         }
@@ -130,7 +137,7 @@ fn page(scrape: u64) -> String {
 }
 
 /// Processor time of a process and its threads, in seconds, to the nanosecond.
-fn processor_time(pid: u32) -> f64 {
+pub fn processor_time(pid: u32) -> f64 {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     let time = |path: std::path::PathBuf| -> f64 {
         let text = std::fs::read_to_string(path.join("schedstat")).unwrap_or_default();
@@ -139,13 +146,13 @@ fn processor_time(pid: u32) -> f64 {
     threads.map(|thread| time(thread.unwrap().path())).sum()
 }
 
-fn resident_kib(pid: u32) -> f64 {
+pub fn resident_kib(pid: u32) -> f64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
-fn measure(name: &str, pid: u32, arrived: &Arrived) {
+fn measure(name: &str, pid: u32, arrived: &Arrived, load: &Load) {
     let now = || (processor_time(pid), arrived.samples.load(Relaxed) as f64, arrived.octets.load(Relaxed) as f64);
     std::thread::sleep(WARM_UP);
     let before = now();
@@ -153,22 +160,24 @@ fn measure(name: &str, pid: u32, arrived: &Arrived) {
     let after = now();
     let samples = after.1 - before.1;
     assert!(samples > 0.0, "{name} sent nothing");
-    row(
-        &format!("{name}_cpu_us_per_sample"),
-        (after.0 - before.0) * 1e6 / samples,
-        "us",
-        "scrape to remote write 1.0, 20 pages of 1000 series each 2 s",
-    );
-    row(&format!("{name}_scrape_wire_bytes_per_sample"), (after.2 - before.2) / samples, "octets", "the same");
-    row(&format!("{name}_rss_kib"), resident_kib(pid), "KiB", "the same, 20,000 series");
+    let Load { pages, series_a_page, interval_s } = load;
+    let condition = format!("scrape to remote write, {pages} pages of {series_a_page} series each {interval_s} s");
+    row(&format!("{name}_cpu_us_per_sample"), (after.0 - before.0) * 1e6 / samples, "us", &condition);
+    row(&format!("{name}_scrape_wire_bytes_per_sample"), (after.2 - before.2) / samples, "octets", &condition);
+    row(&format!("{name}_rss_kib"), resident_kib(pid), "KiB", &condition);
 }
 
 #[test]
 #[ignore = "measures"]
 fn scrape_to_remote_write_beside_vmagent_and_prometheus() {
+    LOADS.iter().for_each(beside_the_others);
+}
+
+fn beside_the_others(load: &Load) {
+    let series = load.series_a_page;
     let scrapes = AtomicU64::new(0);
     let pages = Server::start(([127, 0, 0, 1], 0).into(), 1024, move |_| {
-        Answer::of("text/plain; version=0.0.4", page(scrapes.fetch_add(1, Relaxed)))
+        Answer::of("text/plain; version=0.0.4", page(series, scrapes.fetch_add(1, Relaxed)))
     })
     .unwrap();
     let arrived = Arc::new(Arrived::default());
@@ -182,24 +191,27 @@ fn scrape_to_remote_write_beside_vmagent_and_prometheus() {
     .unwrap();
     let write = format!("http://{}/write", receiver.address());
 
-    let tasks: String = (0..TARGETS)
+    let tasks: String = (0..load.pages)
         .map(|n| {
             format!(
-                "[[task]]\nid = \"t{n}\"\nplugin = \"http\"\ninterval_ms = 2000\nlabels = {{ instance = \"host-{n}:9100\" }}\n\
+                "[[task]]\nid = \"t{n}\"\nplugin = \"http\"\ninterval_ms = {}\nlabels = {{ instance = \"host-{n}:9100\" }}\n\
                  device = {{ url = \"http://{}/{n}\" }}\nconfig = {{ mode = \"scrape\" }}\n",
+                load.interval_s * 1000,
                 pages.address()
             )
         })
         .collect();
-    let mut sentinel = Sentinel::new(&format!(
-        "sender.batch = 10000\nsender.flush_ms = 1000\n{}{tasks}",
-        target("one", "prometheus", &write)
-    ));
-    sentinel.start();
-    measure("sentinel", sentinel.pid(), &arrived);
-    assert_eq!(sentinel.stop(), 0);
+    for (name, kind) in [("sentinel", "prometheus"), ("sentinel_zstd", "victoriametrics")] {
+        let mut sentinel = Sentinel::new(&format!(
+            "sender.batch = 10000\nsender.flush_ms = 1000\n{}{tasks}",
+            target("one", kind, &write)
+        ));
+        sentinel.start();
+        measure(name, sentinel.pid(), &arrived, load);
+        assert_eq!(sentinel.stop(), 0);
+    }
 
-    let targets: String = (0..TARGETS)
+    let targets: String = (0..load.pages)
         .map(|n| {
             format!(
                 "  - targets: ['{}']\n    labels: {{ __metrics_path__: /{n}, instance: 'host-{n}:9100' }}\n",
@@ -208,13 +220,14 @@ fn scrape_to_remote_write_beside_vmagent_and_prometheus() {
         })
         .collect();
     let config = format!(
-        "global: {{ scrape_interval: 2s, scrape_timeout: 2s }}\nscrape_configs:\n- job_name: bench\n  static_configs:\n{targets}"
+        "global: {{ scrape_interval: {0}s, scrape_timeout: {0}s }}\nscrape_configs:\n- job_name: bench\n  static_configs:\n{targets}",
+        load.interval_s
     );
     if let Some(vmagent) = Peer::vmagent(&config, &write) {
-        measure("vmagent", vmagent.pid(), &arrived);
+        measure("vmagent", vmagent.pid(), &arrived, load);
     }
     let config = format!("{config}remote_write: [ {{ url: '{write}' }} ]\n");
     if let Some(prometheus) = Peer::prometheus_agent(&config) {
-        measure("prometheus_agent", prometheus.pid(), &arrived);
+        measure("prometheus_agent", prometheus.pid(), &arrived, load);
     }
 }

@@ -13,9 +13,13 @@ pub struct LastSeries(Vec<Arc<Series>>);
 impl LastSeries {
     /// Takes the series of a run that just ended, and adds markers for those that were here before and are gone.
     pub fn update(&mut self, samples: &mut Vec<Sample>, timestamp_ms: i64) {
+        // A target that says the same as last time says it in the same order: nothing to keep anew, nothing to search for.
+        let same = samples.len() == self.0.len();
+        if same && self.0.iter().zip(&*samples).all(|(before, now)| Arc::ptr_eq(before, &now.series)) {
+            return;
+        }
         let before = std::mem::take(&mut self.0);
         self.0 = samples.iter().map(|sample| Arc::clone(&sample.series)).collect();
-        // A target that says the same as last time says it in the same order: nothing to search for.
         let same = before.len() <= self.0.len() && before.iter().zip(&self.0).all(|(a, b)| Arc::ptr_eq(a, b));
         if !same {
             let now: HashSet<SeriesId> = self.0.iter().map(|series| series.id()).collect();

@@ -587,6 +587,10 @@ impl Parts {
                 json!({
                     "id": task.id, "plugin": task.plugin, "interval_ms": task.interval.as_millis() as u64,
                     "state": task.state.name(), "due_in_ms": task.due_in.as_millis() as u64,
+                    "runs": task.counts.runs, "success": task.counts.success, "failed": task.counts.failed,
+                    "retries": task.counts.retries, "skipped": task.counts.skipped,
+                    "last_error": task.counts.last_error, "last_duration_ms": task.counts.last_duration,
+                    "last_samples": task.counts.last_samples,
                 })
             })
             .collect()

@@ -58,14 +58,21 @@ impl fmt::Display for LineError {
 
 /// The meaningful lines of a body. `openmetrics` says that times are in seconds.
 pub fn lines(body: &str, openmetrics: bool) -> impl Iterator<Item = Result<Line<'_>, LineError>> {
-    body.split('\n').filter_map(move |line| {
-        let line = line.strip_suffix('\r').unwrap_or(line).trim_matches([' ', '\t']);
-        match line.as_bytes().first() {
-            None => None,
-            Some(b'#') => comment(line).map(Ok),
-            Some(_) => Some(sample(line, openmetrics)),
+    body.split('\n').filter_map(move |raw| line(raw, openmetrics, None))
+}
+
+/// One line of a body, where it is a meaningful one. Where it begins with the series that is `expected` here, it is not
+/// searched for the end of its series: that is half of the work.
+pub fn line<'a>(raw: &'a str, openmetrics: bool, expected: Option<&str>) -> Option<Result<Line<'a>, LineError>> {
+    let line = raw.strip_suffix('\r').unwrap_or(raw).trim_matches([' ', '\t']);
+    match line.as_bytes().first()? {
+        b'#' => comment(line).map(Ok),
+        _ => {
+            let after = expected.filter(|expected| line.starts_with(*expected)).map(str::len);
+            let end = after.filter(|&at| matches!(line.as_bytes().get(at), Some(b' ' | b'\t')));
+            Some(sample(line, end, openmetrics))
         }
-    })
+    }
 }
 
 fn comment(line: &str) -> Option<Line<'_>> {
@@ -87,8 +94,9 @@ fn comment(line: &str) -> Option<Line<'_>> {
     }
 }
 
-fn sample(line: &str, openmetrics: bool) -> Result<Line<'_>, LineError> {
-    let end = series_end(line).ok_or(LineError::Series)?;
+/// `end`: where the series ends, if that is known.
+fn sample(line: &str, end: Option<usize>, openmetrics: bool) -> Result<Line<'_>, LineError> {
+    let end = end.or_else(|| series_end(line)).ok_or(LineError::Series)?;
     let (series, rest) = line.split_at(end);
     let mut words = rest.split_ascii_whitespace();
     let value = words.next().and_then(number).ok_or(LineError::Value)?;
@@ -257,6 +265,16 @@ mod tests {
         assert_eq!(found[4], plain("something_weird{problem=\"division by zero\"}", f64::INFINITY, Some(-3_982_045)));
         let errors = [LineError::Value, LineError::Series, LineError::Series, LineError::Series, LineError::Rest];
         assert_eq!(found[5..], errors.map(Err));
+    }
+
+    #[test]
+    fn a_line_is_read_the_same_whatever_was_expected_there() {
+        for raw in ["a{b=\"c\"} 1", "a{b=\"c\"}\t2 3", "ab 1", "a 1", "a", "# EOF", ""] {
+            let plain = line(raw, false, None);
+            for expected in ["a{b=\"c\"}", "a", "ab", "a{b=\"d\"}"] {
+                assert_eq!(line(raw, false, Some(expected)), plain, "{raw} {expected}");
+            }
+        }
     }
 
     #[test]

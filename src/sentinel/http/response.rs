@@ -107,13 +107,7 @@ impl Source<'_> {
 /// come, then the connection is not worth it.
 pub fn read(stream: &mut dyn Read, limit: usize) -> Result<Response, HttpError> {
     let mut source = Source { stream, buffer: Vec::new(), at: 0 };
-    let mut response = head(&mut source)?;
-    for _ in 0..MAX_INTERIM {
-        if response.status >= 200 {
-            break;
-        }
-        response = head(&mut source)?;
-    }
+    let mut response = final_head(&mut source)?;
     let most = (limit as u64 + 4096) * 16;
     let chunked = match response.header("transfer-encoding") {
         Some(coding) if coding.eq_ignore_ascii_case("chunked") => true,
@@ -150,6 +144,23 @@ pub fn read(stream: &mut dyn Read, limit: usize) -> Result<Response, HttpError> 
     // What nobody asked for is no beginning of the next answer.
     response.keep_alive &= source.at == source.buffer.len();
     response.body = body;
+    Ok(response)
+}
+
+/// Reads one response to a HEAD: whatever length it says, no body comes.
+pub fn read_head(stream: &mut dyn Read) -> Result<Response, HttpError> {
+    final_head(&mut Source { stream, buffer: Vec::new(), at: 0 })
+}
+
+/// The head after interim ones.
+fn final_head(source: &mut Source) -> Result<Response, HttpError> {
+    let mut response = head(source)?;
+    for _ in 0..MAX_INTERIM {
+        if response.status >= 200 {
+            break;
+        }
+        response = head(source)?;
+    }
     Ok(response)
 }
 

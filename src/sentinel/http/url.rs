@@ -71,6 +71,26 @@ impl Url {
         Self { target: format!("{}{path}", self.target.trim_end_matches('/')), ..self.clone() }
     }
 
+    /// Where a `Location` leads from here: a whole address, one without its scheme, or a path.
+    pub fn redirected(&self, location: &str) -> Result<Self, String> {
+        let location = location.split('#').next().unwrap_or_default();
+        let scheme = if self.tls { "https" } else { "http" };
+        if location.contains("://") {
+            return Self::parse(location);
+        }
+        if location.starts_with("//") {
+            return Self::parse(&format!("{scheme}:{location}"));
+        }
+        let path = self.target.split('?').next().unwrap_or_default();
+        let target = match location.bytes().next() {
+            None => self.target.clone(),
+            Some(b'/') => location.to_string(),
+            Some(b'?') => format!("{path}{location}"),
+            _ => format!("{}{location}", &path[..=path.rfind('/').unwrap_or(0)]),
+        };
+        Self::parse(&format!("{scheme}://{}{target}", self.authority()))
+    }
+
     /// Whether the server is this machine.
     pub fn is_loopback(&self) -> bool {
         self.host == "localhost" || self.host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
@@ -100,6 +120,24 @@ mod tests {
             assert_eq!((&*url.host, url.port, &*url.target, &*url.to_string()), (host, port, target, shown));
         }
         assert_eq!(Url::parse("http://a/b/").unwrap().join("/c").target, "/b/c");
+    }
+
+    #[test]
+    fn a_redirection_is_a_whole_address_or_a_part_of_one() {
+        let from = Url::parse("https://[::1]:9/a/b?c").unwrap();
+        for (location, url) in [
+            ("http://d/e#f", "http://d/e"),
+            ("//d:7", "https://d:7/"),
+            ("/x?y", "https://[::1]:9/x?y"),
+            ("x", "https://[::1]:9/a/x"),
+            ("?z", "https://[::1]:9/a/b?z"),
+            ("", "https://[::1]:9/a/b?c"),
+        ] {
+            assert_eq!(from.redirected(location), Url::parse(url), "{location}");
+        }
+        for bad in ["ftp://a", "//", "http://u:p@a", "x y", "/\r\nx"] {
+            assert!(from.redirected(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::block::{BySeries, Encoder, MAX_SERIES};
 use super::files::{LogFile, write_full};
 use super::record::{self, MAX_SAMPLES, RecordHeader, RecordKind, SEGMENT_HEADER, SegmentHeader};
 use super::{AppendError, DropReason, Fsync, Log, Options, Policy, Segment, State, now_ms, segment_name};
-use crate::sentinel::model::{Batch, Sample, Series};
+use crate::sentinel::model::{Batch, Sample, Series, SeriesId};
 
 /// Most series that one segment names.
 pub const MAX_DICTIONARY: u32 = 1 << 20;
@@ -41,6 +41,8 @@ struct Current {
     offset: u64,
     /// The series that it names already.
     dictionary: BySeries<u32>,
+    /// The same by their numbers.
+    named: Vec<SeriesId>,
     /// Something was written since it was last made durable.
     dirty: bool,
 }
@@ -55,18 +57,26 @@ impl Writer {
     fn encode(&mut self, samples: &[Sample], first: u64, now: i64) -> Option<()> {
         let current = self.current.as_mut()?;
         self.out.clear();
-        let number_of_first = current.dictionary.len() as u32;
+        let number_of_first = current.named.len() as u32;
         let mut fresh: Vec<Arc<Series>> = Vec::new();
+        // What says the same as last time says it in the same order: mostly the next number is the one.
+        let mut next = 0;
         let numbers = samples.iter().map(|sample| {
-            let number = current.dictionary.len() as u32;
-            *current.dictionary.entry(sample.series.id()).or_insert_with(|| {
-                fresh.push(Arc::clone(&sample.series));
-                number
-            })
+            let id = sample.series.id();
+            let number = match current.named.get(next as usize) {
+                Some(named) if *named == id => next,
+                _ => *current.dictionary.entry(id).or_insert_with(|| {
+                    fresh.push(Arc::clone(&sample.series));
+                    current.named.push(id);
+                    current.named.len() as u32 - 1
+                }),
+            };
+            next = number + 1;
+            number
         });
         self.numbers.clear();
         self.numbers.extend(numbers);
-        if current.dictionary.len() as u32 > MAX_DICTIONARY {
+        if current.named.len() as u32 > MAX_DICTIONARY {
             return None;
         }
         let header = |kind, samples, sequence| RecordHeader { kind, samples, sequence, accepted_ms: now };
@@ -229,7 +239,8 @@ impl Log {
             newest_ms: now,
         };
         self.lock().segments.insert(number, segment);
-        Ok(Current { number, file, size, offset: SEGMENT_HEADER, dictionary: BySeries::default(), dirty: false })
+        let (dictionary, named) = (BySeries::default(), Vec::new());
+        Ok(Current { number, file, size, offset: SEGMENT_HEADER, dictionary, named, dirty: false })
     }
 
     /// Allocates a segment within the limits. [`AppendError::Full`] says which one is in the way.

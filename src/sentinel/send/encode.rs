@@ -48,12 +48,24 @@ pub struct Origin {
 }
 
 /// Encodes; keeps its buffers for the next time.
-#[derive(Default)]
 pub struct Encoder {
     raw: Vec<u8>,
     text: String,
+    quick: snap::raw::Encoder,
     snappy: Snappy,
     zstd: Zstd,
+}
+
+impl Default for Encoder {
+    fn default() -> Self {
+        Self {
+            raw: Vec::new(),
+            text: String::new(),
+            quick: snap::raw::Encoder::new(),
+            snappy: Snappy::default(),
+            zstd: Zstd::default(),
+        }
+    }
 }
 
 impl Encoder {
@@ -63,12 +75,18 @@ impl Encoder {
             Protocol::RemoteWrite1 => {
                 self.raw.clear();
                 remote_write::encode_1(&batch.samples, &mut self.raw);
-                self.snappy(target, "application/x-protobuf", "0.1.0")
+                // The receivers of this form are near, and it costs most of the time there is: the quick encoder.
+                let mut body = vec![0; snap::raw::max_compress_len(self.raw.len())];
+                let len = self.quick.compress(&self.raw, &mut body).unwrap_or_default();
+                body.truncate(len);
+                snappy(target, body, "application/x-protobuf", "0.1.0")
             }
             Protocol::RemoteWrite2 => {
                 self.raw.clear();
                 remote_write::encode_2(&batch.samples, &mut self.raw);
-                self.snappy(target, "application/x-protobuf;proto=io.prometheus.write.v2.Request", "2.0.0")
+                let mut body = Vec::with_capacity(self.raw.len() / 4);
+                self.snappy.compress(&self.raw, &mut body);
+                snappy(target, body, "application/x-protobuf;proto=io.prometheus.write.v2.Request", "2.0.0")
             }
             Protocol::VictoriaMetrics => {
                 self.raw.clear();
@@ -97,18 +115,16 @@ impl Encoder {
             }
         }
     }
+}
 
-    /// Snappy's block format, not the framed one.
-    fn snappy(&mut self, target: &str, content_type: &str, version: &str) -> Encoded {
-        let mut body = Vec::with_capacity(self.raw.len() / 2);
-        self.snappy.compress(&self.raw, &mut body);
-        let headers = vec![
-            ("Content-Type", content_type.to_string()),
-            ("Content-Encoding", "snappy".to_string()),
-            ("X-Prometheus-Remote-Write-Version", version.to_string()),
-        ];
-        Encoded { target: target.to_string(), headers, body }
-    }
+/// A body in snappy's block format, not the framed one.
+fn snappy(target: &str, body: Vec<u8>, content_type: &str, version: &str) -> Encoded {
+    let headers = vec![
+        ("Content-Type", content_type.to_string()),
+        ("Content-Encoding", "snappy".to_string()),
+        ("X-Prometheus-Remote-Write-Version", version.to_string()),
+    ];
+    Encoded { target: target.to_string(), headers, body }
 }
 
 /// `batch` and `sequence` let the core see that it has a sample already: the same sample has the same number in the

@@ -14,7 +14,7 @@ pub mod json;
 mod lane;
 mod matches;
 mod policy;
-mod protobuf;
+pub(super) mod protobuf;
 pub mod remote_write;
 mod snappy;
 #[cfg(test)]

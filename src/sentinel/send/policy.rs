@@ -5,6 +5,7 @@
 //! | 2xx | delivered (2.0: only with a `-Written` header, else fall back) | delivered | delivered |
 //! | 408, 429, 5xx | again later, `Retry-After` honoured | the same | the same |
 //! | 401, 403, 407 | pause, keep the data | the same | the same |
+//! | 400, 495–497 of a front that misses our certificate | pause, keep the data | the same | the same |
 //! | 3xx | pause, keep the data | the same | the same |
 //! | 404 | refused | pause, keep the data: no such table | refused |
 //! | 413 | split | split | split |
@@ -43,7 +44,8 @@ pub fn judge(protocol: &Protocol, proven: bool, response: &Response) -> Verdict 
         200..300 if newer && *protocol == Protocol::RemoteWrite2 && !says_written(response) => Verdict::Fallback,
         200..300 => Verdict::Delivered,
         408 | 429 | 500..600 => Verdict::Retry(retry_after(response)),
-        401 | 403 | 407 | 300..400 => Verdict::Pause,
+        401 | 403 | 407 | 300..400 | 495..=497 => Verdict::Pause,
+        400 if misses_certificate(response) => Verdict::Pause,
         404 if matches!(protocol, Protocol::ClickHouse { .. }) => Verdict::Pause,
         413 => Verdict::Split,
         400 | 415 if newer => Verdict::Fallback,
@@ -55,6 +57,13 @@ pub fn judge(protocol: &Protocol, proven: bool, response: &Response) -> Verdict 
 /// much it wrote.
 fn says_written(response: &Response) -> bool {
     response.headers.iter().any(|(name, _)| name.starts_with("x-prometheus-remote-write-"))
+}
+
+/// nginx says 400 where others say 401 or 403: to a client that shows no certificate or a bad one, or speaks no TLS
+/// (`ngx_http_special_response.c`: its own 495 to 497, which it shows as 400). A batch is not to be lost for that.
+fn misses_certificate(response: &Response) -> bool {
+    let body = String::from_utf8_lossy(&response.body);
+    ["SSL certificate", "plain HTTP request was sent to HTTPS port"].iter().any(|sign| body.contains(sign))
 }
 
 /// Seconds, or a date: by the receiver's own clock where it tells it.
@@ -98,6 +107,22 @@ mod tests {
             assert_eq!(judge(413), Verdict::Split);
             let no_table = matches!(protocol, Protocol::ClickHouse { .. });
             assert_eq!(judge(404), if no_table { Verdict::Pause } else { Verdict::Refused });
+        }
+    }
+
+    #[test]
+    fn a_front_that_misses_our_certificate_refuses_us_and_not_the_batch() {
+        for (status, body, verdict) in [
+            (400, "<center>No required SSL certificate was sent</center>", Verdict::Pause),
+            (400, "<center>The SSL certificate error</center>", Verdict::Pause),
+            (400, "<center>The plain HTTP request was sent to HTTPS port</center>", Verdict::Pause),
+            (496, "", Verdict::Pause),
+            (400, "out of order sample", Verdict::Refused),
+        ] {
+            for protocol in [Protocol::RemoteWrite2, Protocol::RemoteWrite1, Protocol::Core] {
+                let answer = Response { body: body.into(), ..answer(status, &[]) };
+                assert_eq!(judge(&protocol, true, &answer), verdict, "{status} {body}");
+            }
         }
     }
 

@@ -12,6 +12,10 @@ use crate::sentinel::log::BySeries;
 use crate::sentinel::model::{Kind, Sample, Series};
 
 const NAME: &str = "__name__";
+/// Ids so many times as far apart as there are samples still make a list.
+const DENSE: usize = 8;
+/// No sample: a batch has fewer.
+const NONE: u32 = u32::MAX;
 
 /// The samples of each series together; series in the order in which they first occur. Two lists of indices instead of
 /// a list per series: most series have one sample in a batch.
@@ -24,13 +28,26 @@ struct Groups<'a> {
 
 impl<'a> Groups<'a> {
     fn new(samples: &'a [Sample]) -> Self {
-        let mut tails: BySeries<u32> = BySeries::default();
-        tails.reserve(samples.len());
         let (mut heads, mut next) = (Vec::with_capacity(samples.len()), vec![0; samples.len()]);
-        for (n, sample) in (0..).zip(samples) {
-            match tails.insert(sample.series.id(), n) {
-                Some(before) => next[before as usize] = n,
-                None => heads.push(n),
+        let mut follow = |before: Option<u32>, n: u32| match before {
+            Some(before) => next[before as usize] = n,
+            None => heads.push(n),
+        };
+        // Series that were first seen together have ids near each other: then a list by id does.
+        let ids = || samples.iter().map(|sample| sample.series.id().0);
+        let (least, most) = (ids().min().unwrap_or(0), ids().max().unwrap_or(0));
+        let span = usize::try_from(most - least).ok().filter(|span| *span < DENSE * samples.len());
+        if let Some(span) = span {
+            let mut tails = vec![NONE; span + 1];
+            for (n, id) in (0..).zip(ids()) {
+                let before = std::mem::replace(&mut tails[(id - least) as usize], n);
+                follow(Some(before).filter(|before| *before != NONE), n);
+            }
+        } else {
+            let mut tails: BySeries<u32> = BySeries::default();
+            tails.reserve(samples.len());
+            for (n, sample) in (0..).zip(samples) {
+                follow(tails.insert(sample.series.id(), n), n);
             }
         }
         Self { samples, heads, next }
@@ -69,15 +86,10 @@ fn put_sample(out: &mut Vec<u8>, sample: &Sample) {
 pub fn encode_1(samples: &[Sample], out: &mut Vec<u8>) {
     let groups = Groups::new(samples);
     for (series, head) in groups.iter() {
-        let label_len = |(name, value): (&str, &str)| octets_len(name.len()) + octets_len(value.len());
-        let of_labels: usize = labels(series).map(|label| octets_len(label_len(label))).sum();
+        let labels = series.encoded();
         let of_samples: usize = groups.group(head).map(|sample| octets_len(sample_len(sample))).sum();
-        header(out, 1, of_labels + of_samples);
-        for (name, value) in labels(series) {
-            header(out, 1, label_len((name, value)));
-            octets(out, 1, name.as_bytes());
-            octets(out, 2, value.as_bytes());
-        }
+        header(out, 1, labels.len() + of_samples);
+        out.extend_from_slice(labels);
         groups.group(head).for_each(|sample| put_sample(out, sample));
     }
 }
@@ -119,4 +131,41 @@ pub fn encode_2(samples: &[Sample], out: &mut Vec<u8>) {
     }
     symbols.iter().for_each(|symbol| octets(out, 4, symbol.as_bytes()));
     out.extend_from_slice(&body);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::sentinel::model::{Identity, SeriesTable};
+
+    #[test]
+    fn samples_of_a_series_are_together_however_far_apart_the_ids_are() {
+        let table = SeriesTable::new(1000);
+        let of = |n: usize| {
+            let labels = [("n", n.to_string())];
+            table.intern(Identity::new("a", Kind::Gauge, labels).unwrap()).unwrap()
+        };
+        let series: Vec<Arc<Series>> = (0..1000).map(of).collect();
+        for numbers in [[0, 1, 0, 2, 1, 0], [0, 999, 0, 500, 999, 0], [7, 7, 7, 7, 7, 7]] {
+            let sample = |(time, &n): (usize, &usize)| Sample {
+                series: Arc::clone(&series[n]),
+                timestamp_ms: time as i64,
+                value: 0.0,
+            };
+            let samples: Vec<Sample> = numbers.iter().enumerate().map(sample).collect();
+            let groups = Groups::new(&samples);
+            let mut seen = Vec::new();
+            for (one, head) in groups.iter() {
+                let times: Vec<i64> = groups.group(head).map(|sample| sample.timestamp_ms).collect();
+                assert!(times.is_sorted_by(|a, b| a < b));
+                assert!(times.iter().all(|&time| series[numbers[time as usize]].id() == one.id()));
+                seen.extend(times);
+            }
+            seen.sort_unstable();
+            assert_eq!(seen, (0..6).collect::<Vec<_>>());
+        }
+        assert!(Groups::new(&[]).heads.is_empty());
+    }
 }

@@ -9,6 +9,7 @@ use mio::Interest;
 use mio::net::TcpStream;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection};
+use zeroize::Zeroizing;
 
 use super::certificate::not_after;
 use crate::sentinel::collect::Io;
@@ -44,7 +45,10 @@ pub enum Progress {
 pub struct Exchange {
     stream: TcpStream,
     tls: Option<ClientConnection>,
-    out: Vec<u8>,
+    /// What is still to be sent; it may hold secrets.
+    out: Zeroizing<Vec<u8>>,
+    /// Whether only a head is to come.
+    head: bool,
     /// The answer as it came.
     pub raw: Vec<u8>,
     limit: usize,
@@ -69,11 +73,12 @@ enum Body {
 }
 
 impl Exchange {
-    /// Connects; `limit` bounds the body.
+    /// Connects; `head`: the answer has no body; `limit` bounds it.
     pub fn start(
         address: SocketAddr,
         tls: Option<(Arc<ClientConfig>, &str)>,
-        request: Vec<u8>,
+        request: Zeroizing<Vec<u8>>,
+        head: bool,
         limit: usize,
         number: u64,
         io: &Io<'_>,
@@ -92,7 +97,7 @@ impl Exchange {
         io.watch(&mut stream, number, Interest::READABLE | Interest::WRITABLE).map_err(failed)?;
         let phases = Phases { resolved: Some(io.now), ..Phases::default() };
         let (raw, body) = (Vec::new(), Body::Unknown);
-        Ok(Self { stream, tls, out: request, raw, limit, body, walked: 0, phases })
+        Ok(Self { stream, tls, out: request, head, raw, limit, body, walked: 0, phases })
     }
 
     /// Gives the connection up.
@@ -190,7 +195,7 @@ impl Exchange {
             match head {
                 Some(at) => {
                     self.walked = at + 4;
-                    self.body = framing(&self.raw[..at], at + 4)?;
+                    self.body = if self.head { Body::At(at + 4) } else { framing(&self.raw[..at], at + 4)? };
                 }
                 None if self.raw.len() > MAX_HEAD => return Err("the answer's head is too long".into()),
                 None if ended => return Err("the server closed the connection before it answered".into()),

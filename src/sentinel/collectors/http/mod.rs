@@ -5,8 +5,10 @@
 
 mod certificate;
 mod exchange;
+mod request;
 mod scrape;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -15,7 +17,6 @@ use std::time::Instant;
 
 use mio::event::Event;
 use regex_lite::Regex;
-use rustls::ClientConfig;
 
 use super::{checked, manifest};
 use crate::sentinel::collect::{Cancelled, Finished, Gathered, Gatherer, Io, Plan, Run, Service};
@@ -25,10 +26,8 @@ use crate::sentinel::plugin::{FieldError, Manifest, Values};
 use crate::sentinel::schedule::RunId;
 use crate::sentinel::task::Task;
 use exchange::{Exchange, Phases, Progress};
-use scrape::{Known, Reading};
-
-/// What a scrape takes, in the order of its liking.
-const ACCEPT: &str = "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.5,*/*;q=0.1";
+use request::{Asking, Hop};
+use scrape::{Known, Limits, Reading};
 
 /// The service.
 pub struct Http {
@@ -40,19 +39,22 @@ pub struct Http {
 
 struct HttpPlan {
     url: Url,
-    tls: Option<Arc<ClientConfig>>,
-    request: Vec<u8>,
+    asking: Asking,
+    redirects: u32,
     scrape: bool,
     status: Vec<String>,
     matches: Option<Regex>,
     no_match: Option<Regex>,
     body_limit: usize,
-    sample_limit: u64,
+    limits: Limits,
 }
 
 struct Job {
     run: Run,
     plan: Arc<HttpPlan>,
+    hop: Hop,
+    /// When this hop began.
+    since: Instant,
     exchange: Option<Exchange>,
 }
 
@@ -68,14 +70,41 @@ impl Http {
         let plan = Arc::clone(&job.plan);
         let address =
             addresses.and_then(|all| all.first().copied().ok_or_else(|| "the host has no address".to_string()));
-        let tls = plan.tls.as_ref().map(|config| (Arc::clone(config), plan.url.host.as_str()));
+        let url = &job.hop.url;
         let started = address.and_then(|address| {
-            let address = SocketAddr::new(address, plan.url.port);
-            Exchange::start(address, tls, plan.request.clone(), plan.body_limit, id.0, io)
+            let tls = url.tls.then(|| plan.asking.tls()).transpose()?.map(|config| (config, url.host.as_str()));
+            let request = plan.asking.octets(&job.hop);
+            let head = job.hop.method == "HEAD";
+            Exchange::start(SocketAddr::new(address, url.port), tls, request, head, plan.body_limit, id.0, io)
         });
         match started {
             Ok(exchange) => job.exchange = Some(exchange),
             Err(e) => self.end(id, Some(e), io),
+        }
+    }
+
+    /// An answer is there: it is the run's, or says where to go on.
+    fn answered(&mut self, id: RunId, io: &mut Io<'_>) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let (plan, answer) = (Arc::clone(&job.plan), job.answer());
+        let next = answer.as_ref().ok().filter(|answer| plan.redirects > 0 && !plan.is_good(answer.status));
+        let next = next.and_then(|answer| job.hop.next(answer.status, answer.header("location")));
+        match next {
+            None => self.end(id, None, io),
+            Some(Err(e)) => self.end(id, Some(e), io),
+            Some(Ok(hop)) if hop.number > plan.redirects => {
+                self.end(id, Some(format!("the server sends us on more than {} times", plan.redirects)), io);
+            }
+            Some(Ok(hop)) => {
+                if let Some(mut exchange) = job.exchange.take() {
+                    exchange.end(io);
+                }
+                (job.hop, job.since) = (hop, io.now);
+                let addresses = io.resolve(id, &job.hop.url.host);
+                if let Some(addresses) = addresses {
+                    self.connect(id, addresses, io);
+                }
+            }
         }
     }
 
@@ -91,10 +120,9 @@ impl Http {
         let mut answer = Err(error.clone().unwrap_or_default());
         if let Some(exchange) = &mut job.exchange {
             exchange.end(io);
-            if error.is_none() {
-                let mut raw = exchange.raw.as_slice();
-                answer = response::read(&mut raw, job.plan.body_limit).map_err(|e| e.to_string());
-            }
+        }
+        if error.is_none() {
+            answer = job.answer();
         }
         let answer = answer.and_then(|answer| match job.plan.is_good(answer.status) {
             false if job.plan.scrape => Err(format!("the target answers with status {}", answer.status)),
@@ -118,10 +146,12 @@ impl Http {
                 labels: &task.labels,
                 target: &target,
                 started_ms: job.run.started_ms,
-                limit: job.plan.sample_limit,
+                limits: job.plan.limits,
                 openmetrics: kind.starts_with("application/openmetrics-text"),
             };
-            let body = String::from_utf8_lossy(&answer.body);
+            // Nearly always it is UTF-8, and looking for that alone is quick.
+            let lossy = || String::from_utf8_lossy(&answer.body);
+            let body = std::str::from_utf8(&answer.body).map_or_else(|_| lossy(), Cow::Borrowed);
             self.known.entry(task.id.clone()).or_default().read(&body, &reading)
         });
         let (scraped, error) = match scraped {
@@ -141,6 +171,18 @@ impl Http {
         let mut gathered: Gathered = scraped.gathered;
         gathered.samples.extend(own.samples);
         Finished { gathered, error }
+    }
+}
+
+impl Job {
+    /// What has come, once it is complete.
+    fn answer(&self) -> Result<Response, String> {
+        let mut raw = self.exchange.as_ref().map_or(&[][..], |exchange| &exchange.raw);
+        let answer = match &*self.hop.method {
+            "HEAD" => response::read_head(&mut raw),
+            _ => response::read(&mut raw, self.plan.body_limit),
+        };
+        answer.map_err(|e| e.to_string())
     }
 }
 
@@ -168,11 +210,16 @@ fn probed(job: &Job, answer: Result<Response, String>, io: &Io<'_>) -> Finished 
         }
     }
     out.add("up", Kind::Gauge, &labels, f64::from(u8::from(error.is_none())));
+    out.add("http_redirects", Kind::Gauge, &labels, f64::from(job.hop.number));
     if let Some(exchange) = &job.exchange {
-        phases(&exchange.phases, job.run.started, |phase, seconds| {
+        let mut add = |phase: &str, seconds: f64| {
             let labels = [labels[0], ("phase", phase)];
             out.add("http_duration_seconds", Kind::Gauge, &labels, seconds);
-        });
+        };
+        if job.hop.number > 0 {
+            add("redirect", job.since.saturating_duration_since(job.run.started).as_secs_f64());
+        }
+        phases(&exchange.phases, job.since, add);
         if let Some(end) = exchange.certificate_end() {
             out.add("http_certificate_end_timestamp_seconds", Kind::Gauge, &labels, end as f64);
         }
@@ -202,32 +249,35 @@ impl HttpPlan {
         let wrong = |field: &str, reason: String| FieldError::new(format!("config.{field}"), reason);
         let url = Url::parse(device.text("url")).map_err(|e| FieldError::new("device.url", e))?;
         let path = |key: &str| Some(config.text(key)).filter(|path| !path.is_empty()).map(PathBuf::from);
-        let tls = match url.tls {
-            false => None,
-            true => {
-                let identity = match (path("certificate"), path("key")) {
-                    (Some(certificate), Some(key)) => Some((certificate, key)),
-                    (None, None) => None,
-                    _ => return Err(wrong("certificate", "certificate and key belong together".into())),
-                };
-                let options = TlsOptions { ca: path("ca"), identity, verify: config.flag("verify") };
-                Some(options.load().map_err(|e| wrong("ca", e.to_string()))?)
-            }
+        let identity = match (path("certificate"), path("key")) {
+            (Some(certificate), Some(key)) => Some((certificate, key)),
+            (None, None) => None,
+            _ => return Err(wrong("certificate", "certificate and key belong together".into())),
         };
+        let scrape = config.text("mode") == "scrape";
+        let tls = TlsOptions { ca: path("ca"), identity, verify: config.flag("verify") };
+        let asking = Asking::new(config, scrape, tls)?;
+        if url.tls {
+            asking.tls().map_err(|e| wrong("ca", e))?;
+        }
         let regex = |key: &str| match config.text(key) {
             "" => Ok(None),
             text => Regex::new(text).map(Some).map_err(|e| wrong(key, e.to_string())),
         };
-        let scrape = config.text("mode") == "scrape";
         Ok(Self {
-            request: request(&url, config, scrape)?,
-            tls,
+            asking,
+            redirects: config.whole("redirects"),
             scrape,
             status: config.texts("status").into_iter().map(str::to_string).collect(),
             matches: regex("match")?,
             no_match: regex("no_match")?,
             body_limit: config.whole::<usize>("body_limit_kib") << 10,
-            sample_limit: config.whole("sample_limit"),
+            limits: Limits {
+                samples: config.whole("sample_limit"),
+                labels: config.whole("label_limit"),
+                label_name: config.whole("label_name_limit"),
+                label_value: config.whole("label_value_limit"),
+            },
             url,
         })
     }
@@ -236,38 +286,6 @@ impl HttpPlan {
         let status = status.to_string();
         self.status.iter().any(|good| *good == status || (good.ends_with("xx") && good[..1] == status[..1]))
     }
-}
-
-/// The request as it travels.
-fn request(url: &Url, config: &Values, scrape: bool) -> Result<Vec<u8>, FieldError> {
-    let mut headers = vec![
-        ("Host".to_string(), url.authority()),
-        ("User-Agent".into(), format!("warren-sentinel/{}", env!("CARGO_PKG_VERSION"))),
-        ("Accept".into(), if scrape { ACCEPT } else { "*/*" }.into()),
-        ("Connection".into(), "close".into()),
-    ];
-    let (method, body) = (config.text("method"), config.text("body"));
-    if !body.is_empty() || method != "GET" {
-        headers.push(("Content-Length".into(), body.len().to_string()));
-    }
-    let own = config.entries("headers").into_iter().map(|(name, value)| ("headers", name.to_string(), value));
-    let secret = Some(config.text("authorization")).filter(|value| !value.is_empty());
-    let secret = secret.map(|value| ("authorization", "Authorization".to_string(), value.to_string()));
-    for (field, name, value) in own.chain(secret) {
-        let token = |c: u8| c.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&c);
-        let visible = |c: u8| c == b'\t' || (c >= b' ' && c != 0x7f);
-        if name.is_empty() || !name.bytes().all(token) || !value.bytes().all(visible) {
-            // The value may be a secret.
-            return Err(FieldError::new(format!("config.{field}"), "holds what may not stand in a header"));
-        }
-        headers.retain(|(known, _)| !known.eq_ignore_ascii_case(&name));
-        headers.push((name, value));
-    }
-    let mut octets = format!("{method} {} HTTP/1.1\r\n", url.target);
-    headers.iter().for_each(|(name, value)| octets.extend([name, ": ", value, "\r\n"]));
-    octets.push_str("\r\n");
-    octets.push_str(body);
-    Ok(octets.into_bytes())
 }
 
 impl Service for Http {
@@ -280,7 +298,8 @@ impl Service for Http {
         let Some(plan) = run.plan::<Arc<HttpPlan>>().cloned() else { return };
         let id = run.id;
         let addresses = io.resolve(id, &plan.url.host);
-        self.jobs.insert(id, Job { run, plan, exchange: None });
+        let (hop, since) = (plan.asking.to(plan.url.clone()), run.started);
+        self.jobs.insert(id, Job { run, plan, hop, since, exchange: None });
         if let Some(addresses) = addresses {
             self.connect(id, addresses, io);
         }
@@ -299,7 +318,7 @@ impl Service for Http {
         let Some(exchange) = self.jobs.get_mut(&id).and_then(|job| job.exchange.as_mut()) else { return };
         match exchange.go_on(io.now) {
             Ok(Progress::Waiting) => {}
-            Ok(Progress::Complete) => self.end(id, None, io),
+            Ok(Progress::Complete) => self.answered(id, io),
             Err(e) => self.end(id, Some(e), io),
         }
     }

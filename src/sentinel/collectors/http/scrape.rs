@@ -7,14 +7,39 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::sentinel::collect::Gathered;
-use crate::sentinel::formats::exposition::{Kinds, Line, lines, series};
+use crate::sentinel::formats::exposition::{Kinds, Line, line, series};
 use crate::sentinel::model::{Identity, Sample, Series, SeriesTable};
 
-/// The series of one target, by their text.
+/// The series of one target in the order in which it says them, which is nearly always the same: the next line is
+/// compared with the next of the list, and searched for only where it is another one.
 #[derive(Default)]
 pub struct Known {
-    by_text: HashMap<Box<str>, (Arc<Series>, u64)>,
-    round: u64,
+    /// All texts, one after the other: there may be very many.
+    texts: String,
+    /// Where each text ends.
+    series: Vec<(u32, Arc<Series>)>,
+}
+
+impl Known {
+    fn text(&self, n: usize) -> Option<&str> {
+        let start = n.checked_sub(1).map_or(0, |before| self.series[before].0);
+        self.texts.get(start as usize..self.series.get(n)?.0 as usize)
+    }
+
+    fn push(&mut self, text: &str, series: Arc<Series>) {
+        self.texts.push_str(text);
+        self.series.push((self.texts.len() as u32, series));
+    }
+
+    /// The first `count` of them.
+    fn first(&self, count: usize) -> Self {
+        let end = count.checked_sub(1).map_or(0, |last| self.series[last].0);
+        Self { texts: self.texts[..end as usize].to_string(), series: self.series[..count].to_vec() }
+    }
+
+    fn places(&self) -> HashMap<&str, usize> {
+        (0..self.series.len()).filter_map(|n| Some((self.text(n)?, n))).collect()
+    }
 }
 
 /// What a body gave.
@@ -28,6 +53,35 @@ pub struct Scraped {
     pub added: u64,
 }
 
+/// Beyond one of these a scrape fails, as in Prometheus. 0: no limit.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Limits {
+    /// Samples of one body.
+    pub samples: u64,
+    /// Labels of one sample, those of the task among them.
+    pub labels: usize,
+    /// Octets of a label's name.
+    pub label_name: usize,
+    /// Octets of a label's value.
+    pub label_value: usize,
+}
+
+impl Limits {
+    fn check(&self, text: &str, labels: &[(String, String)]) -> Result<(), String> {
+        let over = |what: &str, found: usize, limit: usize| match limit {
+            limit if limit > 0 && found > limit => {
+                Err(format!("{:?} has {what} {found}, the limit is {limit}", text.chars().take(80).collect::<String>()))
+            }
+            _ => Ok(()),
+        };
+        over("so many labels:", labels.len(), self.labels)?;
+        labels.iter().try_for_each(|(label, value)| {
+            over("a label's name of octets:", label.len(), self.label_name)?;
+            over("a label's value of octets:", value.len(), self.label_value)
+        })
+    }
+}
+
 /// How a body is read.
 pub struct Reading<'a> {
     /// Every series there is.
@@ -38,8 +92,8 @@ pub struct Reading<'a> {
     pub target: &'a [(&'a str, &'a str)],
     /// The run's start, in milliseconds since 1970-01-01 UTC.
     pub started_ms: i64,
-    /// More samples are an error; 0: no limit.
-    pub limit: u64,
+    /// What a target may say at most.
+    pub limits: Limits,
     /// Whether the body is OpenMetrics.
     pub openmetrics: bool,
 }
@@ -47,12 +101,17 @@ pub struct Reading<'a> {
 impl Known {
     /// Reads a body. One line that is none fails it, as in Prometheus: what else was misread nobody knows.
     pub fn read(&mut self, body: &str, reading: &Reading<'_>) -> Result<Scraped, String> {
-        self.round += 1;
         let mut scraped = Scraped::default();
         let mut kinds = Kinds::default();
         let mut ended = false;
-        for (n, line) in lines(body, reading.openmetrics).enumerate() {
-            match line.map_err(|e| format!("the body's meaningful line {} is {e}", n + 1))? {
+        // What is expected next; where to find what is not; and the new list, once it differs from the old one.
+        let (mut next, mut places, mut changed) = (0, None, None::<Self>);
+        scraped.gathered.samples.reserve(self.series.len() + 8);
+        let mut n = 0;
+        for raw in body.split('\n') {
+            let Some(found) = line(raw, reading.openmetrics, self.text(next)) else { continue };
+            n += 1;
+            match found.map_err(|e| format!("the body's meaningful line {n} is {e}"))? {
                 Line::Type { name, kind } => kinds.declare(name, kind),
                 Line::Eof => {
                     ended = true;
@@ -60,15 +119,17 @@ impl Known {
                 }
                 Line::Sample { series: text, value, timestamp_ms } => {
                     scraped.samples += 1;
-                    if reading.limit > 0 && scraped.samples > reading.limit {
-                        return Err(format!("more than {} samples", reading.limit));
+                    let limit = reading.limits.samples;
+                    if limit > 0 && scraped.samples > limit {
+                        return Err(format!("more than {limit} samples"));
                     }
-                    let series = match self.by_text.get_mut(text) {
-                        Some((series, round)) => {
-                            *round = self.round;
-                            Arc::clone(series)
-                        }
-                        None => match self.learn(text, &kinds, reading)? {
+                    let place = match self.text(next) {
+                        Some(expected) if expected == text => Some(next),
+                        _ => places.get_or_insert_with(|| self.places()).get(text).copied(),
+                    };
+                    let series = match place {
+                        Some(place) => Arc::clone(&self.series[place].1),
+                        None => match learn(text, &kinds, reading)? {
                             Ok(series) => {
                                 scraped.added += 1;
                                 series
@@ -79,6 +140,13 @@ impl Known {
                             }
                         },
                     };
+                    if place != Some(next) && changed.is_none() {
+                        changed = Some(self.first(next));
+                    }
+                    if let Some(changed) = &mut changed {
+                        changed.push(text, Arc::clone(&series));
+                    }
+                    next = place.map_or(next, |place| place + 1);
                     let to = if timestamp_ms.is_some() {
                         &mut scraped.gathered.timed
                     } else {
@@ -91,37 +159,38 @@ impl Known {
         if reading.openmetrics && !ended {
             return Err("the body is cut: OpenMetrics ends with # EOF".into());
         }
-        if scraped.samples != self.by_text.len() as u64 {
-            let round = self.round;
-            self.by_text.retain(|_, (_, seen)| *seen == round);
+        drop(places);
+        if changed.is_none() && next < self.series.len() {
+            changed = Some(self.first(next));
+        }
+        if let Some(mut changed) = changed {
+            changed.texts.shrink_to_fit();
+            changed.series.shrink_to_fit();
+            *self = changed;
         }
         Ok(scraped)
     }
+}
 
-    #[allow(clippy::type_complexity)] // a body that is none, or a series that the model refuses
-    fn learn(
-        &mut self,
-        text: &str,
-        kinds: &Kinds<'_>,
-        reading: &Reading<'_>,
-    ) -> Result<Result<Arc<Series>, crate::sentinel::model::ModelError>, String> {
-        let (name, own) =
-            series(text).ok_or_else(|| format!("{:?} is no series", text.chars().take(80).collect::<String>()))?;
-        let target = || reading.target.iter().filter(|(label, _)| !reading.labels.contains_key(*label));
-        let taken = |label: &str| reading.labels.contains_key(label) || target().any(|(name, _)| *name == label);
-        let mut labels: Vec<(String, String)> = Vec::with_capacity(own.len() + 4);
-        for (label, value) in own {
-            let label = if taken(label) { format!("exported_{label}") } else { label.to_string() };
-            labels.push((label, value.into_owned()));
-        }
-        labels.extend(target().map(|(label, value)| (label.to_string(), value.to_string())));
-        labels.extend(reading.labels.iter().map(|(label, value)| (label.clone(), value.clone())));
-        let identity = Identity::new(name, kinds.of(name), labels).and_then(|identity| reading.table.intern(identity));
-        if let Ok(series) = &identity {
-            self.by_text.insert(text.into(), (Arc::clone(series), self.round));
-        }
-        Ok(identity)
+#[allow(clippy::type_complexity)] // a body that is none, or a series that the model refuses
+fn learn(
+    text: &str,
+    kinds: &Kinds<'_>,
+    reading: &Reading<'_>,
+) -> Result<Result<Arc<Series>, crate::sentinel::model::ModelError>, String> {
+    let (name, own) =
+        series(text).ok_or_else(|| format!("{:?} is no series", text.chars().take(80).collect::<String>()))?;
+    let target = || reading.target.iter().filter(|(label, _)| !reading.labels.contains_key(*label));
+    let taken = |label: &str| reading.labels.contains_key(label) || target().any(|(name, _)| *name == label);
+    let mut labels: Vec<(String, String)> = Vec::with_capacity(own.len() + 4);
+    for (label, value) in own {
+        let label = if taken(label) { format!("exported_{label}") } else { label.to_string() };
+        labels.push((label, value.into_owned()));
     }
+    labels.extend(target().map(|(label, value)| (label.to_string(), value.to_string())));
+    labels.extend(reading.labels.iter().map(|(label, value)| (label.clone(), value.clone())));
+    reading.limits.check(text, &labels)?;
+    Ok(Identity::new(name, kinds.of(name), labels).and_then(|identity| reading.table.intern(identity)))
 }
 
 #[cfg(test)]
@@ -139,7 +208,7 @@ mod tests {
             labels: &labels,
             target: &target,
             started_ms: 5,
-            limit,
+            limits: Limits { samples: limit, ..Limits::default() },
             openmetrics,
         };
         let mut known = Known::default();

@@ -21,6 +21,10 @@ fn server(answers: Vec<String>) -> (String, std::thread::JoinHandle<Vec<String>>
             while !request.ends_with(b"\r\n\r\n") && stream.read_exact(&mut octet).is_ok() {
                 request.push(octet[0]);
             }
+            // What was sent and not read would break the connection at its end.
+            let head = String::from_utf8_lossy(&request).into_owned();
+            let length = head.split("Content-Length: ").nth(1).and_then(|rest| rest.split('\r').next()?.parse().ok());
+            stream.read_exact(&mut vec![0; length.unwrap_or(0)]).unwrap();
             // Who has heard enough hangs up.
             let _ = answer.as_bytes().chunks(7).try_for_each(|part| stream.write_all(part));
             requests.push(String::from_utf8(request).unwrap());
@@ -128,13 +132,90 @@ fn a_target_that_is_not_as_it_must_be_is_down() {
             "the body is cut: OpenMetrics ends with # EOF",
         ),
         (with_length("200 OK", "text/plain", "a 1\nb 2\nc 3\n"), "more than 2 samples"),
+        (
+            with_length("200 OK", "text/plain", "a{b=\"c\",d=\"e\"} 1\n"),
+            "\"a{b=\\\"c\\\",d=\\\"e\\\"}\" has so many labels: 4, the limit is 3",
+        ),
+        (
+            with_length("200 OK", "text/plain", "a{bcdefghijk=\"\"} 1\n"),
+            "\"a{bcdefghijk=\\\"\\\"}\" has a label's name of octets: 10, the limit is 9",
+        ),
+        (
+            with_length("200 OK", "text/plain", "a{b=\"0123456789012345678901234567890\"} 1\n"),
+            "\"a{b=\\\"0123456789012345678901234567890\\\"}\" has a label's value of octets: 31, the limit is 30",
+        ),
     ] {
         let (address, serve) = server(vec![answer]);
-        let (report, samples) = run(&format!("http://{address}/"), json!({"mode": "scrape", "sample_limit": 2}));
+        let (report, samples) = run(
+            &format!("http://{address}/"),
+            json!({"mode": "scrape", "sample_limit": 2, "label_limit": 3, "label_name_limit": 9, "label_value_limit": 30}),
+        );
         assert_eq!(report.outcome, Outcome::Failed(error.into()));
         assert_eq!((value(&samples, "up"), value(&samples, "a")), (Some(0.0), None));
         serve.join().unwrap();
     }
+}
+
+#[test]
+fn a_head_has_no_body_whatever_length_it_says() {
+    let (address, serve) = server(vec!["HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n".into()]);
+    let (report, samples) = run(&format!("http://{address}/"), json!({"method": "HEAD"}));
+    assert_eq!(report.outcome, Outcome::Success);
+    assert_eq!((value(&samples, "http_status_code"), value(&samples, "http_response_bytes")), (Some(200.0), Some(0.0)));
+    assert!(serve.join().unwrap()[0].starts_with("HEAD / HTTP/1.1\r\n"));
+}
+
+fn sent_on(status: u16, to: &str) -> String {
+    format!("HTTP/1.1 {status} -\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n")
+}
+
+#[test]
+fn a_probe_goes_where_it_is_sent_and_tells_only_the_first_server_who_it_is() {
+    let end = with_length("200 OK", "text/plain", "hello");
+    let config = json!({"method": "POST", "body": "ask", "authorization": "Bearer s3cret", "match": "hello"});
+    let (other, at_other) = server(vec![end.clone()]);
+    let (first, at_first) = server(vec![sent_on(307, "b"), sent_on(303, &format!("http://{other}/c"))]);
+    let (report, samples) = run(&format!("http://{first}/a"), config);
+    assert_eq!(report.outcome, Outcome::Success);
+    assert_eq!((value(&samples, "http_redirects"), value(&samples, "up")), (Some(2.0), Some(1.0)));
+    let (first, other) = (at_first.join().unwrap(), at_other.join().unwrap());
+    assert!(first[0].starts_with("POST /a ") && first[1].starts_with("POST /b "), "{first:?}");
+    assert!(first.iter().all(|request| request.contains("Bearer s3cret") && request.contains("Content-Length: 3")));
+    assert!(other[0].starts_with("GET /c "), "{other:?}");
+    assert!(!other[0].contains("s3cret") && !other[0].contains("Content-Length"), "{other:?}");
+
+    // A good status is an answer, and so is every one where nobody follows.
+    for config in [json!({"status": ["3xx"]}), json!({"redirects": 0, "status": ["301"]})] {
+        let (address, serve) = server(vec![sent_on(301, "/b")]);
+        let (report, samples) = run(&format!("http://{address}/"), config);
+        assert_eq!((report.outcome, value(&samples, "http_redirects")), (Outcome::Success, Some(0.0)));
+        serve.join().unwrap();
+    }
+    for (answers, config, error) in [
+        (vec![sent_on(301, "/b")], json!({"redirects": 0}), "the server answers with status 301"),
+        (vec![sent_on(302, "/b"); 3], json!({"redirects": 2}), "the server sends us on more than 2 times"),
+        (vec![sent_on(302, "gopher://x")], json!({}), "an address begins with http:// or https://"),
+        (vec!["HTTP/1.1 302 -\r\nContent-Length: 0\r\n\r\n".into()], json!({}), "the server answers with status 302"),
+    ] {
+        let (address, serve) = server(answers);
+        let (report, samples) = run(&format!("http://{address}/"), config);
+        assert_eq!(report.outcome, Outcome::Failed(error.into()));
+        assert_eq!(value(&samples, "up"), Some(0.0));
+        serve.join().unwrap();
+    }
+}
+
+#[test]
+fn nobody_is_led_out_of_tls() {
+    let asking = Asking::new(
+        &manifest("http").config.check("config", &Default::default()).unwrap(),
+        false,
+        TlsOptions::default(),
+    )
+    .unwrap();
+    let hop = asking.to(Url::parse("https://a/").unwrap());
+    let error = hop.next(302, Some("http://a/")).unwrap().err().unwrap();
+    assert_eq!(error, "the server sends us on to http://a/, which is without TLS");
 }
 
 #[test]
