@@ -215,7 +215,9 @@ impl Boot {
         archive.file("/test/bin/node-tool", 0o755, &read(&artefacts::node_tool("node-tool")));
         // The node's own limits are for hardware.
         let seconds = (30 * timing::factor()).min(600);
-        let configuration = format!("[sandbox]\nboot_timeout_s = {seconds}\nstop_timeout_s = {seconds}\n");
+        let configuration = format!(
+            "[sandbox]\nboot_timeout_s = {seconds}\nstop_timeout_s = {seconds}\n[health]\nprobe_timeout_s = {seconds}\n"
+        );
         archive.file("/etc/warren/warren.toml", 0o644, configuration.as_bytes());
         for (path, mode, content) in &self.files {
             archive.file(path, *mode, content);

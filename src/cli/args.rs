@@ -172,6 +172,14 @@ pub enum NodeVerb {
         #[arg(long)]
         force: bool,
     },
+    /// Take no new sandboxes, and wait until none runs and everything is written
+    Drain {
+        /// Stop those that still run after so many seconds; without it they end by themselves
+        #[arg(long, value_name = "SECONDS")]
+        deadline: Option<u64>,
+    },
+    /// Take new sandboxes again
+    Undrain,
     /// Stop all sandboxes and switch the node off
     Stop,
     /// Stop all sandboxes and start the node anew
@@ -284,6 +292,9 @@ pub struct Shape {
     /// An environment variable for commands; without =VALUE it is taken from here
     #[arg(short, long, value_name = "NAME[=VALUE]", action = ArgAction::Append)]
     pub env: Vec<String>,
+    /// Whether it is started again when it fails: never, on-failure, on-failure:N
+    #[arg(long, value_name = "POLICY")]
+    pub restart: Option<String>,
     /// A label
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_label)]
     pub label: Vec<String>,

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::Failure;
 use super::args::{AuditArgs, LimitArgs, NetworkArgs, PsArgs};
-use super::client::{CONNECTION_LOST, Call, Client};
+use super::client::{CONNECTION_LOST, Call, Client, Event};
 use super::output::{ago, human_bytes, human_seconds, json_object, print, print_error, print_json, printable, table};
 use crate::wire::{Code, Error, Fields, Request};
 
@@ -347,6 +347,33 @@ pub fn ledger(client: &mut Client, all: bool, json: bool) -> Result<u8, Failure>
         &rows.iter().map(|row| keys.iter().map(|key| text(row, key)).collect()).collect::<Vec<_>>(),
     ))?;
     Ok(code)
+}
+
+/// `warren node drain`.
+pub fn drain(client: &mut Client, deadline: Option<u64>, json: bool) -> Result<u8, Failure> {
+    let request = Request::new("", "node.drain");
+    let request = deadline.into_iter().fold(request, |request, seconds| request.set("deadline_s", seconds));
+    let call = client.start(request)?;
+    let done = loop {
+        match client.next(&call, None)? {
+            Event::Item(step) if !json => {
+                let left = step.get("sandboxes").unwrap_or("?");
+                print(format!("{left} sandboxes left\n").into_bytes())?;
+            }
+            Event::Done(result) => break result?,
+            _ => {}
+        }
+    };
+    if json {
+        print_json(&json_object(&done))?;
+    }
+    Ok(0)
+}
+
+/// `warren node undrain`.
+pub fn undrain(client: &mut Client) -> Result<u8, Failure> {
+    client.call(Request::new("", "node.undrain"))?;
+    Ok(0)
 }
 
 /// `warren node stop` and `warren node reboot`.

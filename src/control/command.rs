@@ -34,6 +34,10 @@ pub enum Command {
         /// Also when it does not know sandboxes that are there.
         force: bool,
     },
+    /// Takes no new sandboxes; those that run end, by themselves or after that time.
+    NodeDrain(Option<Duration>),
+    /// Takes new sandboxes again.
+    NodeUndrain,
     /// The audit log.
     NodeAudit(AuditQuery),
     /// The templates.
@@ -147,7 +151,8 @@ impl Verb {
         match self.name {
             "hello" | "help" | "node.info" | "sandbox.list" | "sandbox.stats" => Role::Monitor,
             "template.list" | "template.inspect" | "sandbox.inspect" | "sandbox.logs" | "exec.list" => Role::Viewer,
-            "node.stop" | "node.audit" | "node.ledger" | "node.backup" | "node.restore" => Role::Admin,
+            "node.stop" | "node.drain" | "node.undrain" | "node.audit" | "node.ledger" | "node.backup"
+            | "node.restore" => Role::Admin,
             _ => Role::Operator,
         }
     }
@@ -174,6 +179,8 @@ verbs! {
     "help", "", "the verbs", |_, args, _| done(args, Command::Help);
     "node.info", "", "state and capacity of the node", |_, args, _| done(args, Command::NodeInfo);
     "node.stop", "[mode=poweroff|reboot]", "stop every sandbox, then the node", node_stop;
+    "node.drain", "[deadline_s=0..31536000]", "take no new sandboxes, and wait until none runs and all is written", node_drain;
+    "node.undrain", "", "take new sandboxes again", |_, args, _| done(args, Command::NodeUndrain);
     "node.audit", "[owner=OWNER] [before=ID] [limit=1..1000]", "who did what, newest first", node_audit;
     "node.ledger", "[all=true]", "where record and kernel differ on what sandboxes hold", |_, mut args, _| {
         let all = args.flag("all")?;
@@ -190,7 +197,7 @@ verbs! {
         done(args, Command::TemplateInspect(name))
     };
     "sandbox.create",
-    "[template=base] [name=NAME] [owner=OWNER] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [net_mbps=N] [env=K=V]* [label=K=V]* [progress=true]",
+    "[template=base] [name=NAME] [owner=OWNER] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [net_mbps=N] [restart=never|on-failure[:N]] [env=K=V]* [label=K=V]* [progress=true]",
     "create a sandbox and wait until it answers", sandbox_create;
     "sandbox.list", "[state=STATE] [owner=OWNER]", "the sandboxes", sandbox_list;
     "sandbox.inspect", "SANDBOX", "one sandbox", |_, mut args, _| {
@@ -259,6 +266,14 @@ fn node_stop(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
         }
     };
     done(args, Command::NodeStop(mode))
+}
+
+/// Longest time that sandboxes may have when a node is drained: a year.
+const MAX_DRAIN_S: u64 = 365 * 24 * 3600;
+
+fn node_drain(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let deadline = args.number("deadline_s", 0..=MAX_DRAIN_S)?.map(Duration::from_secs);
+    done(args, Command::NodeDrain(deadline))
 }
 
 fn sandbox_create(_: &str, mut args: Args, defaults: Defaults) -> Result<Command, Error> {
@@ -453,6 +468,8 @@ mod tests {
             ("file.read", Role::Operator, false),
             ("file.write", Role::Operator, true),
             ("node.stop", Role::Admin, true),
+            ("node.drain", Role::Admin, true),
+            ("node.undrain", Role::Admin, true),
             ("node.audit", Role::Admin, false),
             ("node.ledger", Role::Admin, false),
             ("node.backup", Role::Admin, true),

@@ -206,7 +206,7 @@ impl Init {
         log::info!("{why}: the node stops ({})", mode.as_str());
         self.stopping = Some((mode, Instant::now() + ORDERLY_STOP));
         if let Some(pid) = self.supervisor.pid()
-            && let Err(error) = kill(pid, Signal::SIGTERM)
+            && let Err(error) = kill(pid, Signal::SIGPWR)
         {
             log::error!("cannot ask the supervisor to stop: {error}");
         }

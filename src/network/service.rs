@@ -12,6 +12,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -66,6 +67,7 @@ enum Order {
     Release { owner: String },
     Check { ticket: u64 },
     Destroyed { number: u32 },
+    End,
 }
 
 /// What an owner gets.
@@ -167,6 +169,7 @@ impl From<KernelError> for NetworkError {
 #[derive(Debug)]
 pub struct Network {
     orders: Sender<Order>,
+    thread: JoinHandle<()>,
     shown: Arc<Mutex<Shown>>,
 }
 
@@ -180,10 +183,11 @@ impl Network {
         let (orders, receiver) = channel();
         let (own, shown) = (orders.clone(), Arc::<Mutex<Shown>>::default());
         let told = Arc::clone(&shown);
-        std::thread::Builder::new().name("network".to_string()).stack_size(512 * 1024).spawn(move || {
-            Service::new(settings, own, report, told).run(adopted, &receiver);
-        })?;
-        Ok(Self { orders, shown })
+        let thread =
+            std::thread::Builder::new().name("network".to_string()).stack_size(512 * 1024).spawn(move || {
+                Service::new(settings, own, report, told).run(adopted, &receiver);
+            })?;
+        Ok(Self { orders, thread, shown })
     }
 
     /// The pool of slots as it was when its thread last looked after it.
@@ -212,8 +216,18 @@ impl Network {
         self.send(Order::Release { owner: owner.to_string() });
     }
 
+    /// Ends the thread after all that was asked for before. Slots in use stay as they are: the next one takes them over.
+    pub fn end(&self) {
+        self.send(Order::End);
+    }
+
+    /// Whether the thread has ended.
+    pub fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
     fn send(&self, order: Order) {
-        // The thread ends with this process only.
+        // Nobody asks for anything after the thread has ended.
         let _ = self.orders.send(order);
     }
 }
@@ -264,6 +278,7 @@ impl<F: FnMut(Report)> Service<F> {
                 None => receiver.recv().map_err(|_| RecvTimeoutError::Disconnected),
             };
             match received {
+                Ok(Order::End) => return,
                 Ok(order) => self.take(order),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
@@ -301,6 +316,7 @@ impl<F: FnMut(Report)> Service<F> {
                 self.going.remove(&number);
                 self.pool.freed(number);
             }
+            Order::End => {}
         }
     }
 

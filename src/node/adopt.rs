@@ -9,17 +9,19 @@ use std::time::Duration;
 
 use mio::net::UnixStream;
 
-use super::finish::{Extent, cause_of_death};
+use super::finish::Extent;
+use super::health::Probe;
 use super::instance::{Sandbox, Worker};
 use super::supervisor::{Done, Supervisor, Timer, now_ms};
 use crate::sandbox::agent::{Agent, Approach};
 use crate::sandbox::census::user_of;
+use crate::sandbox::death;
 use crate::sandbox::exec::Exec;
 use crate::sandbox::home::{Home, Places};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::ledger::{Account, Resource};
 use crate::sandbox::lifecycle::State;
-use crate::sandbox::limits;
+use crate::sandbox::limits::Oom;
 use crate::sandbox::worker::{self, LastWords};
 use crate::storage::state::{AllocationRow, Change, ExecutionRow, Snapshot};
 use crate::wire::{Code, Error, Fields, Link};
@@ -42,7 +44,7 @@ enum Fate {
     Ended(State, String),
 }
 
-fn fate(state: State, alive: bool, fresh_boot: bool, words: Option<&LastWords>, ran_out: bool) -> Fate {
+fn fate(state: State, alive: bool, fresh_boot: bool, words: Option<&LastWords>, why: impl FnOnce() -> String) -> Fate {
     match state {
         State::Stopped | State::Error | State::Paused => Fate::Keep,
         State::Pending | State::Scheduling | State::Creating | State::Starting => Fate::Discard,
@@ -53,7 +55,7 @@ fn fate(state: State, alive: bool, fresh_boot: bool, words: Option<&LastWords>, 
             Some(words) if words.reason == "guest-poweroff" => {
                 Fate::Ended(State::Stopped, "the guest powered off".to_string())
             }
-            words => Fate::Ended(State::Error, cause_of_death(words, None, ran_out)),
+            _ => Fate::Ended(State::Error, why()),
         },
     }
 }
@@ -69,7 +71,7 @@ impl Supervisor {
             };
             let processes = sandbox.home.processes();
             let words = LastWords::read(&sandbox.home.last_words());
-            let ran_out = limits::oom_kills(sandbox.home.cgroup()) > 0;
+            let oom = Oom::of(sandbox.home.cgroup());
             let id = sandbox.id.clone();
             self.take_executions(&mut sandbox, &snapshot.executions);
             // Its directory goes last when a sandbox is removed: that was done, but for the row.
@@ -77,7 +79,9 @@ impl Supervisor {
                 discarded.push(sandbox.home);
                 continue;
             }
-            match fate(sandbox.state, !processes.is_empty(), fresh_boot, words.as_ref(), ran_out) {
+            let console = || sandbox.home.console_tail(death::CONSOLE_TAIL);
+            let why = || death::reason(words.as_ref(), None, oom, &console());
+            match fate(sandbox.state, !processes.is_empty(), fresh_boot, words.as_ref(), why) {
                 Fate::Keep => {
                     let holds = sandbox.home.holds_worker();
                     self.sandboxes.insert(id.clone(), sandbox);
@@ -85,6 +89,7 @@ impl Supervisor {
                     if holds {
                         self.let_go(&id, true);
                     }
+                    self.restart_later(&id);
                 }
                 Fate::Discard => discarded.push(sandbox.home),
                 Fate::Ended(state, reason) => {
@@ -97,7 +102,8 @@ impl Supervisor {
                     self.take_over_account(&id, recorded.remove(&id).as_ref(), false);
                     self.record(&id);
                     // After a power loss the disk is what is left to save.
-                    self.let_go(&id, fresh_boot || state == State::Stopped);
+                    let restarts = self.restart_later(&id);
+                    self.let_go(&id, fresh_boot || restarts || state == State::Stopped);
                 }
                 Fate::Adopt => {
                     self.take_over_slot(&mut sandbox, row.net_address.as_deref());
@@ -113,7 +119,8 @@ impl Supervisor {
                             end_execs(sandbox);
                         }
                         self.record(&id);
-                        self.let_go(&id, false);
+                        let restarts = self.restart_later(&id);
+                        self.let_go(&id, restarts);
                     }
                 }
             }
@@ -189,9 +196,12 @@ impl Supervisor {
                 told_to_stop: false,
                 dead: false,
                 agent_losses: 0,
+                probe: Probe::default(),
+                verdict: None,
             });
         }
         self.touched_sandboxes.insert(id.clone());
+        self.watch_health(id);
         if stopping {
             self.timers.after(Duration::ZERO, Timer::Stop(id.clone()));
         }
@@ -340,16 +350,20 @@ fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
 mod tests {
     use super::*;
 
+    fn dead() -> String {
+        "worker-ended".to_string()
+    }
+
     #[test]
     fn a_running_sandbox_is_adopted_only_with_its_worker() {
-        assert_eq!(fate(State::Running, true, false, None, false), Fate::Adopt);
-        assert_eq!(fate(State::Running, false, true, None, false), Fate::Ended(State::Error, "node lost power".into()));
+        assert_eq!(fate(State::Running, true, false, None, dead), Fate::Adopt);
+        assert_eq!(fate(State::Running, false, true, None, dead), Fate::Ended(State::Error, "node lost power".into()));
         let off = LastWords { reason: "guest-poweroff".into(), detail: String::new() };
         assert_eq!(
-            fate(State::Running, false, false, Some(&off), false),
+            fate(State::Running, false, false, Some(&off), dead),
             Fate::Ended(State::Stopped, "the guest powered off".into())
         );
-        assert!(matches!(fate(State::Running, false, false, None, false), Fate::Ended(State::Error, _)));
+        assert!(matches!(fate(State::Running, false, false, None, dead), Fate::Ended(State::Error, _)));
     }
 
     #[test]
@@ -374,11 +388,11 @@ mod tests {
     #[test]
     fn a_sandbox_that_never_ran_is_discarded_and_one_that_ended_is_kept() {
         for state in [State::Pending, State::Scheduling, State::Creating, State::Starting] {
-            assert_eq!(fate(state, true, false, None, false), Fate::Discard);
+            assert_eq!(fate(state, true, false, None, dead), Fate::Discard);
         }
         for state in [State::Stopped, State::Error] {
-            assert_eq!(fate(state, false, true, None, false), Fate::Keep);
+            assert_eq!(fate(state, false, true, None, dead), Fate::Keep);
         }
-        assert_eq!(fate(State::Stopping, false, true, None, false), Fate::Ended(State::Stopped, "stopped".into()));
+        assert_eq!(fate(State::Stopping, false, true, None, dead), Fate::Ended(State::Stopped, "stopped".into()));
     }
 }

@@ -47,7 +47,10 @@ impl Supervisor {
                 return;
             }
             let heard = match worker.agent.hear() {
-                Some(heard) => heard,
+                Some(heard) => {
+                    worker.probe.heard = true;
+                    heard
+                }
                 None => match worker.agent.fill() {
                     Ok(Filled::More) => continue,
                     Ok(Filled::Drained) => return,
@@ -98,6 +101,7 @@ impl Supervisor {
                 Message::Err { error, .. } => self.configured(id, Err(error)),
                 _ => {}
             },
+            Route::Probe => worker.probe.answered(),
             Route::PowerOff | Route::Unheeded => {}
             Route::Survey => self.surveyed(id, &message),
             Route::Exec(number) => self.take_exec_answer(id, number, message),

@@ -33,7 +33,7 @@ pub(super) struct Backups {
     /// Whose restore it is: one at a time.
     restoring: Option<(u64, String)>,
     /// A database waits to be taken in: this supervisor ends.
-    pub staged: bool,
+    staged: bool,
 }
 
 /// A client's restore: what it sends goes to the thread that writes it.
@@ -186,6 +186,7 @@ impl Supervisor {
                 self.backups.staged = true;
                 let fields = Fields::new().with("sandboxes", contents.sandboxes.len()).with("size", contents.bytes);
                 self.finish(key, &Message::ok(tag, fields.with("node", contents.node_id)));
+                self.hand_over();
             }
             Err(error) => {
                 self.discard_restore();

@@ -39,6 +39,8 @@ pub struct Config {
     pub paths: Paths,
     /// `[sandbox]`
     pub sandbox: Sandbox,
+    /// `[health]`
+    pub health: Health,
     /// `[worker_pool]`
     pub worker_pool: Pool,
     /// `[overlay_pool]`
@@ -109,6 +111,18 @@ pub struct Sandbox {
     pub stop_timeout_s: u64,
     /// Output kept of each exec for re-attaching, in KiB, 16–1,048,576.
     pub exec_ring_kib: u64,
+}
+
+/// How it is seen that a guest has hung.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Health {
+    /// Seconds between two questions to an agent, 1–3,600.
+    pub probe_interval_s: u64,
+    /// Seconds that it has for an answer, 1–600.
+    pub probe_timeout_s: u64,
+    /// So many times without an answer it has hung, 1–100.
+    pub probe_failures: u64,
 }
 
 /// Things that are made before anybody asks for a sandbox.
@@ -223,6 +237,12 @@ impl Default for Control {
 impl Default for Paths {
     fn default() -> Self {
         Self { data: "/data".into(), run: "/run/warren".into(), share: "/usr/share/warren".into() }
+    }
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { probe_interval_s: 30, probe_timeout_s: 10, probe_failures: 3 }
     }
 }
 
@@ -457,6 +477,9 @@ impl Config {
         within("sandbox.boot_timeout_s", self.sandbox.boot_timeout_s, 1..=600)?;
         within("sandbox.stop_timeout_s", self.sandbox.stop_timeout_s, 0..=600)?;
         within("sandbox.exec_ring_kib", self.sandbox.exec_ring_kib, 16..=1_048_576)?;
+        within("health.probe_interval_s", self.health.probe_interval_s, 1..=3600)?;
+        within("health.probe_timeout_s", self.health.probe_timeout_s, 1..=600)?;
+        within("health.probe_failures", self.health.probe_failures, 1..=100)?;
         self.worker_pool.validate([
             "worker_pool.min_ready",
             "worker_pool.max",

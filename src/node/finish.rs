@@ -2,17 +2,20 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use super::components::Progress;
 use super::instance::{Awaited, Route, Worker};
 use super::start::with_console;
 use super::supervisor::{Done, Source, Stopping, Supervisor, Timer, now_ms};
-use crate::init::{ChildStatus, StopMode};
+use crate::init::StopMode;
 use crate::sandbox::agent::{Agent, Approach};
+use crate::sandbox::death;
+use crate::sandbox::exec::Sink;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::ledger::Resource;
 use crate::sandbox::lifecycle::State;
-use crate::sandbox::limits;
+use crate::sandbox::limits::Oom;
 use crate::sandbox::worker::LastWords;
 use crate::storage::state::Change;
 use crate::wire::{Code, Error, Fields, Message, Request};
@@ -31,7 +34,8 @@ impl Supervisor {
         let timeout = timeout.unwrap_or(Duration::from_secs(self.config.sandbox.stop_timeout_s));
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
         match sandbox.state {
-            State::Stopped | State::Error | State::Stopping => return Ok(()),
+            State::Error => return self.stop_restarting(id),
+            State::Stopped | State::Stopping => return Ok(()),
             State::Pending | State::Scheduling => {
                 self.fail_start(id, Error::new(Code::Cancelled, "the sandbox was stopped before it started"));
                 return Ok(());
@@ -100,8 +104,10 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let Some(worker) = sandbox.worker.take_if(|worker| worker.dead || worker.status.is_some()) else { return };
         let words = LastWords::read(&sandbox.home.last_words());
-        let ran_out = limits::oom_kills(sandbox.home.cgroup()) > 0;
-        let cause = cause_of_death(words.as_ref(), worker.status, ran_out);
+        let oom = Oom::of(sandbox.home.cgroup());
+        let cause = worker.verdict.clone();
+        let console = || sandbox.home.console_tail(death::CONSOLE_TAIL);
+        let cause = cause.unwrap_or_else(|| death::reason(words.as_ref(), worker.status, oom, &console()));
         let refusal = worker.refusal.clone();
         let pid = worker.pid;
         self.close_worker(id, worker, &cause);
@@ -111,8 +117,11 @@ impl Supervisor {
         let in_order =
             words.as_ref().is_some_and(|words| matches!(words.reason.as_str(), "guest-poweroff" | "stopped"));
         self.ledger.worker_ended(id, in_order);
+        sandbox.hung_ms = None;
         match sandbox.state {
-            State::Starting if !sandbox.removing => {
+            State::Starting | State::Error
+                if !sandbox.removing && (sandbox.restarting || sandbox.state == State::Starting) =>
+            {
                 let error = refusal.unwrap_or_else(|| {
                     let error =
                         Error::new(Code::VmFailed, format!("the machine ended before its agent answered: {cause}"));
@@ -133,14 +142,14 @@ impl Supervisor {
                 sandbox.reason = cause;
             }
         }
-        self.record(id);
         if self.sandboxes.get(id).is_some_and(|sandbox| sandbox.removing) {
             self.release(id, Extent::Everything);
         } else if self.sandboxes.get(id).is_some_and(|sandbox| sandbox.state == State::Error) {
-            self.release(id, Extent::AllButLogs);
+            self.after_failure(id);
         } else {
             self.release(id, Extent::Worker);
         }
+        self.record(id);
     }
 
     /// Lets go of a worker: nobody hears from it any more.
@@ -189,8 +198,7 @@ impl Supervisor {
         if sandbox.state == State::Running {
             if worker.agent_losses > MAX_RELINKS {
                 log::error!("sandbox {id}: {error}; it is given up");
-                sandbox.state = State::Error;
-                sandbox.reason = format!("its agent was lost: {}", error.message);
+                worker.verdict = Some(format!("agent-lost: its agent was lost: {}", error.message));
                 if let Err(e) = sandbox.home.kill() {
                     log::error!("sandbox {id} cannot be killed: {e}");
                 }
@@ -355,18 +363,12 @@ impl Supervisor {
         }
     }
 
-    /// Begins the end of the node, or of this process when `mode` is none.
+    /// Begins the end of the node: the sandboxes are stopped, then everything else. `mode` is what init is asked for then.
     pub(super) fn begin_stop(&mut self, mode: Option<StopMode>, waiter: Option<(u64, String)>) {
-        let grace = Duration::from_secs(self.config.sandbox.stop_timeout_s) + Duration::from_secs(10);
-        let stopping = self.stopping.get_or_insert_with(|| Stopping {
-            mode,
-            waiters: Vec::new(),
-            deadline: Instant::now() + grace,
-        });
+        let stopping = self.stopping.get_or_insert_default();
+        stopping.hands_over = false;
         stopping.mode = stopping.mode.or(mode);
         stopping.waiters.extend(waiter);
-        self.timers.after(grace, Timer::Logs);
-        self.drain_pools();
         let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
         for id in ids {
             if self.stop(&id, None).is_err() {
@@ -375,23 +377,47 @@ impl Supervisor {
         }
     }
 
-    /// Whether the node's stop is complete; answers those who asked for it.
-    pub(super) fn has_stopped(&mut self) -> bool {
-        let Some(stopping) = &self.stopping else { return false };
-        let busy = self.sandboxes.values().any(|sandbox| sandbox.worker.is_some() || sandbox.releasing)
-            || self.pools.are_busy();
-        if busy && Instant::now() < stopping.deadline {
-            return false;
+    /// Begins the end of this process only.
+    pub(super) fn hand_over(&mut self) {
+        self.stopping.get_or_insert_with(|| Stopping { hands_over: true, ..Stopping::default() });
+    }
+
+    /// Sandboxes may be asked for.
+    pub(super) fn open_admission(&mut self) {
+        log::info!("node {} answers on {}", self.node_id, self.config.control.socket.display());
+    }
+
+    /// Nothing new is taken, and what was begun has come to its end: sandboxes that stop or start, those that stay apart.
+    pub(super) fn close_admission(&mut self) -> Result<Progress, String> {
+        let Some(stopping) = &mut self.stopping else { return Ok(Progress::Done) };
+        let hands_over = stopping.hands_over;
+        let busy = self.sandboxes.values().filter(|sandbox| {
+            let stays = hands_over && sandbox.state == State::Running && !sandbox.removing;
+            sandbox.releasing || sandbox.restarting || (sandbox.state.is_live() || sandbox.worker.is_some()) && !stays
+        });
+        let busy: Vec<&str> = busy.map(|sandbox| sandbox.id.as_str()).collect();
+        if !busy.is_empty() {
+            return Ok(Progress::Waits(format!("these have not come to an end: {}", busy.join(" "))));
         }
-        let Some(stopping) = self.stopping.take() else { return false };
-        for (client, tag) in stopping.waiters {
+        for (client, tag) in std::mem::take(&mut stopping.waiters) {
             self.finish(client, &Message::ok(&tag, Fields::new()));
         }
-        self.settle();
-        if let (Some(mode), Some(init)) = (stopping.mode, &mut self.init) {
+        Ok(Progress::Done)
+    }
+
+    /// Everything has stopped: init is asked for what comes next.
+    pub(super) fn request_stop(&mut self) {
+        let mode = self.stopping.as_ref().and_then(|stopping| stopping.mode);
+        if let (Some(mode), Some(init)) = (mode, &mut self.init) {
             init.request_stop(mode);
         }
-        true
+    }
+
+    /// Octets of answers that clients have not taken yet.
+    pub(super) fn unread_answers(&mut self) -> usize {
+        self.touched_clients.extend(self.clients.keys());
+        self.settle();
+        self.clients.values().map(|client| client.queued()).sum()
     }
 }
 
@@ -404,39 +430,4 @@ pub enum Extent {
     AllButLogs,
     /// Everything.
     Everything,
-}
-
-/// Why a worker ended, as far as anybody knows.
-/// `ran_out`: the kernel killed in its group for memory.
-pub(super) fn cause_of_death(words: Option<&LastWords>, status: Option<ChildStatus>, ran_out: bool) -> String {
-    match (words, status) {
-        (Some(words), _) => words.sentence(),
-        // The status is of no use then: whoever sends signal 9, it looks the same.
-        (None, _) if ran_out => "worker was killed by the kernel: its sandbox's memory limit was reached".to_string(),
-        (None, Some(ChildStatus::Signal(libc::SIGSYS))) => {
-            "worker was killed by its jail: it made a system call that none of its threads makes".to_string()
-        }
-        (None, Some(ChildStatus::Signal(signal))) => {
-            let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", nix::sys::signal::Signal::as_str);
-            format!("worker was killed by signal {signal} ({name})")
-        }
-        (None, Some(ChildStatus::Code(code))) => format!("worker exited with code {code}"),
-        (None, None) => "worker ended without a word".to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_ended_a_worker_is_told_apart() {
-        let words = LastWords { reason: "guest-panic".to_string(), detail: String::new() };
-        let killed = Some(ChildStatus::Signal(libc::SIGKILL));
-        assert_eq!(cause_of_death(Some(&words), killed, true), "guest-panic", "it had still the time to say so");
-        assert!(cause_of_death(None, killed, true).contains("memory limit"));
-        assert!(cause_of_death(None, killed, false).contains("SIGKILL"));
-        assert!(cause_of_death(None, Some(ChildStatus::Signal(libc::SIGSYS)), false).contains("its jail"));
-        assert_eq!(cause_of_death(None, Some(ChildStatus::Code(3)), false), "worker exited with code 3");
-    }
 }

@@ -20,10 +20,10 @@ impl Supervisor {
         }
         let running = self.sandboxes.values().filter(|sandbox| sandbox.state == State::Running).count();
         let kvm = fs::metadata("/dev/kvm").is_ok();
-        let status = match (&self.stopping, kvm) {
-            (Some(_), _) => "draining",
-            (None, true) => "healthy",
-            (None, false) => "unhealthy",
+        let status = match (self.stopping.is_some() || self.drain.is_some(), kvm) {
+            (true, _) => "draining",
+            (false, true) => "healthy",
+            (false, false) => "unhealthy",
         };
         let fields = Fields::new()
             .with("id", &self.node_id)
@@ -46,7 +46,10 @@ impl Supervisor {
                 .with("disk_available_mib", disk.blocks_available() * disk.fragment_size() / (1024 * 1024)),
             Err(_) => fields,
         };
-        fields
+        let until = self.drain.as_ref().and_then(|drain| drain.until_ms);
+        let fields = until.into_iter().fold(fields, |fields, until| fields.with("drain_until_ms", until));
+        self.externals
+            .fields(fields)
             .with("sandboxes", count)
             .with("sandboxes_running", running)
             .with("allocated_vcpus", vcpus)

@@ -8,6 +8,7 @@ use mio::Token;
 use mio::net::UnixStream;
 
 use super::finish::Extent;
+use super::health::Probe;
 use super::pools::Held;
 use super::stats::Inquiry;
 use crate::init::ChildStatus;
@@ -19,6 +20,7 @@ use crate::sandbox::home::Home;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::network;
+use crate::sandbox::restart::Restart;
 use crate::sandbox::spec::Spec;
 use crate::storage::state::{ExecutionRow, SandboxRow, Ticket};
 use crate::wire::{Error, Fields, Link};
@@ -41,6 +43,8 @@ pub enum Route {
         /// The tag of its request.
         tag: String,
     },
+    /// Whether it is there.
+    Probe,
     /// Nobody waits for the answer.
     Unheeded,
 }
@@ -74,6 +78,10 @@ pub struct Worker {
     pub dead: bool,
     /// Links to the agent that were lost while the worker lived.
     pub agent_losses: u32,
+    /// Whether its agent answers.
+    pub probe: Probe,
+    /// Why it is ended, where the supervisor ends it for a reason.
+    pub verdict: Option<String>,
 }
 
 /// Whose request waits for a sandbox.
@@ -116,6 +124,16 @@ pub struct Sandbox {
     pub state: State,
     /// Why it ended, or empty.
     pub reason: String,
+    /// It is in error and is being started again.
+    pub restarting: bool,
+    /// When it will be, in Unix milliseconds.
+    pub restart_at_ms: Option<u64>,
+    /// How often it was, and how often since it ran well.
+    pub restarts: u32,
+    /// See `restarts`.
+    pub restarts_in_row: u32,
+    /// Since when its agent does not answer, in Unix milliseconds.
+    pub hung_ms: Option<u64>,
     /// Unix milliseconds.
     pub created_ms: u64,
     /// Unix milliseconds.
@@ -164,6 +182,11 @@ impl Sandbox {
             template_sha256: String::new(),
             state: State::Pending,
             reason: String::new(),
+            restarting: false,
+            restart_at_ms: None,
+            restarts: 0,
+            restarts_in_row: 0,
+            hung_ms: None,
             created_ms,
             started_ms: None,
             ended_ms: None,
@@ -185,6 +208,11 @@ impl Sandbox {
         }
     }
 
+    /// Whether its worker was started and its agent is waited for.
+    pub fn is_booting(&self) -> bool {
+        self.state == State::Starting || (self.restarting && self.worker.is_some())
+    }
+
     /// The sandbox of an earlier supervisor. `None` when the row is not one that Warren writes.
     pub fn from_row(row: &SandboxRow, home: impl FnOnce(&SandboxId) -> Home) -> Option<Self> {
         let id = SandboxId::parse(&row.id)?;
@@ -203,6 +231,7 @@ impl Sandbox {
                 None => None,
             },
             net_mbps: row.net_mbps,
+            restart: row.restart.parse().ok()?,
             env: row.env.clone(),
             labels: row.labels.iter().map(|(k, v)| (k.clone(), v.clone())).collect(),
         };
@@ -211,6 +240,8 @@ impl Sandbox {
             template_sha256: row.template_sha256.clone(),
             state: State::parse(&row.state)?,
             reason: row.reason.clone(),
+            restarts: row.restarts,
+            restarts_in_row: row.restarts_in_row,
             started_ms: row.started_ms,
             ended_ms: row.ended_ms,
             ..Self::new(id, row.owner.clone(), spec, home, row.created_ms)
@@ -240,6 +271,9 @@ impl Sandbox {
             net_deny: policy.iter().flat_map(|policy| policy.deny()).map(|range| range.to_string()).collect(),
             net_mbps: self.spec.net_mbps,
             net_address: self.slot.as_ref().map(|slot| slot.guest.to_string()),
+            restart: self.spec.restart.to_string(),
+            restarts: self.restarts,
+            restarts_in_row: self.restarts_in_row,
             env: self.spec.env.clone(),
             labels: self.spec.labels.iter().cloned().collect(),
             created_ms: self.created_ms,
@@ -259,12 +293,23 @@ impl Sandbox {
         if !self.reason.is_empty() {
             fields = fields.with("reason", &self.reason);
         }
+        if self.state == State::Running {
+            fields = fields.with("health", if self.hung_ms.is_some() { "hung" } else { "ok" });
+        }
         fields = self.spec.fields(fields);
+        if self.spec.restart != Restart::Never {
+            fields = fields.with("restarts", self.restarts);
+        }
         if let Some(slot) = &self.slot {
             fields = fields.with("address", slot.guest);
         }
         fields = fields.with("created_ms", self.created_ms);
-        for (key, time) in [("started_ms", self.started_ms), ("ended_ms", self.ended_ms)] {
+        for (key, time) in [
+            ("started_ms", self.started_ms),
+            ("ended_ms", self.ended_ms),
+            ("hung_ms", self.hung_ms),
+            ("restart_at_ms", self.restart_at_ms),
+        ] {
             if let Some(time) = time {
                 fields = fields.with(key, time);
             }

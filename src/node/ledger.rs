@@ -87,7 +87,9 @@ impl Ledger {
     /// These were taken.
     pub fn taken(&mut self, id: &SandboxId, resources: &[Resource]) {
         self.with(id, |account| {
-            let moved = resources.iter().map(|resource| account.advance(*resource, Holding::Reserved));
+            let taken = resources.iter().filter(|resource| !account.holding(**resource).is_held());
+            let taken: Vec<&Resource> = taken.collect();
+            let moved = taken.into_iter().map(|resource| account.advance(*resource, Holding::Reserved));
             moved.collect::<Vec<_>>().into_iter().collect()
         });
     }
@@ -132,7 +134,16 @@ impl Supervisor {
     /// have there. `booked` goes on.
     pub(super) fn book(&mut self, booking: Booking) {
         let id = booking.id.clone();
-        let mut account = Account::new(Resource::ALL.iter().copied());
+        // One that is started again has its directory and its disk.
+        let kept =
+            |resource: Resource| self.ledger.of(&id).and_then(|old| old.get(resource)).filter(|e| e.holding.is_held());
+        let mut account = Account::of(
+            Resource::ALL
+                .iter()
+                .map(|resource| (*resource, kept(*resource).map_or(Holding::Pending, |entry| entry.holding))),
+        );
+        let values = Resource::ALL.iter().filter_map(|resource| Some((*resource, kept(*resource)?.value?)));
+        values.for_each(|(resource, value)| account.note(resource, value));
         account.note(Resource::User, booking.uid);
         self.ledger.open(&id, account);
         self.fit_account(&id);
@@ -158,7 +169,7 @@ impl Supervisor {
     /// Whether a sandbox's account is in the database.
     pub(super) fn is_booked(&self, id: &SandboxId) -> bool {
         let account = self.ledger.of(id);
-        account.is_some_and(|a| !matches!(a.holding(Resource::Directory), Holding::Pending | Holding::Scheduled))
+        account.is_some_and(|a| !matches!(a.holding(Resource::User), Holding::Pending | Holding::Scheduled))
     }
 
     /// An account is in the database, or was refused: its home is made, or is not. `false` when the ticket is another

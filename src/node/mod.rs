@@ -2,12 +2,17 @@
 
 mod adopt;
 mod agents;
+mod assembly;
 mod audit;
 mod background;
 mod backup;
 mod catalogue;
+mod components;
 pub mod config;
+mod drain;
+mod externals;
 mod finish;
+mod health;
 mod info;
 mod instance;
 mod ledger;
@@ -17,6 +22,7 @@ mod logs;
 mod network;
 mod pools;
 mod requests;
+mod restart;
 mod settle;
 mod start;
 mod stats;
@@ -27,8 +33,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use assembly::Node;
 use config::{Config, DEFAULT_PATH};
-use supervisor::Supervisor;
 
 use crate::init::ExitWatch;
 
@@ -54,8 +60,7 @@ fn serve(args: &[OsString], init: Option<ExitWatch>) -> Result<(), String> {
         _ => return Err("usage: warren supervise [--config PATH]".to_string()),
     };
     logging::set_level(config.log.level.into());
-    let mut supervisor = Supervisor::new(config, init)?;
-    supervisor.run().map_err(|e| format!("event loop: {e}"))
+    Node::new(config, init).run()
 }
 
 fn load(path: &Path) -> Result<Config, String> {

@@ -1,5 +1,6 @@
 //! Sandboxes and their network slots: asked for before a sandbox is made, given back when its worker has ended.
 
+use super::components::Progress;
 use super::instance::Sandbox;
 use super::requests::Job;
 use super::supervisor::{Done, Supervisor};
@@ -48,6 +49,17 @@ impl Supervisor {
             Ok(network) => self.network = Some(network),
             Err(e) => log::error!("no thread for the network: {e}"),
         }
+    }
+
+    /// The network's thread ends. Slots in use stay.
+    pub(super) fn stop_network(&mut self) -> Result<Progress, String> {
+        let Some(network) = &self.network else { return Ok(Progress::Done) };
+        network.end();
+        if !network.has_ended() {
+            return Ok(Progress::Waits("its thread".to_string()));
+        }
+        self.network = None;
+        Ok(Progress::Done)
     }
 
     /// Sees to it that a sandbox that is to have a network has its slot. `false` when that is still to come.

@@ -15,15 +15,18 @@ use std::time::{Duration, Instant};
 
 use mio::Token;
 
+use super::components::Progress;
 use super::config::Config;
-use super::finish::{Extent, cause_of_death};
+use super::finish::Extent;
 use super::ledger::Booking;
 use super::supervisor::{Done, Source, Supervisor, Timer};
 use crate::pool::{Item, Limits, Pool, Shown};
 use crate::sandbox::berth::Berth;
+use crate::sandbox::death;
 use crate::sandbox::home::Home;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::ledger::Resource;
+use crate::sandbox::limits::Oom;
 use crate::sandbox::worker::LastWords;
 use crate::storage::overlay;
 use crate::wire::{Code, Error, Fields};
@@ -377,14 +380,14 @@ impl Supervisor {
         };
         let Some((berth, token)) = sandbox.held.berth.take() else { return };
         self.unwatch(token);
-        let cause = cause_of_death(LastWords::read(&berth.home.last_words()).as_ref(), None, false);
+        let cause = death::reason(LastWords::read(&berth.home.last_words()).as_ref(), None, Oom::None, b"");
         self.fail_start(id, Error::new(Code::VmFailed, format!("the machine ended before it was started: {cause}")));
     }
 
     fn idle_broke(&mut self, Item { number, thing, .. }: Item<Idle>) {
         let Idle { id, berth, uid, token } = thing;
         self.unwatch(token);
-        let cause = cause_of_death(LastWords::read(&berth.home.last_words()).as_ref(), None, false);
+        let cause = death::reason(LastWords::read(&berth.home.last_words()).as_ref(), None, Oom::None, b"");
         let what = format!("worker {} of no sandbox yet ({id}) ended: {cause}", berth.pid);
         log::warn!("{what}");
         self.pools.workers.broke(what, Instant::now());
@@ -452,7 +455,7 @@ impl Supervisor {
     pub(super) fn has_overlay(&mut self, id: &SandboxId, shape: Shape) -> bool {
         let now = Instant::now();
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return false };
-        if sandbox.held.blank.is_some() {
+        if sandbox.held.blank.is_some() || sandbox.restarting {
             return true;
         }
         if std::mem::replace(&mut sandbox.held.asked, true) {
@@ -478,9 +481,12 @@ impl Supervisor {
         self.sandboxes.get_mut(id)?.held.berth.take()
     }
 
-    /// Moves a sandbox's overlay into its home.
+    /// Moves a sandbox's overlay into its home. One that is started again has it there.
     pub(super) fn take_blank(&mut self, id: &SandboxId, shape: Shape) -> io::Result<File> {
         let sandbox = self.sandboxes.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
+        if sandbox.restarting {
+            return OpenOptions::new().read(true).write(true).open(sandbox.home.overlay());
+        }
         let Item { thing: Blank { path, file, shape: made_for }, .. } =
             sandbox.held.blank.take().ok_or(io::ErrorKind::NotFound)?;
         let ready = if made_for == shape { Ok(()) } else { shape.write(&file) };
@@ -585,6 +591,13 @@ impl Supervisor {
         for item in self.pools.overlays.drain() {
             self.drop_blank(item);
         }
+    }
+
+    /// What waits for nobody is taken down, and what was begun has ended.
+    pub(super) fn stop_pools(&mut self) -> Result<Progress, String> {
+        self.drain_pools();
+        let busy = self.pools.are_busy();
+        Ok(if busy { Progress::Waits("homes that are made or taken down".to_string()) } else { Progress::Done })
     }
 
     fn end_idle(&mut self, Item { number, thing, .. }: Item<Idle>) {

@@ -60,6 +60,8 @@ pub enum Job {
     Restore(super::backup::Upload),
     /// It waits for the ledger to be compared with the kernel.
     Ledger,
+    /// It waits for the node to be drained.
+    Drain,
     /// It waits for rows of the audit log.
     Audit(Ticket),
 }
@@ -218,6 +220,9 @@ impl Supervisor {
                 }
                 self.answer(key, &Message::ok(tag, self.info()));
             }
+            Command::NodeStop(_) if self.stopping.as_ref().is_some_and(|stopping| stopping.hands_over) => {
+                return Err(Error::new(Code::Stopping, "this supervisor is being replaced: ask the next one"));
+            }
             Command::NodeStop(mode) => {
                 self.add_job(key, tag, Job::NodeStop);
                 self.begin_stop(Some(mode), Some((key, tag.to_string())));
@@ -225,6 +230,11 @@ impl Supervisor {
             Command::NodeLedger { all } => self.ask_ledger(key, tag, all),
             Command::NodeBackup => self.ask_backup(key, tag)?,
             Command::NodeRestore { force } => self.ask_restore(key, tag, force)?,
+            Command::NodeDrain(deadline) => self.ask_drain(key, tag, deadline),
+            Command::NodeUndrain => {
+                self.undrain();
+                self.answer(key, &Message::ok(tag, Fields::new()));
+            }
             Command::NodeAudit(query) => self.ask_audit(key, tag, query),
             Command::TemplateList => {
                 let rows: Vec<Fields> = self.catalogue.rows().collect();
@@ -479,6 +489,7 @@ impl Supervisor {
             }
             Job::Inquiry { sandbox, route } => self.forget_inquiry(&sandbox, &route),
             Job::NetworkChange(ticket) => self.forget_network_change(ticket),
+            Job::Drain => self.forget_drain(key, tag),
             // Whoever makes or takes a copy of the database sees that nobody waits for it.
             Job::Logs(_) | Job::NodeStop | Job::Backup | Job::Restore(_) | Job::Ledger | Job::Audit(_) => {}
         }

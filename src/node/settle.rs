@@ -118,6 +118,7 @@ impl Supervisor {
             | Job::Inquiry { .. }
             | Job::NetworkChange(_)
             | Job::NodeStop
+            | Job::Drain
             | Job::Backup
             | Job::Ledger
             | Job::Audit(_) => false,

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use mio::net::UnixStream;
 
+use super::health::Probe;
 use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
 use super::pools::Shape;
 use super::supervisor::{Done, Source, Supervisor, Timer, now_ms};
@@ -33,6 +34,9 @@ impl Supervisor {
     pub(super) fn create(&mut self, spec: Spec, owner: String, waiter: Waiter) -> Result<SandboxId, Error> {
         if self.stopping.is_some() {
             return Err(Error::new(Code::Stopping, "the node is stopping"));
+        }
+        if self.drain.is_some() {
+            return Err(Error::new(Code::Draining, "the node is being drained: node.undrain takes that back"));
         }
         let live = self.sandboxes.values().filter(|sandbox| sandbox.state.is_live()).count() as u64;
         let max = self.config.sandbox.max_sandboxes;
@@ -79,6 +83,9 @@ impl Supervisor {
             // It may be on a disk that is being looked at: `imported` comes back here.
             return Ok(());
         }
+        if sandbox.restarting && self.stopping.is_some() {
+            return Err(Error::new(Code::Stopping, "the node is stopping"));
+        }
         let template = self.catalogue.get(&name)?.clone();
         if self.catalogue.is_verified(&name)? {
             let shape = self.shape(id, &template)?;
@@ -105,6 +112,10 @@ impl Supervisor {
             .with("max", MAX_DISK_MIB));
         }
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
+            if sandbox.restarting && sandbox.template_sha256 != template.manifest.sha256_hex() {
+                let message = format!("template {} is another than the one below its disk", sandbox.spec.template);
+                return Err(Error::new(Code::Corrupt, message));
+            }
             sandbox.spec.disk_mib = Some(disk_mib);
             sandbox.template_sha256 = template.manifest.sha256_hex();
         }
@@ -172,14 +183,18 @@ impl Supervisor {
     }
 
     fn scheduled(&self, which: impl Fn(&Sandbox) -> bool) -> Vec<SandboxId> {
-        let waiting = self.sandboxes.values().filter(|sandbox| sandbox.state == State::Scheduling && which(sandbox));
+        let waiting = self.sandboxes.values().filter(|sandbox| {
+            (sandbox.state == State::Scheduling || sandbox.restarting && sandbox.worker.is_none()) && which(sandbox)
+        });
         waiting.map(|sandbox| sandbox.id.clone()).collect()
     }
 
     /// Starts the worker that waits for the sandbox.
     fn build(&mut self, id: &SandboxId, template: &Template, shape: Shape) -> Result<(), Error> {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
-        sandbox.state.become_(State::Creating)?;
+        if !sandbox.restarting {
+            sandbox.state.become_(State::Creating)?;
+        }
         self.notify_waiters(id);
         let Some((berth, token)) = self.take_berth(id) else { return Ok(()) };
         let launched = self.launch(id, template, shape, berth, token);
@@ -281,7 +296,9 @@ impl Supervisor {
         let (stream, mut agent) = joined.map_err(|e| Error::new(Code::VmFailed, format!("worker {pid}: {e}")))?;
         let link = Link::new(stream);
         sandbox.tap = None;
-        sandbox.state.become_(State::Starting)?;
+        if !sandbox.restarting {
+            sandbox.state.become_(State::Starting)?;
+        }
         let (control, guest) = (link_descriptor(&link), agent.stream().as_raw_fd());
         let mut held = Worker {
             pid,
@@ -297,6 +314,8 @@ impl Supervisor {
             told_to_stop: false,
             dead: false,
             agent_losses: 0,
+            probe: Probe::default(),
+            verdict: None,
         };
         let unwatched = |e| Error::new(Code::NoCapacity, format!("worker {pid} cannot be watched: {e}"));
         held.tokens[1] = self.watch(control, Source::WorkerLink(id.clone())).map_err(unwatched)?;
@@ -322,7 +341,7 @@ impl Supervisor {
         let tag = worker.agent.request(configure);
         worker.routes.insert(tag, Route::Configure);
         self.touched_sandboxes.insert(id.clone());
-        if sandbox.state != State::Starting {
+        if !sandbox.is_booting() {
             self.survey(id);
             return;
         }
@@ -334,7 +353,7 @@ impl Supervisor {
     /// The agent of a sandbox took its settings, or refused them. One with a network runs only with these.
     pub(super) fn configured(&mut self, id: &SandboxId, outcome: Result<(), Error>) {
         let Some(sandbox) = self.sandboxes.get(id) else { return };
-        let starting = sandbox.state == State::Starting;
+        let starting = sandbox.is_booting();
         match outcome {
             Ok(()) if starting => self.runs(id),
             Ok(()) => {}
@@ -352,6 +371,8 @@ impl Supervisor {
             log::error!("sandbox {id}: {e}");
         }
         sandbox.started_ms = Some(now_ms());
+        (sandbox.ended_ms, sandbox.restarting) = (None, false);
+        self.watch_health(id);
         let writing = self.record(id);
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
             sandbox.writing = writing;
@@ -362,6 +383,10 @@ impl Supervisor {
     /// A start that failed: its clients are told, nothing of the sandbox stays.
     pub(super) fn fail_start(&mut self, id: &SandboxId, error: Error) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        if sandbox.restarting && !sandbox.removing {
+            self.restart_failed(id, &error);
+            return;
+        }
         log::warn!("sandbox {id} could not be started: {error}");
         sandbox.reason = error.to_string();
         for waiter in std::mem::take(&mut sandbox.waiters) {
@@ -381,7 +406,7 @@ impl Supervisor {
 
     pub(super) fn boot_expired(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get(id) else { return };
-        if sandbox.state == State::Starting {
+        if sandbox.is_booting() {
             let seconds = self.config.sandbox.boot_timeout_s;
             let error = Error::new(Code::GuestTimeout, format!("the guest's agent did not answer within {seconds} s"));
             let error = with_console(error, sandbox);

@@ -4,22 +4,24 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mio::event::{Event, Source as _};
 use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token, Waker};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use mio::{Events, Interest, Poll, Token};
+use nix::sys::signalfd::SignalFd;
 
+use super::assembly::{Parts, watch_signals};
 use super::background::Background;
 use super::backup::Backups;
 use super::catalogue::Catalogue;
 use super::config::Config;
+use super::drain::Drain;
+use super::externals::{External, Externals};
+use super::health::{Watched, Wheel};
 use super::instance::Sandbox;
 use super::ledger::Ledger;
 use super::listener::Listener;
@@ -38,6 +40,7 @@ use crate::sandbox::home::Places;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::spawn::Spawner;
 use crate::sandbox::uids::Uids;
+use crate::sentinel;
 use crate::storage::backup::Contents;
 use crate::storage::state::{Change, Snapshot, State as Database, StateError, Ticket};
 use crate::storage::template_disk::TemplateEvent;
@@ -79,6 +82,16 @@ pub(super) enum Timer {
     Look,
     /// The database refused to write: put the rows again that are not in it.
     Record,
+    /// Sandboxes have had their time to end.
+    Drain,
+    /// Externals are looked at.
+    Externals,
+    /// The same, while somebody waits for what is to be sent to them.
+    FlushExternals,
+    /// A second is over for agents that are looked after.
+    Probe,
+    /// A sandbox that failed is started again.
+    Restart(SandboxId),
     /// The pools have something to do.
     Pools,
 }
@@ -107,6 +120,8 @@ pub(super) enum Done {
     Counted(Census),
     /// The network did something.
     Network(Report),
+    /// The sentinel was asked for its destinations.
+    Externals(io::Result<Vec<External>>),
     /// A home was made and its worker started.
     WorkerMade {
         id: SandboxId,
@@ -179,27 +194,31 @@ pub struct Supervisor {
     unrecorded: bool,
     /// The node is stopping; the clients that asked for it.
     pub(super) stopping: Option<Stopping>,
-    listener: Listener,
+    /// The node takes no new sandboxes.
+    pub(super) drain: Option<Drain>,
+    pub(super) externals: Externals,
+    /// Sandboxes whose agents are looked after, by when.
+    pub(super) probes: Wheel<Watched>,
+    /// The control socket, while clients are taken.
+    pub(super) listener: Option<Listener>,
     signals: SignalFd,
 }
 
-/// A stop of the node under way.
-#[derive(Debug)]
+/// A stop of this process under way.
+#[derive(Debug, Default)]
 pub(super) struct Stopping {
+    /// Sandboxes run on: another supervisor takes them over.
+    pub hands_over: bool,
     /// What init is asked to do in the end; `None`: just end this process.
     pub mode: Option<StopMode>,
     /// Requests to answer when all sandboxes have ended.
     pub waiters: Vec<(u64, String)>,
-    pub deadline: Instant,
 }
 
 /// How often the control port is looked for after the start; the last look is about 13 s after it.
 const PORT_LOOKS: u32 = 8;
 /// Requests under way at once through the control port, which is one connection for all clients behind a bridge.
 const PORT_REQUESTS: usize = 4096;
-/// When the node's own templates are hashed: after its start, which must not wait for that, and before anybody had the
-/// time to ask for a sandbox.
-const HASH_AFTER: Duration = Duration::from_millis(200);
 /// Pause before rows that could not be written are put again.
 const RECORD_AGAIN: Duration = Duration::from_secs(5);
 
@@ -207,63 +226,30 @@ const RECORD_AGAIN: Duration = Duration::from_secs(5);
 pub(super) const TURN: usize = 256;
 
 impl Supervisor {
-    /// Sets everything up; the control socket answers after this and `run`.
-    pub fn new(config: Config, mut init: Option<ExitWatch>) -> Result<Self, String> {
-        let failed = |what: &str| {
-            let what = what.to_string();
-            move |e: io::Error| format!("{what}: {e}")
-        };
-        let poll = Poll::new().map_err(failed("event poll"))?;
-        let waker = Arc::new(Waker::new(poll.registry(), Token(0)).map_err(failed("event waker"))?);
-        let mut mask = SigSet::empty();
-        mask.add(Signal::SIGTERM);
-        mask.add(Signal::SIGINT);
-        mask.thread_block().map_err(|e| format!("signal mask: {e}"))?;
-        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
-            .map_err(|e| format!("signal descriptor: {e}"))?;
-
-        let places = Places {
-            disks: config.paths.data.join("sandboxes"),
-            sockets: config.paths.run.join("sandboxes"),
-            cgroups: std::path::PathBuf::from("/sys/fs/cgroup/sandboxes"),
-        };
-        // The sentinel, which is not root, must find the control socket in it.
-        let run = std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&config.paths.run);
-        run.map_err(failed("paths.run"))?;
-        places.prepare().map_err(failed("directories of the sandboxes"))?;
-        if let Err(e) = std::fs::create_dir_all(&config.disks.directory) {
-            log::warn!("disks.directory {}: {e}", config.disks.directory.display());
-        }
-        let database_path = config.paths.data.join("state.db");
-        let state_waker = Arc::clone(&waker);
-        let (database, snapshot) = Database::open(&database_path, move || {
-            let _ = state_waker.wake();
-        })
-        .map_err(|e| format!("{}: {e}", database_path.display()))?;
-        if let Some(aside) = &snapshot.moved_aside {
-            log::error!("the state database was damaged; it is kept as {} and a new one begun", aside.display());
-        }
+    /// A supervisor of the parts that have started.
+    pub(super) fn of(parts: &mut Parts) -> Result<Self, String> {
+        let missing = |what: &str| format!("{what} did not start");
+        let (poll, waker) = parts.events.take().ok_or_else(|| missing("events"))?;
+        let signals = parts.signals.take().ok_or_else(|| missing("signals"))?;
+        let places = parts.places.take().ok_or_else(|| missing("directories"))?;
+        let database = parts.database.take().ok_or_else(|| missing("database"))?;
+        let spawner = Arc::new(parts.spawner.take().ok_or_else(|| missing("namespaces"))?);
+        let (config, mut init, snapshot) = (std::mem::take(&mut parts.config), parts.init.take(), &parts.snapshot);
         let network_settings =
             config.network.settings(&config.paths.run).map_err(|(key, message)| format!("{key}: {message}"))?;
-        let mode = config.control.socket_mode().unwrap_or(0o600);
-        let listener = Listener::bind(&config.control.socket, mode).map_err(failed("control socket"))?;
-        let spawner = Arc::new(Spawner::new().map_err(failed("the workers' namespaces"))?);
 
-        let mut sources =
-            HashMap::from([(Token(0), Source::Waker), (Token(1), Source::Signals), (Token(2), Source::Listener)]);
-        let registry = poll.registry();
-        registry
-            .register(&mut SourceFd(&signals.as_raw_fd()), Token(1), Interest::READABLE)
-            .map_err(failed("signals"))?;
-        registry
-            .register(&mut SourceFd(&listener.descriptor()), Token(2), Interest::READABLE)
-            .map_err(failed("listener"))?;
+        let mut sources = HashMap::from([(Token(0), Source::Waker), (Token(1), Source::Signals)]);
+        watch_signals(&poll, &signals).map_err(|e| format!("signals: {e}"))?;
         if let Some(init) = &mut init {
-            init.register(registry, Token(3)).map_err(failed("link to init"))?;
+            init.register(poll.registry(), Token(3)).map_err(|e| format!("link to init: {e}"))?;
             sources.insert(Token(3), Source::Init);
         }
+        let sentinel = config.sentinel.as_ref();
+        let externals = Externals::new(sentinel.map(|sentinel| sentinel.paths.data.join(sentinel::SOCKET)));
+        let health = &config.health;
+        let probes = Wheel::new(health.probe_interval_s.max(health.probe_timeout_s));
         let catalogue = Catalogue::load(&config.paths.share, &config.paths.data);
-        let mut supervisor = Self {
+        Ok(Self {
             poll,
             sources,
             next_token: 16,
@@ -297,25 +283,21 @@ impl Supervisor {
             port_looks: 0,
             unrecorded: false,
             stopping: None,
-            listener,
+            drain: None,
+            externals,
+            probes,
+            listener: None,
             signals,
             config,
-        };
-        supervisor.take_up(&snapshot);
-        supervisor.start_pools();
-        supervisor.start_network();
-        supervisor.open_port();
-        supervisor.import_templates();
-        supervisor.timers.after(HASH_AFTER, Timer::Verify);
-        Ok(supervisor)
+        })
     }
 
-    fn take_up(&mut self, snapshot: &Snapshot) {
+    pub(super) fn take_up(&mut self, snapshot: &Snapshot) {
         let fresh_boot = super::adopt::mark_boot(&self.config.paths.run);
         self.adopt(snapshot, fresh_boot);
     }
 
-    fn open_port(&mut self) {
+    pub(super) fn open_port(&mut self) {
         let path = std::path::Path::new("/dev/virtio-ports").join(crate::control::port::NAME);
         if !path.exists() {
             // The host may name its ports late, and most nodes have none: a cheap look, less and less often.
@@ -331,7 +313,7 @@ impl Supervisor {
         }
     }
 
-    fn import_templates(&mut self) {
+    pub(super) fn import_templates(&mut self) {
         let directory = self.config.paths.data.join("templates");
         let reserved = self.catalogue.built_in();
         let started =
@@ -343,32 +325,28 @@ impl Supervisor {
         }
     }
 
-    /// Runs until the node stops.
-    pub fn run(&mut self) -> io::Result<()> {
-        log::info!("node {} answers on {}", self.node_id, self.config.control.socket.display());
-        let mut events = Events::with_capacity(256);
-        loop {
-            let sleep = if self.again.is_empty() { self.timers.sleep() } else { Some(Duration::ZERO) };
-            match self.poll.poll(&mut events, sleep) {
-                Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
-                _ => {}
-            }
-            let again = std::mem::take(&mut self.again);
-            for token in again {
-                self.serve(token);
-            }
-            for event in &events {
-                self.dispatch(event);
-            }
-            while let Some(timer) = self.timers.due() {
-                self.expire(timer);
-            }
-            self.tend_pools();
-            self.settle();
-            if self.has_stopped() || self.backups.staged {
-                return Ok(());
-            }
+    /// One turn of the loop: waits until there is something to do, no longer than `patience`, and does it.
+    pub(super) fn turn(&mut self, events: &mut Events, patience: Option<Duration>) -> io::Result<()> {
+        let sleep = if self.again.is_empty() { self.timers.sleep() } else { Some(Duration::ZERO) };
+        let sleep = [sleep, patience].into_iter().flatten().min();
+        match self.poll.poll(events, sleep) {
+            Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
+            _ => {}
         }
+        let again = std::mem::take(&mut self.again);
+        for token in again {
+            self.serve(token);
+        }
+        for event in events.iter() {
+            self.dispatch(event);
+        }
+        while let Some(timer) = self.timers.due() {
+            self.expire(timer);
+        }
+        self.tend_pools();
+        self.tend_drain();
+        self.settle();
+        Ok(())
     }
 
     fn dispatch(&mut self, event: &Event) {
@@ -407,7 +385,8 @@ impl Supervisor {
 
     fn accept(&mut self) {
         loop {
-            match self.listener.accept() {
+            let Some(listener) = &self.listener else { return };
+            match listener.accept() {
                 Ok(Some(stream)) => {
                     let peer = match Peer::of(&stream) {
                         Ok(peer) => peer,
@@ -471,8 +450,14 @@ impl Supervisor {
 
     fn take_signals(&mut self) {
         while let Ok(Some(signal)) = self.signals.read_signal() {
-            log::info!("signal {}: stopping", signal.ssi_signo);
-            self.begin_stop(None, None);
+            // Only init says that the node stops. Whoever else ends a supervisor wants another in its place.
+            if i32::try_from(signal.ssi_signo) == Ok(libc::SIGPWR) {
+                log::info!("SIGPWR: the sandboxes are stopped");
+                self.begin_stop(None, None);
+            } else {
+                log::info!("signal {}: sandboxes run on without this supervisor", signal.ssi_signo);
+                self.hand_over();
+            }
         }
     }
 
@@ -502,6 +487,7 @@ impl Supervisor {
                 Done::Counted(census) => self.counted(census),
                 Done::RestoreMoved(key) => drop(self.touched_clients.insert(key)),
                 Done::Restored { client, tag, result } => self.restored(client, &tag, result),
+                Done::Externals(result) => self.externals_seen(result),
                 Done::WorkerMade { id, place, uid, ordered, result } => {
                     self.worker_made(&id, (place, uid), ordered, result);
                 }
@@ -541,8 +527,21 @@ impl Supervisor {
             Timer::Port => self.open_port(),
             Timer::Record => self.record_all(),
             Timer::Look => self.look(),
+            Timer::Drain => self.drain_expired(),
+            Timer::Externals => self.externals_due(),
+            Timer::FlushExternals => self.flush_due(),
+            Timer::Probe => self.probe_tick(),
+            Timer::Restart(id) => self.restart(&id),
             Timer::Pools => self.pools_due(),
         }
+    }
+
+    /// Takes no more rows and writes what there is, once more what was refused before. Whether that is done.
+    pub(super) fn close_database(&mut self) -> bool {
+        if self.unrecorded && !self.database.is_ending() {
+            self.record_all();
+        }
+        self.database.end()
     }
 
     /// Puts every row again. A put replaces the whole row, so doing it twice is fine.
@@ -575,6 +574,7 @@ impl Supervisor {
     /// A change is in the database, or was refused for good: clients that waited for it are told. A supervisor that is
     /// killed, or a node that loses power, then knows all that anybody was told.
     fn written(&mut self, ticket: Ticket) {
+        self.drain_written(ticket);
         let of = self.sandboxes.values_mut().find(|sandbox| sandbox.writing == Some(ticket));
         let Some(sandbox) = of else { return };
         sandbox.writing = None;

@@ -28,17 +28,20 @@ pub struct Berth {
 }
 
 impl Berth {
-    /// Makes a home and starts its worker by the user id `uid`. Blocks on the file system; on failure nothing stays.
+    /// Makes a home, or what a worker needs of one that is there, and starts its worker by the user id `uid`. Blocks on the
+    /// file system; on failure nothing stays that was not there.
     pub fn make(home: Home, uid: u32, spawner: &Spawner) -> io::Result<Self> {
-        let made = Self::try_make(&home, uid, spawner);
+        let renewed = home.is_there();
+        let opened = if renewed { home.renew() } else { home.make() };
+        let made = opened.and_then(|opened| Self::try_make(&home, opened, uid, spawner));
         if made.is_err() {
-            home.remove()?;
+            if renewed { home.release_worker() } else { home.remove() }?;
         }
         made.map(|(spawned, link, serial)| Self { home, pid: spawned.pid, pidfd: spawned.pidfd, link, serial })
     }
 
-    fn try_make(home: &Home, uid: u32, spawner: &Spawner) -> io::Result<(Spawned, UnixStream, File)> {
-        let Opened { serial, last_words, log, listener, cgroup } = home.make()?;
+    fn try_make(home: &Home, opened: Opened, uid: u32, spawner: &Spawner) -> io::Result<(Spawned, UnixStream, File)> {
+        let Opened { serial, last_words, log, listener, cgroup } = opened;
         // Before the worker is there, so that there is no moment in which it would not notice that its maker is gone.
         let link = worker::connect(home.socket())?;
         let birth =

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -92,7 +92,7 @@ impl Home {
         &self.cgroup
     }
 
-    /// Makes an empty disk of that size, in octets, that goes with the sandbox.
+    /// A disk of that size, in octets, that goes with the sandbox; empty when it is new.
     pub fn make_disk(&self, name: &str, bytes: u64) -> io::Result<File> {
         let disks = self.disks();
         match fs::DirBuilder::new().mode(0o700).create(&disks) {
@@ -100,7 +100,8 @@ impl Home {
             _ => {}
         }
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(0o600);
+        // There already where the sandbox is started again.
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.open(disks.join(name))?;
         file.set_len(bytes)?;
         Ok(file)
@@ -114,6 +115,19 @@ impl Home {
     /// The serial log.
     pub fn serial_log(&self) -> PathBuf {
         self.dir.join("serial.log")
+    }
+
+    /// The end of the serial log: that many octets at most, nothing where it cannot be read.
+    pub fn console_tail(&self, octets: usize) -> Vec<u8> {
+        let read = || -> io::Result<Vec<u8>> {
+            let file = File::open(self.serial_log())?;
+            let length = file.metadata()?.len();
+            let mut tail = vec![0; octets.min(usize::try_from(length).unwrap_or(usize::MAX))];
+            let start = length - tail.len() as u64;
+            file.read_exact_at(&mut tail, start)?;
+            Ok(tail)
+        };
+        read().unwrap_or_default()
     }
 
     /// What the worker said.
@@ -148,6 +162,22 @@ impl Home {
         let last_words = options.open(self.last_words())?;
         let append = |path: PathBuf| OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(path);
         let (serial, log) = (append(self.serial_log())?, append(self.worker_log())?);
+        let listener = UnixListener::bind(&self.socket)?;
+        listener.set_nonblocking(true)?;
+        fs::create_dir(&self.cgroup)?;
+        let cgroup = File::open(&self.cgroup)?;
+        Ok(Opened { serial, last_words, log, listener, cgroup })
+    }
+
+    /// Makes socket and cgroup again, for another worker of a sandbox that has its directory. On failure the caller takes
+    /// down what was made, and keeps the disks.
+    pub fn renew(&self) -> io::Result<Opened> {
+        let mut options = OpenOptions::new();
+        let options = options.read(true).write(true).create(true).mode(0o600);
+        let last_words = options.clone().truncate(true).open(self.last_words())?;
+        let append = |path: PathBuf| OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path);
+        let (serial, log) = (append(self.serial_log())?, append(self.worker_log())?);
+        absent_is_fine(fs::remove_file(&self.socket))?;
         let listener = UnixListener::bind(&self.socket)?;
         listener.set_nonblocking(true)?;
         fs::create_dir(&self.cgroup)?;

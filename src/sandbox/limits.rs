@@ -90,11 +90,35 @@ fn set(cgroup: &Path, name: &str, value: &str) -> io::Result<()> {
     fs::write(cgroup.join(name), value).map_err(|e| io::Error::new(e.kind(), format!("{name}={value}: {e}")))
 }
 
-/// How often the kernel killed in the group because it was at its memory's limit.
-pub fn oom_kills(cgroup: &Path) -> u64 {
-    let events = fs::read_to_string(cgroup.join("memory.events")).unwrap_or_default();
-    let count = events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok());
-    count.unwrap_or(0)
+/// Whether the kernel killed in a group for memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Oom {
+    /// It did not.
+    None,
+    /// The group was at its own limit.
+    OwnLimit,
+    /// It was not: the node had no memory left.
+    Node,
+}
+
+impl Oom {
+    /// As the group's `memory.events` says: `oom_kill` counts kills by any kind of shortage, `oom` shortages at this group's
+    /// own limit (Documentation/admin-guide/cgroup-v2.rst).
+    pub fn of(cgroup: &Path) -> Self {
+        Self::parse(&fs::read_to_string(cgroup.join("memory.events")).unwrap_or_default())
+    }
+
+    fn parse(events: &str) -> Self {
+        let count = |key: &str| -> u64 {
+            let line = events.lines().find_map(|line| line.strip_prefix(key));
+            line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+        };
+        match (count("oom_kill "), count("oom ")) {
+            (0, _) => Self::None,
+            (_, 0) => Self::Node,
+            _ => Self::OwnLimit,
+        }
+    }
 }
 
 /// Major and minor number of the disk that a file lies on: of the whole one, not of its partition. `None` where it lies on
@@ -120,6 +144,14 @@ pub fn is_in_memory(file: &File) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_group_at_its_limit_is_told_from_a_node_without_memory() {
+        assert_eq!(Oom::parse("low 0\nhigh 0\nmax 12\noom 1\noom_kill 1\noom_group_kill 1\n"), Oom::OwnLimit);
+        assert_eq!(Oom::parse("low 0\nhigh 0\nmax 0\noom 0\noom_kill 3\noom_group_kill 1\n"), Oom::Node);
+        assert_eq!(Oom::parse("max 90\noom 2\noom_kill 0\n"), Oom::None);
+        assert_eq!(Oom::parse(""), Oom::None);
+    }
 
     #[test]
     fn a_sandbox_gets_what_it_was_promised_and_what_that_costs() {

@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod berth;
 pub mod census;
+pub mod death;
 pub mod disk;
 pub mod exec;
 pub mod flow;
@@ -14,6 +15,7 @@ pub mod ledger;
 pub mod lifecycle;
 pub mod limits;
 pub mod network;
+pub mod restart;
 pub mod ring;
 pub mod spawn;
 pub mod spec;

@@ -5,6 +5,7 @@ use crate::wire::{Args, Code, Error, Fields};
 use super::disk::DiskSpec;
 use super::id::check_name;
 use super::network;
+use super::restart::Restart;
 use crate::network::policy::Policy;
 
 /// Fewest and most virtual CPUs.
@@ -51,6 +52,8 @@ pub struct Spec {
     pub network: Option<Policy>,
     /// Octets each way over the network, in 10^6 for each second; no limit when not said.
     pub net_mbps: Option<u64>,
+    /// Whether it is started again when it fails.
+    pub restart: Restart,
     /// `KEY=value` for every program in the sandbox.
     pub env: Vec<String>,
     /// For people and programs to find it by.
@@ -128,6 +131,8 @@ impl Spec {
         if net_mbps.is_some() && network.is_none() {
             return Err(bad("net_mbps", "net_mbps has a meaning with network=on only"));
         }
+        let restart = args.text("restart")?.map_or(Ok(Restart::Never), |text| text.parse());
+        let restart = restart.map_err(|message: String| bad("restart", message))?;
         let mut env = Vec::new();
         for entry in args.all("env") {
             env.push(check_env(entry)?);
@@ -159,6 +164,7 @@ impl Spec {
             disk_mbps,
             network,
             net_mbps,
+            restart,
             env,
             labels,
         })
@@ -201,6 +207,7 @@ impl Spec {
         let fields = self.disks.iter().fold(fields, |fields, disk| fields.with("disk", disk));
         let fields = network::fields(self.network.as_ref(), fields);
         let fields = self.limits(fields);
+        let fields = fields.with("restart", self.restart);
         let fields = self.env.iter().fold(fields, |fields, entry| fields.with("env", entry));
         self.labels.iter().fold(fields, |fields, (key, value)| fields.with("label", format!("{key}={value}")))
     }
@@ -286,6 +293,7 @@ mod tests {
             ("label", "X=1"),
             ("template", "../x"),
             ("name", ""),
+            ("restart", "always"),
         ] {
             let error = take(Request::new("1", "sandbox.create").set(key, value)).expect_err(value);
             assert!(error.is(Code::BadArgument), "{error}");

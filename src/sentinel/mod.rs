@@ -25,4 +25,4 @@ pub mod send;
 pub mod task;
 
 pub use cli::main;
-pub use control::USER;
+pub use control::{SOCKET, USER, ask_by as ask};

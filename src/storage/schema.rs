@@ -81,6 +81,11 @@ const MIGRATIONS: &[&str] = &[
     ALTER TABLE sandboxes ADD COLUMN cpu_quota INTEGER;                     -- hundredths of a processor
 ",
     "
+    ALTER TABLE sandboxes ADD COLUMN restart TEXT NOT NULL DEFAULT 'never';
+    ALTER TABLE sandboxes ADD COLUMN restarts INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE sandboxes ADD COLUMN restarts_in_row INTEGER NOT NULL DEFAULT 0;
+",
+    "
     CREATE TABLE allocations (              -- what sandboxes hold; a row may outlive its sandbox's
         sandbox_id TEXT PRIMARY KEY,
         held       TEXT NOT NULL            -- words, as the ledger writes them
@@ -130,6 +135,12 @@ pub struct SandboxRow {
     pub net_deny: Vec<String>,
     /// Limit of octets each way, in 10^6 for each second.
     pub net_mbps: Option<u64>,
+    /// Whether it is started again when it fails, as requests write it.
+    pub restart: String,
+    /// How often it was.
+    pub restarts: u32,
+    /// How often since it ran well.
+    pub restarts_in_row: u32,
     /// The guest's address, while it has a network slot.
     pub net_address: Option<String>,
     /// `KEY=value` each.
@@ -232,6 +243,8 @@ pub enum Change {
         /// Which; it need not be there.
         sandbox_id: String,
     },
+    /// The node is being drained, until the inner time where there is one (Unix, milliseconds); or not any more.
+    Drain(Option<Option<u64>>),
     /// A request was taken.
     BeginAudit(Box<AuditRow>),
     /// It has its answer.
@@ -277,7 +290,8 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
         connection,
         "SELECT id, name, template, template_sha256, state, reason, vcpus, memory_mib, disk_mib, env, labels,
                 created_ms, started_ms, ended_ms, pid, disks, disk_iops, disk_mbps, network, net_allow, net_deny,
-                net_mbps, net_address, owner, cpu_quota FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
+                net_mbps, net_address, owner, cpu_quota, restart, restarts, restarts_in_row
+           FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
         |row| {
             Ok(SandboxRow {
                 id: row.get(0)?,
@@ -305,6 +319,9 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
                 net_address: row.get(22)?,
                 owner: row.get(23)?,
                 cpu_quota: maybe_unsigned(row, 24)?,
+                restart: row.get(25)?,
+                restarts: row.get(26)?,
+                restarts_in_row: row.get(27)?,
             })
         },
     )
@@ -365,9 +382,9 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 "INSERT INTO sandboxes (id, name, template, template_sha256, state, reason, vcpus, memory_mib,
                                         disk_mib, env, labels, created_ms, started_ms, ended_ms, pid, disks,
                                         disk_iops, disk_mbps, network, net_allow, net_deny, net_mbps, net_address,
-                                        owner, cpu_quota)
+                                        owner, cpu_quota, restart, restarts, restarts_in_row)
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20,
-                         ?21, ?22, ?23, ?24, ?25)
+                         ?21, ?22, ?23, ?24, ?25, ?26, ?27, ?28)
                  ON CONFLICT (id) DO UPDATE SET
                      name = excluded.name, template = excluded.template, template_sha256 = excluded.template_sha256,
                      state = excluded.state, reason = excluded.reason, vcpus = excluded.vcpus,
@@ -377,7 +394,8 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                      disk_iops = excluded.disk_iops, disk_mbps = excluded.disk_mbps, network = excluded.network,
                      net_allow = excluded.net_allow, net_deny = excluded.net_deny, net_mbps = excluded.net_mbps,
                      net_address = excluded.net_address, owner = excluded.owner,
-                     cpu_quota = excluded.cpu_quota",
+                     cpu_quota = excluded.cpu_quota, restart = excluded.restart, restarts = excluded.restarts,
+                     restarts_in_row = excluded.restarts_in_row",
             )?
             .execute(params![
                 row.id,
@@ -405,6 +423,9 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 row.net_address,
                 row.owner,
                 row.cpu_quota.map(signed),
+                row.restart,
+                row.restarts,
+                row.restarts_in_row,
             ])?,
         Change::RemoveSandbox { id } => connection.prepare("DELETE FROM sandboxes WHERE id = ?1")?.execute([id])?,
         Change::PutTemplate(row) => connection
@@ -451,6 +472,11 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
         Change::RemoveAllocation { sandbox_id } => {
             connection.prepare("DELETE FROM allocations WHERE sandbox_id = ?1")?.execute([sandbox_id])?
         }
+        Change::Drain(Some(until)) => {
+            let until = until.map(|until| until.to_string()).unwrap_or_default();
+            return set_meta(connection, super::state::DRAIN, &until);
+        }
+        Change::Drain(None) => connection.execute("DELETE FROM meta WHERE key = ?1", [super::state::DRAIN])?,
         Change::BeginAudit(row) => return audit::begin(connection, row),
         Change::EndAudit(end) => return audit::end(connection, end),
     };

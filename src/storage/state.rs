@@ -25,6 +25,8 @@ pub use super::schema::{AllocationRow, Change, ExecutionRow, SCHEMA_VERSION, San
 const MAX_BATCH: usize = 1024;
 /// How long to wait for a predecessor that still holds the file (it was told to end) before giving up.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Where it is kept that the node is being drained.
+pub(super) const DRAIN: &str = "drain";
 /// Damaged databases that are kept for a look.
 const MAX_ASIDE: u32 = 1000;
 
@@ -120,6 +122,8 @@ pub struct Snapshot {
     pub allocations: Vec<AllocationRow>,
     /// Number of the next row of the audit log.
     pub next_audit: u64,
+    /// Where the node is being drained: by when, Unix time in milliseconds, or none.
+    pub drain: Option<Option<u64>>,
 }
 
 /// What the thread is asked for.
@@ -149,6 +153,8 @@ pub struct State {
     thread: Option<JoinHandle<()>>,
     next_ticket: u64,
     pending: usize,
+    /// What was refused at the end: how many rows, and why the first.
+    refused: (usize, Option<StateError>),
 }
 
 impl State {
@@ -180,7 +186,15 @@ impl State {
             .spawn(move || run(connection, &queue, &written, &read, &notify))
             .map_err(|error| StateError::Io(format!("no thread: {error}")))?;
         Ok((
-            Self { jobs: Some(jobs), completions, readings, thread: Some(thread), next_ticket: 1, pending: 0 },
+            Self {
+                jobs: Some(jobs),
+                completions,
+                readings,
+                thread: Some(thread),
+                next_ticket: 1,
+                pending: 0,
+                refused: (0, None),
+            },
             snapshot,
         ))
     }
@@ -233,12 +247,34 @@ impl State {
     pub fn completed(&mut self) -> Results<()> {
         let done = std::mem::take(&mut *self.completions.lock().unwrap_or_else(PoisonError::into_inner));
         self.pending -= done.len().min(self.pending);
+        if self.is_ending() {
+            let errors: Vec<&StateError> = done.iter().filter_map(|(_, result)| result.as_ref().err()).collect();
+            self.refused.0 += errors.len();
+            self.refused.1 = self.refused.1.take().or_else(|| errors.first().map(|&error| error.clone()));
+        }
         done
     }
 
     /// Changes submitted whose results were not taken yet: what a caller bounds.
     pub fn pending(&self) -> usize {
         self.pending
+    }
+
+    /// Whether `end` was called.
+    pub fn is_ending(&self) -> bool {
+        self.jobs.is_none()
+    }
+
+    /// Rows whose refusal was taken from `completed` since `end`, and why the first was refused: nobody puts them again.
+    pub fn refused(&self) -> (usize, Option<&StateError>) {
+        (self.refused.0, self.refused.1.as_ref())
+    }
+
+    /// Takes nothing more, and closes the database once what is queued is written. Never waits: whether that is so.
+    /// `completed` has the last results then.
+    pub fn end(&mut self) -> bool {
+        self.jobs = None;
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Writes what is queued, closes the database and gives the results that were not taken yet. Blocks.
@@ -393,6 +429,7 @@ pub(super) fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateErro
         executions: schema::executions(&connection)?,
         allocations: schema::allocations(&connection)?,
         next_audit: audit::take_up(&connection)?,
+        drain: schema::meta(&connection, DRAIN)?.map(|deadline| deadline.parse().ok()),
     };
     Ok((connection, snapshot))
 }

@@ -54,6 +54,9 @@ fn sandbox(id: &str) -> SandboxRow {
         net_deny: vec!["1.1.1.1/32".into()],
         net_mbps: Some(7),
         net_address: Some("10.201.0.1".into()),
+        restart: "on-failure:3".into(),
+        restarts: 5,
+        restarts_in_row: 2,
         disk_mib: 1 << 40,
         env: vec!["A=1".to_string(), "B=ü \"x\"".to_string()],
         labels: BTreeMap::from([("team".to_string(), "a'; DROP TABLE sandboxes".to_string())]),
@@ -425,4 +428,28 @@ fn the_audit_log_keeps_its_newest_rows() {
     }
     state.read_audit(AuditQuery { before: None, owner: None, limit: 9 });
     assert_eq!(wait_for_reading(&mut state).iter().map(|row| row.id).collect::<Vec<_>>(), [last, gone + 1]);
+}
+
+#[test]
+fn a_database_that_ends_writes_what_is_queued_and_names_what_it_could_not() {
+    let folder = Folder::new("end");
+    let (mut state, _) = folder.open();
+    for n in 0..200 {
+        state.submit(put(sandbox(&format!("s{n}"))));
+    }
+    // Of no sandbox.
+    state.submit(Change::PutExecution(Box::new(execution("nobody", 1))));
+    while !state.end() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert!(state.is_ending());
+    assert_eq!(state.completed().len(), 201);
+    let (rows, first) = state.refused();
+    assert!(rows == 1 && matches!(first, Some(StateError::Conflict(_))), "{rows} {first:?}");
+    // Whoever comes too late is told.
+    state.submit(put(sandbox("late")));
+    assert_eq!(state.completed().len(), 1);
+    assert_eq!(state.refused().0, 2);
+    drop(state);
+    assert_eq!(folder.open().1.sandboxes.len(), 200);
 }

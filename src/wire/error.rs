@@ -78,6 +78,8 @@ codes! {
     NoCapacity = "NO_CAPACITY",
     /// The node is stopping and takes nothing new.
     Stopping = "STOPPING",
+    /// The node is being drained and takes nothing new.
+    Draining = "DRAINING",
     /// The supervisor was restarted while the request ran.
     NodeRestarted = "NODE_RESTARTED",
     /// Warren's own fault; the log has more.

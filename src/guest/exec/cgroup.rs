@@ -129,6 +129,13 @@ impl Cgroup {
     pub(super) fn peak_kib(&self) -> Option<u64> {
         Some(read_number(&self.path.join("memory.peak"))?.div_ceil(1024))
     }
+
+    /// Whether something in it was killed because there was no memory.
+    pub(super) fn ran_out(&self) -> bool {
+        let events = read_small(&self.path.join("memory.events")).unwrap_or_default();
+        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse::<u64>().ok());
+        kills.is_some_and(|kills| kills > 0)
+    }
 }
 
 fn read_number(path: &Path) -> Option<u64> {

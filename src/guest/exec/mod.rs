@@ -34,6 +34,8 @@ pub(super) struct Outcome {
     pub status: libc::c_int,
     pub cpu_us: u64,
     pub peak_kib: u64,
+    /// The guest's kernel killed something of it for want of memory.
+    pub ran_out: bool,
 }
 
 /// Where a program stands.
@@ -171,6 +173,7 @@ impl Exec {
                 .and_then(Cgroup::cpu_us)
                 .unwrap_or_else(|| cpu_us(usage.ru_utime) + cpu_us(usage.ru_stime)),
             peak_kib: self.cgroup.as_ref().and_then(Cgroup::peak_kib).unwrap_or(usage.ru_maxrss.unsigned_abs()),
+            ran_out: self.cgroup.as_ref().is_some_and(Cgroup::ran_out),
         };
         // What the status pipe holds was read before: `Starting` ends in `advance`.
         self.phase = Phase::Ended(outcome);
@@ -240,6 +243,9 @@ impl Exec {
         }
         if self.timed_out {
             fields = fields.with("timeout", true);
+        }
+        if outcome.ran_out {
+            fields = fields.with("oom", true);
         }
         fields.with("cpu_ms", outcome.cpu_us.div_ceil(1000)).with("peak_kib", outcome.peak_kib)
     }

@@ -15,5 +15,5 @@ mod taskbook;
 pub use core::{CoreOptions, CoreStats};
 pub use privileges::USER;
 pub use run::{run, settings, socket_path};
-pub use socket::ask;
+pub use socket::{SOCKET, ask, ask_by};
 pub use state::State;

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Its name in the data directory.
 pub const SOCKET: &str = "control.sock";
@@ -50,10 +50,25 @@ fn one(stream: &UnixStream, answer: &impl Fn(&str) -> String) -> io::Result<()> 
 
 /// Asks a running sentinel.
 pub fn ask(path: &Path, word: &str) -> io::Result<String> {
+    ask_by(path, word, Instant::now() + PATIENCE, u64::MAX)
+}
+
+/// The same with a time limit, and a limit in octets for the answer.
+pub fn ask_by(path: &Path, word: &str, deadline: Instant, longest: u64) -> io::Result<String> {
     let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    let left = || Some(deadline.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero());
+    stream.set_write_timeout(Some(left().ok_or(io::ErrorKind::TimedOut)?))?;
     writeln!(stream, "{word}")?;
-    let mut line = String::new();
-    stream.read_to_string(&mut line)?;
-    Ok(line.trim_end().to_string())
+    let mut answer = Vec::new();
+    let mut part = [0; 8192];
+    loop {
+        stream.set_read_timeout(Some(left().ok_or(io::ErrorKind::TimedOut)?))?;
+        match stream.read(&mut part)? {
+            0 => break,
+            octets if (answer.len() + octets) as u64 > longest => return Err(io::ErrorKind::FileTooLarge.into()),
+            octets => answer.extend_from_slice(&part[..octets]),
+        }
+    }
+    let answer = String::from_utf8(answer).map_err(|_| io::ErrorKind::InvalidData)?;
+    Ok(answer.trim_end().to_string())
 }
