@@ -220,8 +220,9 @@ mod tests {
         fs::write(part_of(&path), "half").unwrap();
         assert_eq!(ids(&path), ["a", "b"], "what was left half done is cleared away");
         assert!(!part_of(&path).exists());
+        let folder = Folder::new("staged");
         let path = with_a_copy(&folder);
-        check(&part_of(&path), &by()).unwrap();
+        let contents = check(&part_of(&path), &by()).unwrap();
         stage(&path).unwrap();
         let (mut state, snapshot) = State::open(&path, || {}).unwrap();
         assert_eq!((snapshot.sandboxes.len(), snapshot.allocations.len(), snapshot.next_audit), (1, 0, 2));
