@@ -79,6 +79,13 @@ fn samples_go_through_a_front_that_wants_certificates_and_to_none_that_is_not_be
     }
     assert_eq!(receiver.got.lock().unwrap().unique(), 0);
 
+    // Without a certificate of ours nginx says 400: that is about us, and no batch is thrown away for it.
+    configure(&sentinel, &named, &ca("ca.pem"));
+    assert!(sentinel.command("reload").status.success(), "{}", sentinel.log());
+    until("a pause", || (sentinel.target("real")["paused"] == true).then_some(()));
+    assert!(sentinel.target("real")["error"].as_str().unwrap().contains("status 400"));
+    assert_eq!(sentinel.target("real")["dropped"], 0);
+
     // The right ones: everything from the first sample on arrives.
     configure(&sentinel, &named, &format!("{}{identity}", ca("ca.pem")));
     assert!(sentinel.command("reload").status.success(), "{}", sentinel.log());
