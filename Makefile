@@ -136,7 +136,8 @@ test: lint config-check peers build $(B)/qemu.img
 # For hours: the recovery tests with many kills, cycles and power cuts.
 soak: build
 	@WARREN_SOAK_KILLS=$${WARREN_SOAK_KILLS:-500} WARREN_SOAK_CYCLES=$${WARREN_SOAK_CYCLES:-1000} \
-	    WARREN_SOAK_CUTS=$${WARREN_SOAK_CUTS:-40} \
+	    WARREN_SOAK_CUTS=$${WARREN_SOAK_CUTS:-40} WARREN_SOAK_WRITES=$${WARREN_SOAK_WRITES:-200} \
+	    WARREN_SOAK_WRITE_BOOTS=$${WARREN_SOAK_WRITE_BOOTS:-10} \
 	    cargo test -p qemu-tests --locked --test recovery -- --test-threads=1 --nocapture
 
 # Coverage-guided, on the one stable toolchain: see fuzz/build and docs/testing.md.

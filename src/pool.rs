@@ -129,6 +129,11 @@ impl<T, W: PartialEq> Pool<T, W> {
         self.ready.iter().map(|(item, _)| &item.thing)
     }
 
+    /// Numbers of what is ready.
+    pub fn ready_numbers(&self) -> impl Iterator<Item = u32> {
+        self.ready.iter().map(|(item, _)| item.number)
+    }
+
     /// Takes a number that something has already.
     pub fn adopt(&mut self, number: u32) {
         self.taken.insert(number);

@@ -55,6 +55,16 @@ impl Disk {
         Ok(disk)
     }
 
+    /// A place for an image that is not there yet.
+    pub fn empty() -> io::Result<Self> {
+        Ok(Self { dir: TempDir::new()? })
+    }
+
+    /// Where a log of what is written to it may be: it goes with the disk.
+    pub fn log_path(&self) -> PathBuf {
+        self.dir.path().join("writes.log")
+    }
+
     /// The image's file.
     pub fn path(&self) -> PathBuf {
         self.dir.path().join("disk.img")

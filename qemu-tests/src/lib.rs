@@ -24,6 +24,7 @@ pub mod shared;
 pub mod state;
 pub mod timing;
 pub mod transcript;
+pub mod writes;
 
 pub use client::{Call, Client, Reply};
 pub use node::{Boot, Node, Output};

@@ -56,6 +56,8 @@ pub struct Config<'a> {
     pub memory_mib: u32,
     /// Writable disks, in order.
     pub disks: Vec<&'a Disk>,
+    /// Writes to the last of them are logged to a file beside it: see `writes`.
+    pub logged: bool,
     /// Images attached read-only, after the disks.
     pub read_only: Vec<PathBuf>,
 }
@@ -111,7 +113,12 @@ impl Machine {
         // then, so that it need not go to the medium.
         let disks = config.disks.iter().map(|disk| (disk.path(), "off"));
         let images = config.read_only.iter().map(|image| (image.clone(), "on"));
+        let logged = if config.logged { config.disks.len().checked_sub(1) } else { None };
         for (number, (file, read_only)) in disks.chain(images).enumerate() {
+            if Some(number) == logged {
+                log_writes(&mut command, number, config.disks[number])?;
+                continue;
+            }
             let file = file.display();
             command.args([
                 "-drive",
@@ -184,6 +191,19 @@ impl Machine {
     pub fn kill(&self) {
         self.process.kill();
     }
+}
+
+/// Attaches a disk whose writes and flushes go to a log as well. The files themselves need not go to the medium.
+fn log_writes(command: &mut Command, number: usize, disk: &Disk) -> io::Result<()> {
+    fs::File::create(disk.log_path())?;
+    let file = |path: PathBuf| serde_json::json!({"driver": "file", "filename": path, "cache": {"no-flush": true}, "discard": "unmap"});
+    let node = serde_json::json!({
+        "driver": "blklogwrites", "node-name": format!("disk{number}"), "log-sector-size": 512,
+        "file": file(disk.path()), "log": file(disk.log_path()),
+    });
+    command.arg("-blockdev").arg(node.to_string());
+    command.arg("-device").arg(format!("virtio-blk-pci,drive=disk{number}"));
+    Ok(())
 }
 
 fn socket(id: &str, path: &Path) -> String {

@@ -22,7 +22,7 @@ use crate::sandbox::Sandbox;
 use crate::timing;
 
 /// Disk of the data partition that the node grows its file system to.
-const DATA_DISK_OCTETS: u64 = 8 << 30;
+pub const DATA_DISK_OCTETS: u64 = 8 << 30;
 
 /// How long an emulated node may sleep through.
 const AWAKE: Duration = Duration::from_secs(1);
@@ -39,6 +39,7 @@ pub struct Boot {
     cpus: u32,
     memory_mib: u32,
     allowed: Vec<String>,
+    logged: bool,
     root_port: bool,
     service: String,
 }
@@ -73,6 +74,7 @@ impl Boot {
             cpus: timing::processors(),
             memory_mib: 4096,
             allowed: Vec::new(),
+            logged: false,
             root_port: true,
             service: "/test/burrow --serve /dev/virtio-ports/org.warren.test.0".to_string(),
         }
@@ -81,6 +83,12 @@ impl Boot {
     /// With this data disk instead of a fresh one.
     pub fn data_disk(mut self, disk: Disk) -> Self {
         self.data = Some(disk);
+        self
+    }
+
+    /// With a log of what is written to the data disk: `writes` reads it.
+    pub fn log_writes(mut self) -> Self {
+        self.logged = true;
         self
     }
 
@@ -168,6 +176,7 @@ impl Boot {
             cpus: self.cpus,
             memory_mib: self.memory_mib,
             disks: disks.iter().collect(),
+            logged: self.logged,
             read_only: self.templates,
         };
         let machine = Machine::start(&config, dir).unwrap_or_else(|e| panic!("QEMU does not start: {e}"));
@@ -472,9 +481,31 @@ impl Node {
         self.console.lock().expect("no thread panics with this lock").new_splats(&self.allowed)
     }
 
+    /// Octets that the log of writes to the data disk has by now.
+    pub fn logged_octets(&self) -> u64 {
+        let disk = self.disks.last().expect("it has a disk");
+        fs::metadata(disk.log_path()).map_or(0, |meta| meta.len())
+    }
+
     /// Whether QEMU still runs.
     pub fn is_running(&self) -> bool {
         self.machine.is_running()
+    }
+
+    /// Waits until the node's record of what sandboxes hold and its kernel agree.
+    ///
+    /// # Panics
+    /// When they do not; the message lists where they differ.
+    pub fn assert_ledger_agrees(&self) {
+        let end = Instant::now() + timing::hang();
+        loop {
+            let rows = self.control().ok(Request::new("", "node.ledger")).items;
+            if rows.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < end, "record and kernel differ on the node: {rows:#?}");
+            thread::sleep(Duration::from_millis(200));
+        }
     }
 
     /// Asks the node to power off in order and waits until QEMU has ended. Gives back its disks.
@@ -482,6 +513,9 @@ impl Node {
     /// # Panics
     /// When it does not end, or its console shows a fault.
     pub fn power_off(self) -> Vec<Disk> {
+        if self.machine.is_running() {
+            self.assert_ledger_agrees();
+        }
         // The answer may be lost with the node.
         let call = self.control().start(Request::new("", "node.stop"));
         self.wait_for_end("node.stop");

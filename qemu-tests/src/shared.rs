@@ -57,9 +57,12 @@ impl Deref for Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         let Some(node) = self.node.as_ref() else { return };
-        let splats = node.new_splats();
         let failed = std::thread::panicking();
-        if failed || !splats.is_empty() {
+        // Whatever a test did: nothing is left that is not written down, and nothing is written down that is not there.
+        let ledger = std::panic::AssertUnwindSafe(|| node.assert_ledger_agrees());
+        let disagrees = !failed && node.is_running() && std::panic::catch_unwind(ledger).is_err();
+        let splats = node.new_splats();
+        if failed || disagrees || !splats.is_empty() {
             if !failed {
                 let _ = node.keep_console(); // a node dropped by a failed test keeps it by itself
             }
@@ -74,6 +77,7 @@ impl Drop for Turn {
                 panic!("the node's console shows faults:\n{text}");
             }
         }
+        assert!(!disagrees, "the node's ledger and its kernel differ: see above");
     }
 }
 

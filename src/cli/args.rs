@@ -147,6 +147,31 @@ pub enum NodeVerb {
     Info,
     /// Show who changed what, newest first
     Audit(AuditArgs),
+    /// Compare what sandboxes hold by the node's record with what the kernel has
+    ///
+    /// Prints `none` where they agree; else a row a difference, and the exit code is 1.
+    Ledger {
+        /// Show the record instead
+        #[arg(short, long)]
+        all: bool,
+    },
+    /// Copy the state database to a file while the node runs
+    Backup {
+        /// A file that is not there yet, or - for standard output
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Begin again with a state database that `backup` wrote
+    ///
+    /// It is checked first. Sandboxes that run go on where it knows them; the database before it is kept on the node.
+    Restore {
+        /// The file, or - for standard input
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// Take down sandboxes that it does not know
+        #[arg(long)]
+        force: bool,
+    },
     /// Take no new sandboxes, and wait until none runs and everything is written
     Drain {
         /// Stop those that still run after so many seconds; without it they end by themselves

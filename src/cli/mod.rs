@@ -15,6 +15,7 @@ use clap::{CommandFactory, Parser};
 use crate::wire::Error;
 
 mod args;
+mod backup;
 mod bridge;
 pub mod client;
 mod copy;
@@ -109,6 +110,9 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Cp { source, target } => copy::cp(&connect, source, target),
         Verb::Node { verb } => match verb.as_ref().unwrap_or(&NodeVerb::Info) {
             NodeVerb::Audit(args) => show::audit(&mut connect()?, args, cli.json),
+            NodeVerb::Ledger { all } => show::ledger(&mut connect()?, *all, cli.json),
+            NodeVerb::Backup { file } => backup::backup(&mut connect()?, file),
+            NodeVerb::Restore { file, force } => backup::restore(&mut connect()?, file, *force),
             NodeVerb::Drain { deadline } => show::drain(&mut connect()?, *deadline, cli.json),
             NodeVerb::Undrain => show::undrain(&mut connect()?),
             NodeVerb::Info => show::node(&mut connect()?, cli.json),

@@ -323,6 +323,32 @@ pub fn audit(client: &mut Client, args: &AuditArgs, json: bool) -> Result<u8, Fa
     Ok(0)
 }
 
+/// `warren node ledger`.
+pub fn ledger(client: &mut Client, all: bool, json: bool) -> Result<u8, Failure> {
+    let request = Request::new("", "node.ledger");
+    let rows = client.call(if all { request.set("all", true) } else { request })?.items;
+    let code = u8::from(!all && !rows.is_empty());
+    if json {
+        print_json(&rows.iter().map(json_object).collect())?;
+        return Ok(code);
+    }
+    if !all && rows.is_empty() {
+        print("none\n")?;
+        return Ok(0);
+    }
+    let keys: &[&str] = match all {
+        true => &["sandbox", "resource", "state", "value"],
+        false => &["sandbox", "resource", "name", "record", "kernel"],
+    };
+    let heading: Vec<String> = keys.iter().map(|key| key.to_uppercase()).collect();
+    let heading: Vec<&str> = heading.iter().map(String::as_str).collect();
+    print(table(
+        &heading,
+        &rows.iter().map(|row| keys.iter().map(|key| text(row, key)).collect()).collect::<Vec<_>>(),
+    ))?;
+    Ok(code)
+}
+
 /// `warren node drain`.
 pub fn drain(client: &mut Client, deadline: Option<u64>, json: bool) -> Result<u8, Failure> {
     let request = Request::new("", "node.drain");

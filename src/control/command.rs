@@ -22,6 +22,18 @@ pub enum Command {
     NodeInfo,
     /// Ends the node in order.
     NodeStop(StopMode),
+    /// What sandboxes hold, compared with the kernel.
+    NodeLedger {
+        /// All that is written down, without comparing.
+        all: bool,
+    },
+    /// The state database as a file.
+    NodeBackup,
+    /// Another state database.
+    NodeRestore {
+        /// Also when it does not know sandboxes that are there.
+        force: bool,
+    },
     /// Takes no new sandboxes; those that run end, by themselves or after that time.
     NodeDrain(Option<Duration>),
     /// Takes new sandboxes again.
@@ -139,14 +151,16 @@ impl Verb {
         match self.name {
             "hello" | "help" | "node.info" | "sandbox.list" | "sandbox.stats" => Role::Monitor,
             "template.list" | "template.inspect" | "sandbox.inspect" | "sandbox.logs" | "exec.list" => Role::Viewer,
-            "node.stop" | "node.drain" | "node.undrain" | "node.audit" => Role::Admin,
+            "node.stop" | "node.drain" | "node.undrain" | "node.audit" | "node.ledger" | "node.backup"
+            | "node.restore" => Role::Admin,
             _ => Role::Operator,
         }
     }
 
     /// Whether its requests go to the audit log: all that may change something.
     pub fn is_audited(&self) -> bool {
-        let looks = matches!(self.name, "node.audit" | "exec.attach" | "file.read" | "file.list" | "file.stat");
+        let looks =
+            matches!(self.name, "node.audit" | "node.ledger" | "exec.attach" | "file.read" | "file.list" | "file.stat");
         self.role() > Role::Viewer && !looks
     }
 }
@@ -168,6 +182,15 @@ verbs! {
     "node.drain", "[deadline_s=0..31536000]", "take no new sandboxes, and wait until none runs and all is written", node_drain;
     "node.undrain", "", "take new sandboxes again", |_, args, _| done(args, Command::NodeUndrain);
     "node.audit", "[owner=OWNER] [before=ID] [limit=1..1000]", "who did what, newest first", node_audit;
+    "node.ledger", "[all=true]", "where record and kernel differ on what sandboxes hold", |_, mut args, _| {
+        let all = args.flag("all")?;
+        done(args, Command::NodeLedger { all })
+    };
+    "node.backup", "", "the state database, on channel content", |_, args, _| done(args, Command::NodeBackup);
+    "node.restore", "[force=true]", "begin again with a state database; channel content", |_, mut args, _| {
+        let force = args.flag("force")?;
+        done(args, Command::NodeRestore { force })
+    };
     "template.list", "", "the templates", |_, args, _| done(args, Command::TemplateList);
     "template.inspect", "NAME", "one template", |_, mut args, _| {
         let name = args.next_text("template")?;
@@ -448,6 +471,9 @@ mod tests {
             ("node.drain", Role::Admin, true),
             ("node.undrain", Role::Admin, true),
             ("node.audit", Role::Admin, false),
+            ("node.ledger", Role::Admin, false),
+            ("node.backup", Role::Admin, true),
+            ("node.restore", Role::Admin, true),
         ] {
             let verb = Verb::of(name).expect("a verb");
             assert_eq!((verb.role(), verb.is_audited()), (role, audited), "{name}");

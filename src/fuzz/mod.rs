@@ -8,6 +8,7 @@ mod elf;
 mod exposition;
 mod http_response;
 mod influx;
+mod ledger;
 mod mmio;
 mod modbus;
 mod net;
@@ -25,6 +26,7 @@ pub use elf::elf;
 pub use exposition::exposition;
 pub use http_response::http_response;
 pub use influx::influx;
+pub use ledger::ledger;
 pub use mmio::mmio;
 pub use modbus::modbus;
 pub use net::net;
@@ -75,12 +77,13 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 16] = [
+    const TARGETS: [Target; 17] = [
         ("block", block),
         ("elf", elf),
         ("exposition", exposition),
         ("http_response", http_response),
         ("influx", influx),
+        ("ledger", ledger),
         ("modbus", modbus),
         ("net", net),
         ("netlink", netlink),

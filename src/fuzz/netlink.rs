@@ -1,6 +1,7 @@
 use crate::network::conntrack::Flow;
 use crate::network::link::Link;
 use crate::network::netlink::{HEADER, attributes, messages, verdict};
+use crate::network::nft;
 
 /// Depth to which attributes within attributes are looked at.
 const DEPTH: usize = 6;
@@ -17,6 +18,10 @@ pub fn netlink(data: &[u8]) {
         if let Some(link) = Link::parse(&message) {
             assert!(link.name.len() <= message.payload.len());
         }
+        if let Some(name) = nft::name_of(&message, "warren", 3) {
+            assert!(name.len() <= message.payload.len());
+        }
+        assert!(nft::keys_of(&message).iter().map(Vec::len).sum::<usize>() <= message.payload.len());
         if let Some(flow) = Flow::parse(&message) {
             assert!(message.payload.windows(4).any(|octets| octets == flow.source.octets()));
         }

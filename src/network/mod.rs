@@ -1,6 +1,7 @@
 //! The sandboxes' network: TAP devices on links of their own, addresses, packet policy. docs/network.md has the plan and
 //! the rules.
 
+pub mod check;
 pub mod cidr;
 pub mod conntrack;
 pub mod link;
@@ -12,4 +13,4 @@ pub mod rules;
 mod service;
 mod tap;
 
-pub use service::{Adopted, Lease, MTU, Network, NetworkError, Report, Settings};
+pub use service::{Adopted, Checked, Lease, MTU, Network, NetworkError, Report, Settings};

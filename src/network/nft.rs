@@ -4,7 +4,7 @@
 
 use std::net::Ipv4Addr;
 
-use super::netlink::{APPEND, Attributes, CREATE, KernelError, Request, Socket};
+use super::netlink::{self, APPEND, Attributes, CREATE, KernelError, Received, Request, Socket};
 
 /// NFNL_SUBSYS_NFTABLES, in the upper half of a message's type.
 const SUBSYSTEM: u16 = 10 << 8;
@@ -19,12 +19,15 @@ const IPV4: u8 = 2;
 const NEWTABLE: u16 = SUBSYSTEM;
 const DELTABLE: u16 = SUBSYSTEM | 2;
 const NEWCHAIN: u16 = SUBSYSTEM | 3;
+const GETCHAIN: u16 = SUBSYSTEM | 4;
 const DELCHAIN: u16 = SUBSYSTEM | 5;
 const NEWRULE: u16 = SUBSYSTEM | 6;
 const DELRULE: u16 = SUBSYSTEM | 8;
 const NEWSET: u16 = SUBSYSTEM | 9;
+const GETSET: u16 = SUBSYSTEM | 10;
 const DELSET: u16 = SUBSYSTEM | 11;
 const NEWSETELEM: u16 = SUBSYSTEM | 12;
+const GETSETELEM: u16 = SUBSYSTEM | 13;
 const DELSETELEM: u16 = SUBSYSTEM | 14;
 
 /// Registers of four octets each (NFT_REG32_00); the first of them are where the older, longer ones are.
@@ -353,4 +356,44 @@ impl Batch {
 fn header(family: u8, resource: u16) -> [u8; 4] {
     let [high, low] = resource.to_be_bytes();
     [family, 0, high, low]
+}
+
+/// Reads a message of a list of chains or sets: the object's name, where it is one of that table's.
+pub fn name_of(message: &Received<'_>, table: &str, name: u16) -> Option<String> {
+    let attributes = message.payload.get(4..)?; // struct nfgenmsg
+    let text = |kind| netlink::attribute(attributes, kind)?.split(|&b| b == 0).next();
+    if text(1)? != table.as_bytes() {
+        return None; // NFTA_CHAIN_TABLE, NFTA_SET_TABLE
+    }
+    String::from_utf8(text(name)?.to_vec()).ok()
+}
+
+/// Reads a message of a list of elements: their keys.
+pub fn keys_of(message: &Received<'_>) -> Vec<Vec<u8>> {
+    let attributes = message.payload.get(4..).unwrap_or_default();
+    let list = netlink::attribute(attributes, 3).unwrap_or_default(); // NFTA_SET_ELEM_LIST_ELEMENTS
+    let elements = netlink::attributes(list).filter(|(kind, _)| *kind == 1); // NFTA_LIST_ELEM
+    let key = |element| netlink::attribute(netlink::attribute(element, 1)?, 1); // NFTA_SET_ELEM_KEY, NFTA_DATA_VALUE
+    elements.filter_map(|(_, element)| Some(key(element)?.to_vec())).collect()
+}
+
+/// Names of the table's chains.
+pub fn chains(socket: &mut Socket, table: &str) -> Result<Vec<String>, KernelError> {
+    names(socket, GETCHAIN, table, 3) // NFTA_CHAIN_NAME
+}
+
+/// Names of the table's sets.
+pub fn sets(socket: &mut Socket, table: &str) -> Result<Vec<String>, KernelError> {
+    names(socket, GETSET, table, 2) // NFTA_SET_NAME
+}
+
+fn names(socket: &mut Socket, kind: u16, table: &str, name: u16) -> Result<Vec<String>, KernelError> {
+    let request = Request::new(kind, 0, &header(INET, 0), Attributes::new());
+    socket.dump(&request, |found: &mut Vec<String>, message| found.extend(name_of(message, table, name)))
+}
+
+/// Keys of a set's elements.
+pub fn keys(socket: &mut Socket, table: &str, set: &str) -> Result<Vec<Vec<u8>>, KernelError> {
+    let request = Request::new(GETSETELEM, 0, &header(INET, 0), Attributes::new().text(1, table).text(2, set));
+    socket.dump(&request, |found: &mut Vec<Vec<u8>>, message| found.extend(keys_of(message)))
 }

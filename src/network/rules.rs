@@ -17,11 +17,11 @@ pub const TABLE: &str = "warren";
 pub const GROUP: u32 = 0x7761_7272;
 
 /// Sources that are taken: interface, hardware address, IPv4 address.
-const PINS: &str = "pins";
+pub(super) const PINS: &str = "pins";
 /// What nobody reaches.
 const NEVER: &str = "never";
 /// Where each interface's packets to the outside go on.
-const EGRESS: &str = "egress";
+pub(super) const EGRESS: &str = "egress";
 /// Packets of sandboxes, as they arrive.
 const SOURCE: &str = "source";
 /// Packets of sandboxes to others.
@@ -30,6 +30,27 @@ const OUTWARD: &str = "outward";
 const INWARD: &str = "inward";
 /// IPPROTO_ICMP
 const ICMP: u8 = 1;
+
+/// What the names of sandboxes' own chains and sets begin with; the slot's number follows.
+const CHAIN_PREFIX: &str = "slot";
+const SET_PREFIX: &str = "reach";
+
+/// Whether a chain or set of that name is one sandbox's.
+pub(super) fn is_of_slot(name: &str) -> bool {
+    let number = name.strip_prefix(CHAIN_PREFIX).or_else(|| name.strip_prefix(SET_PREFIX));
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// The objects of the table that are one sandbox's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Parts {
+    /// Its key in `PINS`.
+    pub pin: Vec<u8>,
+    /// Its key in `EGRESS`, while it may reach anything.
+    pub egress: Option<Vec<u8>>,
+    /// Its chain and its set, where it has lists.
+    pub lists: Option<(String, String)>,
+}
 
 /// A sandbox's part of the rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,10 +64,21 @@ pub struct Entry {
 }
 
 impl Entry {
+    fn pin_key(&self) -> Vec<u8> {
+        [&self.index.to_ne_bytes()[..], &self.slot.mac, &[0; 2], &self.slot.guest.octets()].concat()
+    }
+
     fn pin(&self) -> Element {
-        let mac = self.slot.mac;
-        let key = [&self.index.to_ne_bytes()[..], &mac, &[0; 2], &self.slot.guest.octets()].concat();
-        Element::key(&key)
+        Element::key(&self.pin_key())
+    }
+
+    /// What of it the kernel has to hold.
+    pub(super) fn parts(&self) -> Parts {
+        Parts {
+            pin: self.pin_key(),
+            egress: self.policy.on.then(|| self.index.to_ne_bytes().to_vec()),
+            lists: self.has_lists().then(|| (self.chain(), self.set())),
+        }
     }
 
     /// Whether it needs a chain of its own.
@@ -55,11 +87,11 @@ impl Entry {
     }
 
     fn chain(&self) -> String {
-        format!("slot{}", self.slot.number)
+        format!("{CHAIN_PREFIX}{}", self.slot.number)
     }
 
     fn set(&self) -> String {
-        format!("reach{}", self.slot.number)
+        format!("{SET_PREFIX}{}", self.slot.number)
     }
 
     fn add_pin(&self, batch: &mut Batch) {

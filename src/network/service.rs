@@ -5,7 +5,7 @@
 //! sandboxes that it took over; the table is put in place again as a whole, in one step, and interfaces that belong to
 //! none of these sandboxes are taken down.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
+use super::check::{self, Books};
 use super::cidr::Cidr;
 use super::conntrack;
 use super::link;
@@ -64,6 +65,7 @@ enum Order {
     Lease { owner: String, policy: Policy },
     Change { owner: String, policy: Policy, ticket: u64 },
     Release { owner: String },
+    Check { ticket: u64 },
     Destroyed { number: u32 },
     End,
 }
@@ -101,11 +103,27 @@ pub enum Report {
         /// Who.
         owner: String,
     },
+    /// The kernel was compared with what the network holds.
+    Checked {
+        /// Of the order.
+        ticket: u64,
+        /// What was found.
+        result: Result<Checked, NetworkError>,
+    },
     /// Interfaces of an earlier supervisor that belonged to nobody were taken down.
     Reclaimed {
         /// How many.
         count: usize,
     },
+}
+
+/// What a check brings.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Checked {
+    /// Slots in use: owner and number.
+    pub held: Vec<(String, u32)>,
+    /// Where kernel and network differ.
+    pub differences: BTreeSet<check::Difference>,
 }
 
 /// Why there is no network.
@@ -187,6 +205,11 @@ impl Network {
         self.send(Order::Change { owner: owner.to_string(), policy, ticket });
     }
 
+    /// Asks where the kernel differs from what the network holds; answered by `Report::Checked`.
+    pub fn check(&self, ticket: u64) {
+        self.send(Order::Check { ticket });
+    }
+
     /// Gives a slot back, or stops waiting for one; nothing else may have its TAP device open any more. Answered by
     /// `Report::Released`.
     pub fn release(&self, owner: &str) {
@@ -232,6 +255,8 @@ struct Service<F> {
     asked: HashMap<String, Policy>,
     /// Open once the table is in place.
     kernel: Option<Kernel>,
+    /// Slots whose devices are being destroyed.
+    going: BTreeSet<u32>,
     /// The pool as others see it.
     shown: Arc<Mutex<Shown>>,
 }
@@ -239,7 +264,8 @@ struct Service<F> {
 impl<F: FnMut(Report)> Service<F> {
     fn new(settings: Settings, orders: Sender<Order>, report: F, shown: Arc<Mutex<Shown>>) -> Self {
         let pool = Pool::new(settings.limits);
-        Self { settings, orders, report, pool, held: HashMap::new(), asked: HashMap::new(), kernel: None, shown }
+        let (held, asked) = (HashMap::new(), HashMap::new());
+        Self { settings, orders, report, pool, held, asked, kernel: None, going: BTreeSet::new(), shown }
     }
 
     fn run(&mut self, adopted: Vec<Adopted>, receiver: &Receiver<Order>) {
@@ -282,7 +308,14 @@ impl<F: FnMut(Report)> Service<F> {
                 }
                 (self.report)(Report::Released { owner });
             }
-            Order::Destroyed { number } => self.pool.freed(number),
+            Order::Check { ticket } => {
+                let result = self.check();
+                (self.report)(Report::Checked { ticket, result });
+            }
+            Order::Destroyed { number } => {
+                self.going.remove(&number);
+                self.pool.freed(number);
+            }
             Order::End => {}
         }
     }
@@ -354,6 +387,19 @@ impl<F: FnMut(Report)> Service<F> {
         let strays = flows.iter().filter(|flow| range.contains(flow.source) && !owners.contains(&flow.source));
         conntrack::end(&mut kernel.netfilter, strays)?;
         Ok(count)
+    }
+
+    /// Compares the kernel with what is written down here. A host without a packet filter has no network, and nothing of it.
+    fn check(&mut self) -> Result<Checked, NetworkError> {
+        let Some(kernel) = &mut self.kernel else { return Ok(Checked::default()) };
+        let books = Books {
+            held: self.held.iter().map(|(owner, held)| (owner.as_str(), &held.entry)).collect(),
+            ready: self.pool.ready_numbers().collect(),
+            going: self.going.clone(),
+        };
+        let differences = check::differences(&mut kernel.route, &mut kernel.netfilter, &books)?;
+        let held = self.held.iter().map(|(owner, held)| (owner.clone(), held.entry.slot.number)).collect();
+        Ok(Checked { held, differences })
     }
 
     /// Makes what is wanted, serves who waits, destroys what nobody needs.
@@ -510,6 +556,7 @@ impl<F: FnMut(Report)> Service<F> {
     /// Destroys a TAP device on a thread of its own: the kernel waits for all processors at that.
     fn destroy(&mut self, item: Item<File>) {
         let (orders, number) = (self.orders.clone(), item.number);
+        self.going.insert(number);
         let started =
             std::thread::Builder::new().name("network-down".to_string()).stack_size(64 * 1024).spawn(move || {
                 drop(item.thing);
@@ -518,6 +565,7 @@ impl<F: FnMut(Report)> Service<F> {
         if let Err(e) = started {
             // The device went with the closure that was not run.
             log::warn!("no thread to take network slot {number} down: {e}");
+            self.going.remove(&number);
             self.pool.freed(number);
         }
     }

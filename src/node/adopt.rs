@@ -1,5 +1,6 @@
 //! What an earlier supervisor left: sandboxes that run are taken over, the rest is written down or taken down.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -8,18 +9,21 @@ use std::time::Duration;
 
 use mio::net::UnixStream;
 
+use super::finish::Extent;
 use super::health::Probe;
 use super::instance::{Sandbox, Worker};
 use super::supervisor::{Done, Supervisor, Timer, now_ms};
 use crate::sandbox::agent::{Agent, Approach};
+use crate::sandbox::census::user_of;
 use crate::sandbox::death;
 use crate::sandbox::exec::Exec;
 use crate::sandbox::home::{Home, Places};
 use crate::sandbox::id::SandboxId;
+use crate::sandbox::ledger::{Account, Resource};
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::limits::Oom;
 use crate::sandbox::worker::{self, LastWords};
-use crate::storage::state::{ExecutionRow, SandboxRow};
+use crate::storage::state::{AllocationRow, Change, ExecutionRow, Snapshot};
 use crate::wire::{Code, Error, Fields, Link};
 
 /// Marks that a supervisor has run since the node booted. `true` when this is the first.
@@ -57,9 +61,10 @@ fn fate(state: State, alive: bool, fresh_boot: bool, words: Option<&LastWords>, 
 }
 
 impl Supervisor {
-    pub(super) fn adopt(&mut self, sandboxes: &[SandboxRow], executions: &[ExecutionRow], fresh_boot: bool) {
+    pub(super) fn adopt(&mut self, snapshot: &Snapshot, fresh_boot: bool) {
         let mut discarded = Vec::new();
-        for row in sandboxes {
+        let mut recorded = recorded(&snapshot.allocations);
+        for row in &snapshot.sandboxes {
             let Some(mut sandbox) = Sandbox::from_row(row, |id| self.places.of(id)) else {
                 log::error!("the state database has a sandbox that cannot be read: {row:?}");
                 continue;
@@ -68,7 +73,7 @@ impl Supervisor {
             let words = LastWords::read(&sandbox.home.last_words());
             let oom = Oom::of(sandbox.home.cgroup());
             let id = sandbox.id.clone();
-            self.take_executions(&mut sandbox, executions);
+            self.take_executions(&mut sandbox, &snapshot.executions);
             // Its directory goes last when a sandbox is removed: that was done, but for the row.
             if !sandbox.home.is_there() {
                 discarded.push(sandbox.home);
@@ -80,6 +85,7 @@ impl Supervisor {
                 Fate::Keep => {
                     let holds = sandbox.home.holds_worker();
                     self.sandboxes.insert(id.clone(), sandbox);
+                    self.take_over_account(&id, recorded.remove(&id).as_ref(), false);
                     if holds {
                         self.let_go(&id, true);
                     }
@@ -93,6 +99,7 @@ impl Supervisor {
                     sandbox.ended_ms = Some(now_ms());
                     end_execs(&mut sandbox);
                     self.sandboxes.insert(id.clone(), sandbox);
+                    self.take_over_account(&id, recorded.remove(&id).as_ref(), false);
                     self.record(&id);
                     // After a power loss the disk is what is left to save.
                     let restarts = self.restart_later(&id);
@@ -101,6 +108,7 @@ impl Supervisor {
                 Fate::Adopt => {
                     self.take_over_slot(&mut sandbox, row.net_address.as_deref());
                     self.sandboxes.insert(id.clone(), sandbox);
+                    self.take_over_account(&id, recorded.remove(&id).as_ref(), true);
                     if let Err(e) = self.take_over_worker(&id, processes[0]) {
                         log::error!("sandbox {id} cannot be taken over: {e}");
                         if let Some(sandbox) = self.sandboxes.get_mut(&id) {
@@ -117,7 +125,7 @@ impl Supervisor {
                 }
             }
         }
-        self.sweep(discarded);
+        self.sweep(discarded, recorded);
     }
 
     fn take_executions(&self, sandbox: &mut Sandbox, executions: &[ExecutionRow]) {
@@ -165,8 +173,13 @@ impl Supervisor {
         let stopping = sandbox.state == State::Stopping;
         let descriptors = (pidfd.as_raw_fd(), link.stream_ref().as_raw_fd(), agent.stream().as_raw_fd());
         let tokens = self.watch_worker(id, descriptors.0, descriptors.1, descriptors.2)?;
-        let uid = user_of(pid)?;
+        let uid = u64::try_from(pid).ok().and_then(user_of).ok_or(io::ErrorKind::NotFound)?;
         self.uids.claim(uid);
+        self.ledger.with(id, |account| {
+            account.note(Resource::User, uid);
+            account.note(Resource::Process, u64::try_from(pid).unwrap_or(0));
+            Ok(())
+        });
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
             sandbox.uid = Some(uid);
             sandbox.worker = Some(Worker {
@@ -198,9 +211,17 @@ impl Supervisor {
 
     /// Takes down what a sandbox that has ended still holds.
     fn let_go(&mut self, id: &SandboxId, keep_disk: bool) {
+        let extent = if keep_disk { Extent::Worker } else { Extent::AllButLogs };
+        self.ledger.with(id, |account| {
+            account.give_back(&extent.resources());
+            Ok(())
+        });
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
-        sandbox.releasing = true;
         let (home, owned) = (sandbox.home.clone(), id.clone());
+        // Its worker may take a moment to die, and until then nobody else is to have its user: `released` gives it back.
+        sandbox.uid = users(&home, self.ledger.of(id)).into_iter().next();
+        sandbox.uid.iter().for_each(|uid| self.uids.claim(*uid));
+        sandbox.releasing = true;
         let started = self.background.run("release", move || {
             let result = if keep_disk { home.release_worker() } else { home.release() };
             Done::Released { sandbox: owned, gone: false, result }
@@ -211,33 +232,88 @@ impl Supervisor {
         }
     }
 
-    /// Takes down what belongs to no sandbox.
-    fn sweep(&mut self, mut homes: Vec<Home>) {
-        homes.extend(strays(&self.places, |id| self.sandboxes.contains_key(id)));
+    /// Takes down what belongs to no sandbox, and settles accounts of nobody: `recorded` are those that no sandbox has.
+    fn sweep(&mut self, mut homes: Vec<Home>, mut recorded: BTreeMap<SandboxId, Account>) {
+        let listed: BTreeSet<SandboxId> = homes.iter().filter_map(|home| SandboxId::parse(home.id()?)).collect();
+        homes.extend(strays(&self.places, |id| self.sandboxes.contains_key(id) || listed.contains(id)));
+        let (mut ids, mut taken) = (Vec::new(), Vec::new());
+        for home in &homes {
+            let Some(id) = home.id().and_then(SandboxId::parse) else { continue };
+            let mut account = recorded.remove(&id).unwrap_or_else(Account::of_strays);
+            account.give_back(Resource::ALL);
+            taken.extend(users(home, Some(&account)));
+            self.ledger.open(&id, account);
+            ids.push(id);
+        }
+        for id in ids {
+            self.database.submit(Change::RemoveSandbox { id: id.to_string() });
+        }
+        for id in recorded.into_keys() {
+            // Nothing of it was taken yet, or all was given back.
+            self.ledger.vanished += 1;
+            self.database.submit(Change::RemoveAllocation { sandbox_id: id.to_string() });
+        }
         if homes.is_empty() {
             return;
         }
-        let ids: Vec<String> = homes.iter().filter_map(|home| home.id().map(str::to_string)).collect();
-        for id in ids {
-            self.database.submit(crate::storage::state::Change::RemoveSandbox { id });
-        }
         // Their workers may take a moment to die, and until then nobody else is to have their user.
-        let users: Vec<u32> = homes.iter().flat_map(Home::processes).filter_map(|pid| user_of(pid).ok()).collect();
-        users.iter().for_each(|uid| self.uids.claim(*uid));
+        taken.iter().for_each(|uid| self.uids.claim(*uid));
         let started = self.background.run("sweep", move || {
-            let mut reclaimed = 0;
-            for home in homes {
-                match home.remove() {
-                    Ok(()) => reclaimed += 1,
-                    Err(e) => log::error!("leftover {home:?} cannot be taken down: {e}"),
-                }
-            }
-            Done::Swept { reclaimed, users }
+            let remove = |home: &Home| (home.id().and_then(SandboxId::parse), home.remove());
+            Done::Swept { homes: homes.iter().map(remove).collect(), users: taken }
         });
         if let Err(e) = started {
             log::error!("no thread to take leftovers down: {e}");
         }
     }
+
+    /// Leftovers were taken down, or could not be: then the ledger keeps them, and so does their user.
+    pub(super) fn swept(&mut self, homes: Vec<(Option<SandboxId>, io::Result<()>)>, users: &[u32]) {
+        let (mut reclaimed, mut failed) = (0, 0);
+        for (id, result) in homes {
+            let Some(id) = id else { continue };
+            self.ledger.with(&id, |account| {
+                account.given_back(Resource::ALL, result.is_ok());
+                Ok(())
+            });
+            match result {
+                Ok(()) => {
+                    reclaimed += 1;
+                    self.close_account(&id);
+                }
+                Err(e) => {
+                    failed += 1;
+                    log::error!("leftovers of sandbox {id} cannot be taken down: {e}");
+                    self.post(&id);
+                }
+            }
+        }
+        if failed == 0 {
+            users.iter().for_each(|uid| self.uids.give_back(*uid));
+        }
+        self.ledger.reclaimed += reclaimed;
+        log::warn!("reclaimed {reclaimed} leftovers of an earlier run");
+    }
+}
+
+/// Accounts as an earlier supervisor wrote them.
+fn recorded(rows: &[AllocationRow]) -> BTreeMap<SandboxId, Account> {
+    let account = |row: &AllocationRow| {
+        let read = SandboxId::parse(&row.sandbox_id).zip(Account::parse(&row.held));
+        if read.is_none() {
+            log::error!("the state database has an account that cannot be read: {row:?}");
+        }
+        read
+    };
+    rows.iter().filter_map(account).collect()
+}
+
+/// User ids that processes in a home run by, or may.
+fn users(home: &Home, account: Option<&Account>) -> BTreeSet<u32> {
+    let running: BTreeSet<u32> = home.processes().into_iter().filter_map(|pid| user_of(pid.try_into().ok()?)).collect();
+    let noted = account.and_then(|account| account.get(Resource::User)).filter(|entry| !entry.holding.is_free());
+    let noted = noted.and_then(|entry| u32::try_from(entry.value?).ok());
+    running.into_iter().chain(noted).collect()
 }
 
 /// Directories, sockets and cgroups that no known sandbox has.
@@ -257,14 +333,6 @@ fn end_execs(sandbox: &mut Sandbox) {
     for exec in sandbox.execs.values_mut().filter(|exec| exec.outcome.is_none()) {
         exec.finish(Err(Error::new(Code::LinkLost, format!("the sandbox ended: {}", sandbox.reason))));
     }
-}
-
-/// The real user id of a process (proc_pid_status(5)).
-fn user_of(pid: i32) -> io::Result<u32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let ids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
-    let id = ids.and_then(|ids| ids.split_whitespace().next()?.parse().ok());
-    id.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
@@ -296,6 +364,25 @@ mod tests {
             Fate::Ended(State::Stopped, "the guest powered off".into())
         );
         assert!(matches!(fate(State::Running, false, false, None, dead), Fate::Ended(State::Error, _)));
+    }
+
+    #[test]
+    fn a_dying_worker_has_its_user_until_it_is_gone() {
+        let root = std::env::temp_dir().join(format!("warren-adopt-{}", std::process::id()));
+        let places = Places { disks: root.join("d"), sockets: root.join("s"), cgroups: root.join("c") };
+        let id = SandboxId::parse("abcdefghijkl").unwrap();
+        fs::create_dir_all(places.cgroups.join(id.as_str())).unwrap();
+        let home = places.of(&id);
+        assert_eq!(users(&home, None), BTreeSet::new());
+        fs::write(home.cgroup().join("cgroup.procs"), format!("{}\n", std::process::id())).unwrap();
+        let own = nix::unistd::getuid().as_raw();
+        assert_eq!(users(&home, None), BTreeSet::from([own]), "by its process");
+        // One that was recorded and is not seen: it may be about to be started, or on its way out.
+        let account = |text: &str| Account::parse(text).unwrap();
+        fs::write(home.cgroup().join("cgroup.procs"), "").unwrap();
+        assert_eq!(users(&home, Some(&account("user=active:2100000000"))), BTreeSet::from([2_100_000_000]));
+        assert_eq!(users(&home, Some(&account("user=released:2100000000"))), BTreeSet::new());
+        fs::remove_dir_all(root).unwrap();
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::sandbox::agent::{Agent, Approach};
 use crate::sandbox::death;
 use crate::sandbox::exec::Sink;
 use crate::sandbox::id::SandboxId;
+use crate::sandbox::ledger::Resource;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::limits::Oom;
 use crate::sandbox::worker::LastWords;
@@ -115,6 +116,7 @@ impl Supervisor {
         sandbox.ended_ms = Some(now_ms());
         let in_order =
             words.as_ref().is_some_and(|words| matches!(words.reason.as_str(), "guest-poweroff" | "stopped"));
+        self.ledger.worker_ended(id, in_order);
         sandbox.hung_ms = None;
         match sandbox.state {
             State::Starting | State::Error
@@ -262,6 +264,10 @@ impl Supervisor {
         }
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.tap = None;
+        self.ledger.with(id, |account| {
+            account.give_back(&extent.resources());
+            Ok(())
+        });
         if let (true, Some(network)) = (std::mem::take(&mut sandbox.holds_slot), &self.network) {
             // Its end of the network first: `slot_released` goes on.
             sandbox.after_network = Some(extent);
@@ -287,6 +293,10 @@ impl Supervisor {
     pub(super) fn slot_released(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.slot = None;
+        self.ledger.with(id, |account| {
+            account.given_back(&[Resource::Slot], true);
+            Ok(())
+        });
         if let Some(extent) = sandbox.after_network.take() {
             self.record(id);
             self.release(id, extent);
@@ -297,6 +307,10 @@ impl Supervisor {
     pub(super) fn released(&mut self, id: &SandboxId, gone: bool, result: io::Result<()>) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.releasing = false;
+        self.ledger.with(id, |account| {
+            account.given_back(Resource::ALL, result.is_ok());
+            Ok(())
+        });
         if let Err(e) = result {
             log::error!("sandbox {id} cannot be taken down: {e}");
             let error = Error::new(Code::Internal, format!("sandbox {id} cannot be taken down: {e}"));
@@ -304,6 +318,7 @@ impl Supervisor {
             for waiter in std::mem::take(&mut sandbox.waiters) {
                 self.finish(waiter.client, &Message::err(&waiter.tag, error.clone()));
             }
+            self.post(id);
             self.record(id);
             return;
         }
@@ -313,12 +328,15 @@ impl Supervisor {
             if sandbox.removing {
                 self.release(id, Extent::Everything);
             } else {
+                self.post(id);
                 self.notify_waiters(id);
             }
             return;
         }
         sandbox.gone = true;
-        if sandbox.writing.is_none() {
+        let written = sandbox.writing.is_none();
+        self.close_account(id);
+        if written {
             self.removed(id);
         }
     }

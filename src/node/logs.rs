@@ -18,7 +18,9 @@ const PERIOD: Duration = Duration::from_millis(100);
 /// One client's reading of one log.
 #[derive(Debug)]
 pub struct Reader {
-    sandbox: SandboxId,
+    /// Whose log it is; `None` for a file that does not grow.
+    sandbox: Option<SandboxId>,
+    channel: &'static str,
     file: File,
     offset: u64,
     credit: u64,
@@ -26,9 +28,19 @@ pub struct Reader {
 }
 
 impl Reader {
+    /// The reading of a file that is whole.
+    pub fn of_file(channel: &'static str, file: File) -> Self {
+        Self { sandbox: None, channel, file, offset: 0, credit: INITIAL_CREDIT, follow: false }
+    }
+
     /// Whose log it is.
-    pub fn sandbox(&self) -> &SandboxId {
-        &self.sandbox
+    pub fn sandbox(&self) -> Option<&SandboxId> {
+        self.sandbox.as_ref()
+    }
+
+    /// What the client knows it by.
+    pub fn channel(&self) -> &'static str {
+        self.channel
     }
 
     /// The client allows more octets.
@@ -49,12 +61,14 @@ impl Reader {
                     chunk.truncate(n);
                     self.offset += n as u64;
                     self.credit -= n as u64;
-                    sink.send(&Message::data(tag, "log", chunk));
+                    sink.send(&Message::data(tag, self.channel, chunk));
                 }
                 _ if self.follow && live => return false,
                 _ => {
-                    sink.send(&Message::end(tag, "log"));
-                    sink.send(&Message::ok(tag, Fields::new()));
+                    let fields = Fields::new();
+                    let fields = if self.sandbox.is_none() { fields.with("size", self.offset) } else { fields };
+                    sink.send(&Message::end(tag, self.channel));
+                    sink.send(&Message::ok(tag, fields));
                     return true;
                 }
             }
@@ -69,7 +83,8 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get(&id) else { return Ok(()) };
         let file = File::open(sandbox.home.serial_log())
             .map_err(|e| Error::new(Code::NotFound, format!("sandbox {id} has no log: {e}")))?;
-        let reader = Reader { sandbox: id, file, offset: 0, credit: INITIAL_CREDIT, follow };
+        let sandbox = Some(id);
+        let reader = Reader { sandbox, channel: "log", file, offset: 0, credit: INITIAL_CREDIT, follow };
         self.add_job(key, tag, Job::Logs(reader));
         if follow && !self.log_timer {
             self.log_timer = true;

@@ -7,6 +7,7 @@ use super::supervisor::{Done, Supervisor};
 use crate::network::policy::Policy;
 use crate::network::{Adopted, Network, NetworkError, Report};
 use crate::sandbox::id::SandboxId;
+use crate::sandbox::ledger::Resource;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::network;
 use crate::wire::{Code, Error, Fields, Message, Request};
@@ -20,7 +21,7 @@ pub(super) struct NetworkChange {
     waiter: Option<(u64, String)>,
 }
 
-fn to_error(error: &NetworkError) -> Error {
+pub(super) fn to_error(error: &NetworkError) -> Error {
     let code = match error {
         NetworkError::Exhausted { .. } | NetworkError::Tap(_) => Code::NoCapacity,
         NetworkError::Kernel(_) => Code::Internal,
@@ -89,6 +90,12 @@ impl Supervisor {
                 }
                 let scheduled = match result {
                     Ok(lease) => {
+                        let number = lease.slot.number;
+                        self.ledger.taken(&id, &[Resource::Slot]);
+                        self.ledger.with(&id, |account| {
+                            account.note(Resource::Slot, number);
+                            Ok(())
+                        });
                         sandbox.slot = Some(lease.slot);
                         sandbox.tap = Some(lease.tap);
                         self.schedule(&id)
@@ -108,7 +115,11 @@ impl Supervisor {
                     self.slot_released(&id);
                 }
             }
-            Report::Reclaimed { count } => log::warn!("reclaimed {count} network interfaces of an earlier run"),
+            Report::Checked { ticket, result } => self.network_checked(ticket, result),
+            Report::Reclaimed { count } => {
+                self.ledger.reclaimed += count as u64;
+                log::warn!("reclaimed {count} network interfaces of an earlier run");
+            }
         }
     }
 

@@ -18,12 +18,14 @@ use mio::Token;
 use super::components::Progress;
 use super::config::Config;
 use super::finish::Extent;
+use super::ledger::Booking;
 use super::supervisor::{Done, Source, Supervisor, Timer};
 use crate::pool::{Item, Limits, Pool, Shown};
 use crate::sandbox::berth::Berth;
 use crate::sandbox::death;
 use crate::sandbox::home::Home;
 use crate::sandbox::id::SandboxId;
+use crate::sandbox::ledger::Resource;
 use crate::sandbox::limits::Oom;
 use crate::sandbox::worker::LastWords;
 use crate::storage::overlay;
@@ -71,6 +73,19 @@ pub(super) struct Blank {
     path: PathBuf,
     file: File,
     shape: Shape,
+}
+
+impl Blank {
+    fn name(&self) -> Option<String> {
+        Some(self.path.file_name()?.to_str()?.to_string())
+    }
+}
+
+impl Held {
+    /// Name of its overlay, until that has moved into its home.
+    pub fn spare_overlay(&self) -> Option<String> {
+        self.blank.as_ref()?.thing.name()
+    }
 }
 
 /// What a sandbox has of the pools.
@@ -132,6 +147,16 @@ impl Pools {
     /// Ids of the homes that have a worker and no sandbox yet.
     pub fn idle(&self) -> impl Iterator<Item = &SandboxId> {
         self.workers.ready().map(|idle| &idle.id)
+    }
+
+    /// Where overlays without a sandbox are.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Names of the overlays that are ready.
+    pub fn spare_overlays(&self) -> impl Iterator<Item = String> {
+        self.overlays.ready().filter_map(Blank::name)
     }
 
     /// Whether homes are being made or taken down.
@@ -237,27 +262,28 @@ impl Supervisor {
             let message = format!("all {count} user ids for workers are taken (jail.uid_count)");
             return Err(Error::new(Code::NoCapacity, message).with("resource", "uid").with("max", count));
         };
-        if let Err(e) = self.make_worker(id.clone(), place, uid, true) {
-            self.pools.workers.freed(place);
-            self.uids.give_back(uid);
-            return Err(Error::new(Code::NoCapacity, format!("no thread: {e}")));
-        }
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
             sandbox.uid = Some(uid);
             sandbox.held.place = Some(place);
             sandbox.held.making = true;
         }
+        self.make_worker(Booking { id: id.clone(), place, uid, ordered: true });
         Ok(())
     }
 
-    fn make_worker(&mut self, id: SandboxId, place: u32, uid: u32, ordered: bool) -> io::Result<()> {
+    /// Makes a home and its worker, once that is written down.
+    fn make_worker(&mut self, booking: Booking) {
+        self.pools.under_way += 1;
+        self.book(booking);
+    }
+
+    /// Makes a home and its worker.
+    pub(super) fn begin_worker(&self, Booking { id, place, uid, ordered }: Booking) -> io::Result<()> {
         let (home, spawner) = (self.places.of(&id), Arc::clone(&self.spawner));
         self.background.run("worker", move || {
             let result = Berth::make(home, uid, &spawner).map(Box::new);
             Done::WorkerMade { id, place, uid, ordered, result }
-        })?;
-        self.pools.under_way += 1;
-        Ok(())
+        })
     }
 
     /// A thread made a worker, or could not.
@@ -271,6 +297,17 @@ impl Supervisor {
         self.pools.under_way -= 1;
         self.pools.look = true;
         let now = Instant::now();
+        if let Ok(berth) = &result {
+            self.ledger.taken(
+                id,
+                &[Resource::User, Resource::Directory, Resource::Socket, Resource::Cgroup, Resource::Process],
+            );
+            let pid = u64::try_from(berth.pid).unwrap_or(0);
+            self.ledger.with(id, |account| {
+                account.note(Resource::Process, pid);
+                Ok(())
+            });
+        }
         let made = result.and_then(|berth| {
             let token = self.watch(berth.pidfd.as_raw_fd(), Source::WorkerProcess(id.clone()));
             token.map(|token| (*berth, token))
@@ -296,6 +333,9 @@ impl Supervisor {
             Err(e) => {
                 log::error!("a worker cannot be started: {e}");
                 self.uids.give_back(uid);
+                if !self.sandboxes.contains_key(id) {
+                    self.close_account(id);
+                }
                 if !ordered {
                     self.pools.workers.failed(place, e.to_string(), now);
                     return;
@@ -324,7 +364,7 @@ impl Supervisor {
         }
     }
 
-    fn schedule_or_fail(&mut self, id: &SandboxId) {
+    pub(super) fn schedule_or_fail(&mut self, id: &SandboxId) {
         if let Err(error) = self.schedule(id) {
             self.fail_start(id, error);
         }
@@ -356,9 +396,16 @@ impl Supervisor {
 
     /// Takes a home down that no sandbox has, or has any more; then its places are free.
     fn unmake(&mut self, home: Home, worker: Option<(u32, u32)>, overlay_place: Option<u32>) {
+        let id = home.id().and_then(SandboxId::parse);
+        if let Some(id) = &id {
+            self.ledger.with(id, |account| {
+                account.give_back(Resource::ALL);
+                Ok(())
+            });
+        }
         let started = self.background.run("release", move || {
             let result = home.remove();
-            Done::Unmade { worker, overlay_place, result }
+            Done::Unmade { id, worker, overlay_place, result }
         });
         match started {
             Ok(()) => self.pools.under_way += 1,
@@ -367,9 +414,24 @@ impl Supervisor {
     }
 
     /// A home was taken down.
-    pub(super) fn unmade(&mut self, worker: Option<(u32, u32)>, overlay_place: Option<u32>, result: io::Result<()>) {
+    pub(super) fn unmade(
+        &mut self,
+        id: Option<SandboxId>,
+        worker: Option<(u32, u32)>,
+        overlay_place: Option<u32>,
+        result: io::Result<()>,
+    ) {
         self.pools.under_way -= 1;
         self.pools.look = true;
+        if let Some(id) = id {
+            self.ledger.with(&id, |account| {
+                account.given_back(Resource::ALL, result.is_ok());
+                Ok(())
+            });
+            if result.is_ok() {
+                self.close_account(&id);
+            }
+        }
         if let Err(e) = result {
             // Its places are not given out again: what has them is not known.
             log::error!("a home cannot be taken down: {e}");
@@ -595,7 +657,8 @@ impl Supervisor {
         while let Some(place) = self.pools.workers.wanted(now) {
             let made = match (self.uids.take(), SandboxId::random()) {
                 (Some(uid), Ok(id)) => {
-                    self.make_worker(id, place, uid, false).inspect_err(|_| self.uids.give_back(uid))
+                    self.make_worker(Booking { id, place, uid, ordered: false });
+                    Ok(())
                 }
                 (None, _) => Err(io::Error::other("all user ids for workers are taken (jail.uid_count)")),
                 (Some(uid), Err(e)) => {

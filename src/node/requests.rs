@@ -54,6 +54,12 @@ pub enum Job {
     NetworkChange(u64),
     /// It waits for the node to stop.
     NodeStop,
+    /// It waits for a copy of the database.
+    Backup,
+    /// It sends a database.
+    Restore(super::backup::Upload),
+    /// It waits for the ledger to be compared with the kernel.
+    Ledger,
     /// It waits for the node to be drained.
     Drain,
     /// It waits for rows of the audit log.
@@ -161,7 +167,13 @@ impl Supervisor {
                 }
             }
             Message::Data { tag, channel, payload } => self.take_data(key, &tag, &channel, payload),
-            Message::End { tag, channel } => self.pass_to_agent(key, &tag, |route| Message::end(route, &channel)),
+            Message::End { tag, channel } => {
+                let job = self.clients.get_mut(&key).and_then(|client| client.jobs.get_mut(&tag));
+                match job {
+                    Some(Job::Restore(upload)) => upload.end(),
+                    _ => self.pass_to_agent(key, &tag, |route| Message::end(route, &channel)),
+                }
+            }
             Message::Credit { tag, channel, octets } => self.take_credit(key, &tag, &channel, octets),
             Message::Ok { tag, .. } | Message::Err { tag, .. } | Message::Item { tag, .. } => {
                 let error = Error::new(Code::BadLine, "a client sends requests, not answers");
@@ -215,6 +227,9 @@ impl Supervisor {
                 self.add_job(key, tag, Job::NodeStop);
                 self.begin_stop(Some(mode), Some((key, tag.to_string())));
             }
+            Command::NodeLedger { all } => self.ask_ledger(key, tag, all),
+            Command::NodeBackup => self.ask_backup(key, tag)?,
+            Command::NodeRestore { force } => self.ask_restore(key, tag, force)?,
             Command::NodeDrain(deadline) => self.ask_drain(key, tag, deadline),
             Command::NodeUndrain => {
                 self.undrain();
@@ -389,7 +404,9 @@ impl Supervisor {
             // The request may have ended while this was on its way.
             return;
         };
+        let mut payload = payload;
         let taken = match job {
+            Job::Restore(upload) if channel == "content" => upload.take(std::mem::take(&mut payload)),
             Job::Relay { up, .. } if channel == "content" => up.take(channel, payload.len()),
             Job::Exec { sandbox, number } if channel == "stdin" => {
                 match self.sandboxes.get_mut(sandbox).and_then(|sandbox| sandbox.execs.get_mut(number)) {
@@ -436,7 +453,7 @@ impl Supervisor {
         let Some(job) = self.clients.get_mut(&key).and_then(|client| client.jobs.get_mut(tag)) else { return };
         match job {
             Job::Relay { down, .. } if channel == "content" => down.allow(octets),
-            Job::Logs(reader) if channel == "log" => reader.credit(octets),
+            Job::Logs(reader) if channel == reader.channel() => reader.credit(octets),
             Job::Exec { sandbox, number } => {
                 let exec = self.sandboxes.get_mut(sandbox).and_then(|sandbox| sandbox.execs.get_mut(number));
                 if let (Some(exec), Some(index)) = (exec, output_index(channel)) {
@@ -473,7 +490,8 @@ impl Supervisor {
             Job::Inquiry { sandbox, route } => self.forget_inquiry(&sandbox, &route),
             Job::NetworkChange(ticket) => self.forget_network_change(ticket),
             Job::Drain => self.forget_drain(key, tag),
-            Job::Logs(_) | Job::NodeStop | Job::Audit(_) => {}
+            // Whoever makes or takes a copy of the database sees that nobody waits for it.
+            Job::Logs(_) | Job::NodeStop | Job::Backup | Job::Restore(_) | Job::Ledger | Job::Audit(_) => {}
         }
     }
 

@@ -104,12 +104,24 @@ impl Supervisor {
                 false
             }
             Job::Logs(reader) => {
-                let live = self.sandboxes.get(reader.sandbox()).is_some_and(|sandbox| sandbox.worker.is_some());
+                let sandbox = reader.sandbox().and_then(|id| self.sandboxes.get(id));
+                let live = sandbox.is_some_and(|sandbox| sandbox.worker.is_some());
                 reader.pump(tag, client, live)
             }
-            Job::Wait(_) | Job::Inquiry { .. } | Job::NetworkChange(_) | Job::NodeStop | Job::Drain | Job::Audit(_) => {
+            Job::Restore(upload) => {
+                if let Some(octets) = upload.grant() {
+                    client.send(&Message::credit(tag, "content", octets));
+                }
                 false
             }
+            Job::Wait(_)
+            | Job::Inquiry { .. }
+            | Job::NetworkChange(_)
+            | Job::NodeStop
+            | Job::Drain
+            | Job::Backup
+            | Job::Ledger
+            | Job::Audit(_) => false,
         };
         if !ended && let Some(client) = self.clients.get_mut(&key) {
             client.jobs.insert(tag.to_string(), job);

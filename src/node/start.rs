@@ -16,6 +16,7 @@ use crate::sandbox::agent::{Agent, Approach};
 use crate::sandbox::berth::Berth;
 use crate::sandbox::disk::Shelf;
 use crate::sandbox::id::SandboxId;
+use crate::sandbox::ledger::{Holding, Resource};
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::limits::{self, Limits};
 use crate::sandbox::spec::{MAX_DISK_MIB, Spec};
@@ -66,6 +67,7 @@ impl Supervisor {
         sandbox.waiters.push(waiter);
         self.sandboxes.insert(id.clone(), sandbox);
         self.notify_waiters(&id);
+        self.fit_account(&id);
         if let Err(error) = self.settle_worker(&id, idle).and_then(|()| self.schedule(&id)) {
             self.discard(&id);
             return Err(error);
@@ -87,8 +89,9 @@ impl Supervisor {
         let template = self.catalogue.get(&name)?.clone();
         if self.catalogue.is_verified(&name)? {
             let shape = self.shape(id, &template)?;
-            // All of it is asked for at once.
-            let has = [self.has_slot(id)?, self.has_overlay(id, shape), self.has_worker(id)];
+            // All of it is asked for at once, the slot once it is written down that there may be one.
+            let slot = self.is_booked(id) && self.has_slot(id)?;
+            let has = [slot, self.has_overlay(id, shape), self.has_worker(id)];
             return if has.contains(&false) { Ok(()) } else { self.build(id, &template, shape) };
         }
         self.verify(template)
@@ -227,6 +230,7 @@ impl Supervisor {
         };
         let Berth { pid, pidfd, link, serial, .. } = berth;
         let overlay = self.take_blank(id, shape).map_err(no_room("overlay"))?;
+        self.ledger.taken(id, &[Resource::Disk]);
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
         let shelf = Shelf { directory: &self.config.disks.directory, devices: &self.config.disks.devices };
         let disks = sandbox.spec.disks.iter().map(|disk| shelf.open(disk, &sandbox.home));
@@ -244,6 +248,11 @@ impl Supervisor {
         limits
             .apply(sandbox.home.cgroup(), &overlay)
             .map_err(no_room("the sandbox's control group cannot be limited"))?;
+        self.ledger.taken(id, &[Resource::Memory]);
+        self.ledger.with(id, |account| {
+            account.note(Resource::Disk, shape.disk_bytes / MIB);
+            account.advance_all(Holding::Reserved, Holding::Active)
+        });
 
         let joined = (|| -> std::io::Result<(UnixStream, Agent)> {
             let stream = link;
@@ -316,6 +325,7 @@ impl Supervisor {
         }
         self.timers.after(Duration::from_secs(self.config.sandbox.boot_timeout_s), Timer::Boot(id.clone()));
         self.touched_sandboxes.insert(id.clone());
+        self.post(id);
         self.record(id);
         self.notify_waiters(id);
         Ok(())

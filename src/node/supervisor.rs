@@ -16,12 +16,14 @@ use nix::sys::signalfd::SignalFd;
 
 use super::assembly::{Parts, watch_signals};
 use super::background::Background;
+use super::backup::Backups;
 use super::catalogue::Catalogue;
 use super::config::Config;
 use super::drain::Drain;
 use super::externals::{External, Externals};
 use super::health::{Watched, Wheel};
 use super::instance::Sandbox;
+use super::ledger::Ledger;
 use super::listener::Listener;
 use super::network::NetworkChange;
 use super::pools::{Pools, Shape};
@@ -33,12 +35,14 @@ use crate::control::port::Port;
 use crate::init::{ExitWatch, StopMode};
 use crate::network::{Network, Report, Settings};
 use crate::sandbox::berth::Berth;
+use crate::sandbox::census::Census;
 use crate::sandbox::home::Places;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::spawn::Spawner;
 use crate::sandbox::uids::Uids;
 use crate::sentinel;
-use crate::storage::state::{Change, Snapshot, State as Database, Ticket};
+use crate::storage::backup::Contents;
+use crate::storage::state::{Change, Snapshot, State as Database, StateError, Ticket};
 use crate::storage::template_disk::TemplateEvent;
 use crate::storage::templates::TemplateError;
 
@@ -74,6 +78,8 @@ pub(super) enum Timer {
     Logs,
     /// The control port was not there: look again.
     Port,
+    /// A difference was found in the ledger: look again.
+    Look,
     /// The database refused to write: put the rows again that are not in it.
     Record,
     /// Sandboxes have had their time to end.
@@ -99,12 +105,19 @@ pub(super) enum Done {
     Verified { template: String, result: Result<(), TemplateError> },
     /// The template disks were looked at; one event a template.
     Imported(Vec<TemplateEvent>),
-    /// What an earlier supervisor left over was taken down.
+    /// What an earlier supervisor left over was taken down, or could not be.
     Swept {
-        reclaimed: usize,
+        /// What became of each.
+        homes: Vec<(Option<SandboxId>, io::Result<()>)>,
         /// User ids that are free again.
         users: Vec<u32>,
     },
+    /// A piece of a database that is being restored was written.
+    RestoreMoved(u64),
+    /// A database that is to be restored was gathered and checked.
+    Restored { client: u64, tag: String, result: Result<Contents, StateError> },
+    /// The kernel was asked what there is of sandboxes.
+    Counted(Census),
     /// The network did something.
     Network(Report),
     /// The sentinel was asked for its destinations.
@@ -122,6 +135,8 @@ pub(super) enum Done {
     OverlayMade { place: u32, path: PathBuf, shape: Shape, result: io::Result<File> },
     /// A home that no sandbox has any more was taken down.
     Unmade {
+        /// Which it was for.
+        id: Option<SandboxId>,
         /// Its worker's place and user id.
         worker: Option<(u32, u32)>,
         overlay_place: Option<u32>,
@@ -156,6 +171,10 @@ pub struct Supervisor {
     pub(super) pools: Pools,
     /// User ids of workers.
     pub(super) uids: Uids,
+    /// What sandboxes hold.
+    pub(super) ledger: Ledger,
+    /// Copies of the database under way.
+    pub(super) backups: Backups,
     pub(super) places: Places,
     /// The network's thread, once it runs.
     pub(super) network: Option<Network>,
@@ -250,6 +269,8 @@ impl Supervisor {
             spawner,
             pools: Pools::new(&config),
             uids: Uids::new(config.jail.uids()),
+            ledger: Ledger::default(),
+            backups: Backups::default(),
             places,
             network: None,
             network_settings,
@@ -273,7 +294,7 @@ impl Supervisor {
 
     pub(super) fn take_up(&mut self, snapshot: &Snapshot) {
         let fresh_boot = super::adopt::mark_boot(&self.config.paths.run);
-        self.adopt(&snapshot.sandboxes, &snapshot.executions, fresh_boot);
+        self.adopt(snapshot, fresh_boot);
     }
 
     pub(super) fn open_port(&mut self) {
@@ -442,6 +463,9 @@ impl Supervisor {
 
     fn take_results(&mut self) {
         for (ticket, result) in self.database.completed() {
+            if self.booked(ticket, &result) || self.backed_up(ticket, &result) {
+                continue;
+            }
             if let Err(e) = result {
                 log::error!("state database: {e}");
                 if !std::mem::replace(&mut self.unrecorded, true) {
@@ -459,16 +483,16 @@ impl Supervisor {
                 Done::Verified { template, result } => self.verified(&template, result),
                 Done::Imported(events) => self.imported(events),
                 Done::Network(report) => self.network_reported(report),
+                Done::Swept { homes, users } => self.swept(homes, &users),
+                Done::Counted(census) => self.counted(census),
+                Done::RestoreMoved(key) => drop(self.touched_clients.insert(key)),
+                Done::Restored { client, tag, result } => self.restored(client, &tag, result),
                 Done::Externals(result) => self.externals_seen(result),
                 Done::WorkerMade { id, place, uid, ordered, result } => {
                     self.worker_made(&id, (place, uid), ordered, result);
                 }
                 Done::OverlayMade { place, path, shape, result } => self.overlay_made(place, path, shape, result),
-                Done::Unmade { worker, overlay_place, result } => self.unmade(worker, overlay_place, result),
-                Done::Swept { reclaimed, users } => {
-                    users.into_iter().for_each(|uid| self.uids.give_back(uid));
-                    log::warn!("reclaimed {reclaimed} leftovers of an earlier run");
-                }
+                Done::Unmade { id, worker, overlay_place, result } => self.unmade(id, worker, overlay_place, result),
             }
         }
     }
@@ -502,6 +526,7 @@ impl Supervisor {
             Timer::Logs => self.logs_due(),
             Timer::Port => self.open_port(),
             Timer::Record => self.record_all(),
+            Timer::Look => self.look(),
             Timer::Drain => self.drain_expired(),
             Timer::Externals => self.externals_due(),
             Timer::FlushExternals => self.flush_due(),
@@ -524,6 +549,7 @@ impl Supervisor {
         self.unrecorded = false;
         let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
         for id in ids {
+            self.post(&id);
             self.record(&id);
             let numbers: Vec<u64> = self.sandboxes.get(&id).into_iter().flat_map(|s| s.execs.keys().copied()).collect();
             numbers.into_iter().for_each(|number| self.record_exec(&id, number));

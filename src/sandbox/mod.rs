@@ -4,12 +4,14 @@
 
 pub mod agent;
 pub mod berth;
+pub mod census;
 pub mod death;
 pub mod disk;
 pub mod exec;
 pub mod flow;
 pub mod home;
 pub mod id;
+pub mod ledger;
 pub mod lifecycle;
 pub mod limits;
 pub mod network;

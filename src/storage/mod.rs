@@ -1,6 +1,7 @@
 //! What the node keeps: overlays, templates, state database.
 
 pub mod audit;
+pub mod backup;
 pub mod block_devices;
 pub mod medium;
 pub mod overlay;

@@ -85,6 +85,12 @@ const MIGRATIONS: &[&str] = &[
     ALTER TABLE sandboxes ADD COLUMN restarts INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE sandboxes ADD COLUMN restarts_in_row INTEGER NOT NULL DEFAULT 0;
 ",
+    "
+    CREATE TABLE allocations (              -- what sandboxes hold; a row may outlive its sandbox's
+        sandbox_id TEXT PRIMARY KEY,
+        held       TEXT NOT NULL            -- words, as the ledger writes them
+    ) STRICT, WITHOUT ROWID;
+",
 ];
 
 /// Rows that a table may bring at start: more than a node can ever have made is not read.
@@ -195,6 +201,15 @@ pub struct ExecutionRow {
     pub peak_kib: Option<u64>,
 }
 
+/// What one sandbox holds on the node. Written before its sandbox's row, and forgotten after it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct AllocationRow {
+    /// Whose.
+    pub sandbox_id: String,
+    /// What, as the ledger writes it.
+    pub held: String,
+}
+
 /// One write. Puts replace the whole row, so that a change may be repeated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
@@ -220,6 +235,13 @@ pub enum Change {
         sandbox_id: String,
         /// Which; it need not be there.
         exec_id: u64,
+    },
+    /// Adds or replaces what a sandbox holds.
+    PutAllocation(AllocationRow),
+    /// A sandbox holds nothing any more.
+    RemoveAllocation {
+        /// Which; it need not be there.
+        sandbox_id: String,
     },
     /// The node is being drained, until the inner time where there is one (Unix, milliseconds); or not any more.
     Drain(Option<Option<u64>>),
@@ -345,6 +367,12 @@ pub(super) fn executions(connection: &Connection) -> Result<Vec<ExecutionRow>, S
     )
 }
 
+pub(super) fn allocations(connection: &Connection) -> Result<Vec<AllocationRow>, StateError> {
+    rows(connection, "SELECT sandbox_id, held FROM allocations ORDER BY sandbox_id LIMIT ?1", |row| {
+        Ok(AllocationRow { sandbox_id: row.get(0)?, held: row.get(1)? })
+    })
+}
+
 /// Makes one change; the caller holds the transaction.
 pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), StateError> {
     match change {
@@ -438,6 +466,12 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
         Change::RemoveExecution { sandbox_id, exec_id } => connection
             .prepare("DELETE FROM executions WHERE sandbox_id = ?1 AND exec_id = ?2")?
             .execute(params![sandbox_id, signed(*exec_id)])?,
+        Change::PutAllocation(row) => connection
+            .prepare("INSERT OR REPLACE INTO allocations (sandbox_id, held) VALUES (?1, ?2)")?
+            .execute([&row.sandbox_id, &row.held])?,
+        Change::RemoveAllocation { sandbox_id } => {
+            connection.prepare("DELETE FROM allocations WHERE sandbox_id = ?1")?.execute([sandbox_id])?
+        }
         Change::Drain(Some(until)) => {
             let until = until.map(|until| until.to_string()).unwrap_or_default();
             return set_meta(connection, super::state::DRAIN, &until);

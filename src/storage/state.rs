@@ -17,8 +17,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rusqlite::{Connection, ErrorCode};
 
 use super::audit::{self, AuditQuery, AuditRow};
+use super::backup;
 use super::schema;
-pub use super::schema::{Change, ExecutionRow, SCHEMA_VERSION, SandboxRow, TemplateRow};
+pub use super::schema::{AllocationRow, Change, ExecutionRow, SCHEMA_VERSION, SandboxRow, TemplateRow};
 
 /// Changes in one transaction at most: bounds how long a durable change waits for others.
 const MAX_BATCH: usize = 1024;
@@ -117,6 +118,8 @@ pub struct Snapshot {
     pub templates: Vec<TemplateRow>,
     /// By sandbox and number.
     pub executions: Vec<ExecutionRow>,
+    /// By sandbox.
+    pub allocations: Vec<AllocationRow>,
     /// Number of the next row of the audit log.
     pub next_audit: u64,
     /// Where the node is being drained: by when, Unix time in milliseconds, or none.
@@ -127,6 +130,7 @@ pub struct Snapshot {
 enum Order {
     Write(Job),
     ReadAudit(Ticket, AuditQuery),
+    Copy(Ticket, PathBuf),
 }
 
 struct Job {
@@ -157,8 +161,11 @@ impl State {
     /// Opens or makes the database at `path` and reads it whole. Blocks; for the start, before the loop.
     /// `notify` is called from the database's thread when `completed` has something new.
     ///
-    /// A damaged database is moved aside to `PATH.corrupt-N` and a new one begun.
+    /// A database that was put beside it by a restore takes its place. A damaged database is moved aside to `PATH.corrupt-N` and a new one begun.
     pub fn open(path: &Path, notify: impl Fn() + Send + 'static) -> Result<(Self, Snapshot), StateError> {
+        if backup::take_in(path)? {
+            log::warn!("state database {} is the one that was restored", path.display());
+        }
         let (connection, snapshot) = match open_file(path) {
             Err(StateError::Corrupt(why)) => {
                 let aside = move_aside(path)?;
@@ -196,7 +203,13 @@ impl State {
     pub fn submit(&mut self, change: Change) -> Ticket {
         let durable = !matches!(
             change,
-            Change::PutExecution(_) | Change::RemoveExecution { .. } | Change::BeginAudit(_) | Change::EndAudit(_)
+            Change::PutExecution(_)
+                | Change::RemoveExecution { .. }
+                // What a power cut leaves of a sandbox is its directory, which is found without them.
+                | Change::PutAllocation(_)
+                | Change::RemoveAllocation { .. }
+                | Change::BeginAudit(_)
+                | Change::EndAudit(_)
         );
         self.queue(change, durable)
     }
@@ -213,6 +226,15 @@ impl State {
             let mut readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
             readings.push((ticket, Err(StateError::Closed)));
         }
+        ticket
+    }
+
+    /// Queues a copy of the whole database as it is after all that was submitted before, into a new file; `completed` has
+    /// its result. What is submitted after it waits for it.
+    pub fn copy(&mut self, to: PathBuf) -> Ticket {
+        let ticket = self.ticket();
+        self.pending += 1;
+        self.send(ticket, Order::Copy(ticket, to));
         ticket
     }
 
@@ -264,13 +286,16 @@ impl State {
     fn queue(&mut self, change: Change, durable: bool) -> Ticket {
         let ticket = self.ticket();
         self.pending += 1;
-        let job = Order::Write(Job { ticket, change, durable });
-        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
+        self.send(ticket, Order::Write(Job { ticket, change, durable }));
+        ticket
+    }
+
+    fn send(&self, ticket: Ticket, order: Order) {
+        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(order).is_ok());
         if !sent {
             let mut completions = self.completions.lock().unwrap_or_else(PoisonError::into_inner);
             completions.push((ticket, Err(StateError::Closed)));
         }
-        ticket
     }
 
     fn ticket(&mut self) -> Ticket {
@@ -303,19 +328,25 @@ fn run(
 ) {
     while let Ok(first) = queue.recv() {
         let (mut batch, mut next) = (Vec::new(), Some(first));
-        let reading = loop {
+        let aside = loop {
             match next {
                 Some(Order::Write(job)) => batch.push(job),
-                Some(Order::ReadAudit(ticket, query)) => break Some((ticket, query)),
-                None => break None,
+                other => break other,
             }
             next = if batch.len() < MAX_BATCH { queue.try_recv().ok() } else { None };
         };
         let results = write_batch(&mut connection, &batch);
         completions.lock().unwrap_or_else(PoisonError::into_inner).extend(results);
-        if let Some((ticket, query)) = reading {
-            let rows = audit::read(&connection, &query);
-            readings.lock().unwrap_or_else(PoisonError::into_inner).push((ticket, rows));
+        match aside {
+            Some(Order::ReadAudit(ticket, query)) => {
+                let rows = audit::read(&connection, &query);
+                readings.lock().unwrap_or_else(PoisonError::into_inner).push((ticket, rows));
+            }
+            Some(Order::Copy(ticket, to)) => {
+                let made = backup::make(&connection, &to);
+                completions.lock().unwrap_or_else(PoisonError::into_inner).push((ticket, made));
+            }
+            Some(Order::Write(_)) | None => {}
         }
         notify();
     }
@@ -364,7 +395,7 @@ fn write_transaction(connection: &mut Connection, batch: &[Job]) -> Result<Vec<R
     Ok(results)
 }
 
-fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateError> {
+pub(super) fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateError> {
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(|e| StateError::Io(format!("{}: {e}", folder.display())))?;
     }
@@ -396,6 +427,7 @@ fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateError> {
         sandboxes: schema::sandboxes(&connection)?,
         templates: schema::templates(&connection)?,
         executions: schema::executions(&connection)?,
+        allocations: schema::allocations(&connection)?,
         next_audit: audit::take_up(&connection)?,
         drain: schema::meta(&connection, DRAIN)?.map(|deadline| deadline.parse().ok()),
     };
