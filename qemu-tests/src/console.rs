@@ -47,12 +47,15 @@ const SPLATS: &[&str] = &[
     "panicked at",
 ];
 
+/// What the supervisor says of a guest that ended, in the guest's own words: no fault of the node.
+const OF_A_GUEST: &str = "is gone: guest-";
+
 /// Every line of the console that shows a fault and is not expected: one that contains an entry of `allowed`
 /// is passed over.
 pub fn splats(console: &str, allowed: &[String]) -> Vec<String> {
     console
         .lines()
-        .filter(|line| SPLATS.iter().any(|splat| line.contains(splat)))
+        .filter(|line| SPLATS.iter().any(|splat| line.contains(splat)) && !line.contains(OF_A_GUEST))
         .filter(|line| !allowed.iter().any(|allowed| line.contains(allowed.as_str())))
         .map(str::to_string)
         .collect()
@@ -104,6 +107,13 @@ mod tests {
         let boot =
             "[    0.000000] Linux version 6.12\n[    1.2] EXT4-fs (vda): mounted filesystem\nwarren: node ready\n";
         assert_eq!(splats(boot, &[]), Vec::<String>::new());
+    }
+
+    #[test]
+    fn the_end_of_a_guest_is_no_splat() {
+        let line = "warren[supervise]: WARN sandbox a: worker 2 is gone: guest-oom: the guest's kernel panicked: Out of memory";
+        assert_eq!(splats(line, &[]), Vec::<String>::new());
+        assert_eq!(splats("Out of memory: Killed process 2", &[]).len(), 1);
     }
 
     #[test]

@@ -94,7 +94,10 @@ fn a_full_data_partition_refuses_what_needs_room_and_harms_nobody() {
         Err(error) => Some(error).filter(|error| error.is(Code::NoCapacity)),
     });
     assert!(!refused.message.is_empty(), "{refused}");
-    assert_eq!(kept.exec(&["cat", "/workspace/file"]).text("stdout"), "kept\n");
+    // Output that cannot be kept ends its program, and nothing else.
+    let unkept = node.control().err(kept.exec_request(&["cat", "/workspace/file"]));
+    assert!(unkept.is(Code::NoCapacity) && unkept.message.contains("cannot be kept"), "{unkept}");
+    assert_eq!(kept.exec(&["grep", "-q", "kept", "/workspace/file"]).field("exit"), "0");
     assert!(node.control().call(Request::new("", "node.info")).is_ok());
     node.sh("rm -r /data/full; sync");
     for sandbox in made {

@@ -142,10 +142,24 @@ impl Supervisor {
         let Some(exec) = sandbox.execs.get_mut(&number) else { return };
         match message {
             Message::Data { channel, payload, .. } => {
-                let Some(index) = output_index(&channel) else { return };
-                if let Err(error) = exec.take(&sandbox.home, capacity, index, &payload) {
-                    self.agent_lost(id, error);
-                    return;
+                let Some(index) = output_index(&channel).filter(|_| exec.unkept.is_none()) else { return };
+                match exec.take(&sandbox.home, capacity, index, &payload) {
+                    Ok(()) => {}
+                    // No room on the data partition: this program ends for it, and not its sandbox.
+                    Err(error) if error.is(Code::NoCapacity) => {
+                        exec.unkept = Some(error);
+                        if let (Some(tag), Some(worker)) = (exec.route.clone(), &mut sandbox.worker) {
+                            // The end, also of one that an earlier supervisor started, and no wait for the rest of its output.
+                            let kill = Request::new("", "exec.signal").set("exec", number).set("signal", "KILL");
+                            let killed = worker.agent.request(kill);
+                            worker.routes.insert(killed, Route::Unheeded);
+                            worker.agent.send(&Message::Cancel { tag });
+                        }
+                    }
+                    Err(error) => {
+                        self.agent_lost(id, error);
+                        return;
+                    }
                 }
             }
             Message::End { channel, .. } => {
@@ -162,8 +176,14 @@ impl Supervisor {
                     }
                 }
             }
-            Message::Ok { fields, .. } => self.exec_ended(id, number, Ok(fields)),
-            Message::Err { error, .. } => self.exec_ended(id, number, Err(error)),
+            Message::Ok { fields, .. } => {
+                let outcome = exec.unkept.take().map_or(Ok(fields), Err);
+                self.exec_ended(id, number, outcome);
+            }
+            Message::Err { error, .. } => {
+                let outcome = Err(exec.unkept.take().unwrap_or(error));
+                self.exec_ended(id, number, outcome);
+            }
             _ => {}
         }
         self.touched_sandboxes.insert(id.clone());

@@ -73,6 +73,8 @@ pub struct Exec {
     pub outcome: Option<Result<Fields, Error>>,
     /// From the owner to the program.
     pub stdin: Gate,
+    /// Why its output could not be kept: it is being ended for that, and what still comes is dropped.
+    pub unkept: Option<Error>,
     /// Who watches it.
     pub viewers: Vec<Viewer>,
     outputs: [Output; 2],
@@ -89,6 +91,7 @@ impl Exec {
             route: None,
             outcome: None,
             stdin: Gate::default(),
+            unkept: None,
             viewers: Vec::new(),
             outputs: [output(), output()],
         }

@@ -25,7 +25,11 @@ impl Ring {
     pub fn create(path: &Path, capacity: u64) -> io::Result<Self> {
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
         let ring = Self { file, capacity: capacity.max(1), total: 0 };
-        ring.write_head()?;
+        if let Err(e) = ring.write_head() {
+            // Half a ring would be in the way of the next one.
+            let _ = std::fs::remove_file(path);
+            return Err(e);
+        }
         Ok(ring)
     }
 
