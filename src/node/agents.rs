@@ -308,6 +308,10 @@ impl Supervisor {
 /// Goes on with a program's output where the kept part ends.
 fn take_over(sandbox: &mut Sandbox, number: u64) {
     let Some(worker) = &mut sandbox.worker else { return };
+    if sandbox.execs.get(&number).is_some_and(|exec| exec.route.is_some()) {
+        // Started over this very link, before the agent was asked what runs.
+        return;
+    }
     let Some(exec) = sandbox.execs.get_mut(&number).filter(|exec| exec.outcome.is_none()) else {
         // Its end was seen, or it was none of ours: the agent need not keep it.
         let tag = worker.agent.request(Request::new("", "exec.forget").set("exec", number));
