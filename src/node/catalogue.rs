@@ -19,6 +19,8 @@ struct Entry {
     template: Template,
     verified: Option<Seal>,
     verifying: bool,
+    /// The image's seal when hashing began: what changed meanwhile was not hashed.
+    begun: Option<Seal>,
 }
 
 /// Every template that can be used.
@@ -44,7 +46,8 @@ impl Catalogue {
     }
 
     fn add(&mut self, template: Template, verified: Option<Seal>) {
-        self.entries.insert(template.manifest.name.clone(), Entry { template, verified, verifying: false });
+        self.entries
+            .insert(template.manifest.name.clone(), Entry { template, verified, verifying: false, begun: None });
     }
 
     fn entry(&self, name: &str) -> Result<&Entry, Error> {
@@ -66,23 +69,20 @@ impl Catalogue {
 
     /// Notes that hashing begins. `false` when it is under way already.
     pub fn begin_verifying(&mut self, name: &str) -> bool {
-        self.entries.get_mut(name).is_some_and(|entry| !std::mem::replace(&mut entry.verifying, true))
+        let Some(entry) = self.entries.get_mut(name).filter(|entry| !entry.verifying) else { return false };
+        (entry.verifying, entry.begun) = (true, seal(&entry.template));
+        true
     }
 
-    /// Hashing went well.
-    pub fn verified(&mut self, name: &str) {
-        if let Some(entry) = self.entries.get_mut(name) {
-            entry.verifying = false;
-            entry.verified = seal(&entry.template);
-        }
-    }
-
-    /// Hashing showed a damaged image.
-    pub fn refuted(&mut self, name: &str) {
-        if let Some(entry) = self.entries.get_mut(name) {
-            entry.verifying = false;
-            entry.verified = None;
-        }
+    /// Hashing is over and showed that the image is `whole`, or not. `false` when the image was touched meanwhile: then
+    /// nothing is known of it as it is now.
+    pub fn hashed(&mut self, name: &str, whole: bool) -> bool {
+        let Some(entry) = self.entries.get_mut(name) else { return true };
+        entry.verifying = false;
+        let now = seal(&entry.template);
+        let untouched = entry.begun.take() == now;
+        entry.verified = now.filter(|_| whole && untouched);
+        untouched
     }
 
     /// The template disks were looked at; what they brought was hashed on its way.

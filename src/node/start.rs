@@ -150,13 +150,12 @@ impl Supervisor {
 
     /// A template's image was hashed: the sandboxes that wait for it go on, or fail.
     pub(super) fn verified(&mut self, name: &str, result: Result<(), TemplateError>) {
+        let untouched = self.catalogue.hashed(name, result.is_ok());
         let failure = match result {
-            Ok(()) => {
-                self.catalogue.verified(name);
-                None
-            }
+            // Whoever waits for an image that changed meanwhile has it hashed again.
+            _ if !untouched => None,
+            Ok(()) => None,
             Err(e) => {
-                self.catalogue.refuted(name);
                 log::error!("template {name}: {e}");
                 Some(Error::new(Code::Corrupt, format!("template {name}: {e}")).with("template", name))
             }
