@@ -50,16 +50,22 @@ impl SupervisorLink {
     /// Reads and answers what came. Gives a wish to stop; an error means that the link is of no more use.
     pub fn handle(&mut self, kept: &mut Kept) -> io::Result<Option<StopMode>> {
         let mut stop = None;
+        let result = self.serve(kept, &mut stop);
+        // Its last wish holds, whether or not it is still there to hear the answer.
+        if stop.is_some() { Ok(stop) } else { result.map(|()| None) }
+    }
+
+    fn serve(&mut self, kept: &mut Kept, stop: &mut Option<StopMode>) -> io::Result<()> {
         loop {
             match self.link.fill()? {
                 Filled::More => {}
-                Filled::Drained => break,
+                Filled::Drained => return Ok(()),
                 Filled::Closed => return Err(io::ErrorKind::UnexpectedEof.into()),
             }
             while let Some(decoded) = self.link.next() {
                 let (tag, result) = match decoded {
                     Decoded::Message(Message::Request(request)) => {
-                        (request.tag.clone(), self.answer(request, kept, &mut stop))
+                        (request.tag.clone(), self.answer(request, kept, stop))
                     }
                     Decoded::Message(other) => {
                         let error = Error::new(Code::BadLine, "only requests are expected here");
@@ -78,10 +84,9 @@ impl SupervisorLink {
             }
             // Answers are short and requests need one each; who sends without reading is not read on.
             if !self.link.flush()? {
-                break;
+                return Ok(());
             }
         }
-        Ok(stop)
     }
 
     /// Writes what waits.
@@ -176,6 +181,14 @@ mod tests {
         assert_eq!(link.handle(&mut Kept::default()).unwrap(), Some(StopMode::Reboot));
         assert_eq!(watch.read_events(), []);
         assert!(!watch.is_lost());
+    }
+
+    #[test]
+    fn a_wish_to_stop_outlives_who_had_it() {
+        let (mut link, mut watch) = pair();
+        watch.request_stop(StopMode::PowerOff);
+        drop(watch);
+        assert_eq!(link.handle(&mut Kept::default()).unwrap(), Some(StopMode::PowerOff));
     }
 
     #[test]

@@ -177,8 +177,9 @@ impl Init {
 
     fn handle_link(&mut self) -> Option<StopMode> {
         let link = self.link.as_mut()?;
-        let result = link.handle(&mut self.kept).and_then(|stop| link.flush().map(|()| stop));
-        match result {
+        let stop = link.handle(&mut self.kept);
+        let flushed = link.flush();
+        match stop.and_then(|stop| if stop.is_some() { Ok(stop) } else { flushed.map(|()| None) }) {
             // What was asked for from outside goes before what the supervisor understood.
             Ok(Some(mode)) => Some(self.stopping.map_or(mode, |(asked, _)| asked)),
             Ok(None) => None,
