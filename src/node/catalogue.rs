@@ -155,3 +155,35 @@ pub fn import(folder: PathBuf, reserved: Vec<String>) -> Vec<TemplateEvent> {
     });
     events.into_inner()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::templates::Manifest;
+
+    #[test]
+    fn an_image_that_is_touched_while_it_is_hashed_is_not_known_to_be_whole() {
+        let folder = std::env::temp_dir().join(format!("warren-catalogue-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let text = format!("name = \"a\"\ndescription = \"d\"\nsha256 = \"{}\"\nsize_bytes = 8192\n", "ab".repeat(32));
+        let text = format!("{text}[defaults]\nuser = 1000\ncwd = \"/\"\nenv = []\n");
+        let manifest = Manifest::parse(&text, "m.toml").unwrap();
+        let template = Template { manifest, folder: folder.clone(), origin: Origin::BuiltIn };
+        std::fs::write(template.image(), [1; 8192]).unwrap();
+        let mut catalogue = Catalogue { entries: BTreeMap::new(), importing: false };
+        catalogue.add(template.clone(), None);
+
+        assert!(catalogue.begin_verifying("a"));
+        assert!(!catalogue.begin_verifying("a"), "it is under way");
+        std::fs::write(template.image(), [2; 4096]).unwrap();
+        assert!(!catalogue.hashed("a", true));
+        assert!(!catalogue.is_verified("a").unwrap());
+
+        assert!(catalogue.begin_verifying("a"));
+        assert!(catalogue.hashed("a", true));
+        assert!(catalogue.is_verified("a").unwrap());
+        std::fs::write(template.image(), [3; 2048]).unwrap();
+        assert!(!catalogue.is_verified("a").unwrap(), "touched since");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}

@@ -108,15 +108,8 @@ fn put_literal(out: &mut Vec<u8>, octets: &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::pseudo_random;
     use super::*;
-
-    fn pseudo_random(seed: u64) -> impl FnMut(u64) -> u64 {
-        let mut state = seed | 1;
-        move |below| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 33) % below
-        }
-    }
 
     #[test]
     fn another_decoder_gets_back_what_went_in() {

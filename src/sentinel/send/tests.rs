@@ -17,6 +17,15 @@ use crate::sentinel::secret::Secret;
 #[path = "../../../tests/sentinel/decode.rs"]
 pub mod decode;
 
+/// Numbers below what is asked for, the same from the same seed: what the compressors are tried with.
+pub fn pseudo_random(seed: u64) -> impl FnMut(u64) -> u64 {
+    let mut state = seed | 1;
+    move |below| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    }
+}
+
 /// Only a guard against a hang.
 const GUARD: Duration = Duration::from_secs(120);
 

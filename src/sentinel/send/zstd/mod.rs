@@ -63,16 +63,8 @@ impl Zstd {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::decode::unzstd;
+    use super::super::tests::{decode::unzstd, pseudo_random};
     use super::*;
-
-    fn pseudo_random(seed: u64) -> impl FnMut(u64) -> u64 {
-        let mut state = seed | 1;
-        move |below| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 33) % below
-        }
-    }
 
     /// Frames one after the other are one stream for the program, so that all need it once.
     #[test]
