@@ -259,8 +259,13 @@ impl<T, W: PartialEq> Pool<T, W> {
 
     /// One that was wanted could not be made: its number is free, and no other is made for a while.
     pub fn failed(&mut self, number: u32, why: String, now: Instant) {
-        self.making = self.making.saturating_sub(1);
+        self.spoiled(why, now);
         self.freed(number);
+    }
+
+    /// One that was wanted was made and is of no use; its number is free when `freed` says so.
+    pub fn spoiled(&mut self, why: String, now: Instant) {
+        self.making = self.making.saturating_sub(1);
         self.broke(why, now);
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use qemu_tests::node::{Boot, Node};
+use qemu_tests::node::{Boot, Node, root_exec};
 use qemu_tests::{Code, Sandbox, shared, timing};
 
 fn number(node: &Node, pool: &str, key: &str) -> u64 {
@@ -125,5 +125,48 @@ fn where_all_are_in_use_a_sandbox_waits_for_a_place_and_is_told_when_none_comes_
     // The removed, the waiting and the refused left nothing.
     assert_eq!(node.sh("ls /data/sandboxes; ls /data/overlays"), format!("{id}\n"));
     drop(second);
+    node.power_off();
+}
+
+#[test]
+fn a_worker_whose_end_nobody_would_notice_is_taken_down() {
+    let node = Boot::kernel().start();
+    let keeper = node.sandbox(&[]);
+    full(&node, "workers");
+    let victim = node.idle_homes().first().expect("two wait").clone();
+    // From here on nothing new of root's can be watched: what a user has registered with epoll counts (epoll(7)).
+    let limit = "/proc/sys/fs/epoll/max_user_watches";
+    let script = format!(
+        "was=$(cat {limit}); echo 6 > {limit}; kill -9 {}; n=0; \
+         while [ -e /data/sandboxes/{} ] && [ $n -lt 6000 ]; do sleep 0.1; n=$((n+1)); done; echo $was > {limit}",
+        node.worker(&victim),
+        keeper.id
+    );
+    let limited = node.root().start(root_exec(&["sh", "-c", &script]));
+    let is_told = |text: &str| text.contains("cannot be watched");
+    timing::wait_for("a worker that cannot be watched", || {
+        node.pool("workers").get("problem").is_some_and(is_told).then_some(())
+    });
+    // One that is ready cannot be asked anything, and one that is ordered cannot be watched.
+    let ready = number(&node, "workers", "ready");
+    for _ in 0..ready + 2 {
+        let error = node.control().err(Sandbox::create_request(&[]));
+        assert!(error.is(Code::NoCapacity) && is_told(&error.message), "{error}");
+    }
+    timing::wait_for("their places to be free", || (number(&node, "workers", "in_use") == 1).then_some(()));
+    let id = keeper.id.clone();
+    keeper.remove().expect("a sandbox can be removed");
+    assert_eq!(limited.finish_ok().field("exit"), "0");
+    full(&node, "workers");
+    assert_eq!(node.sandbox(&[]).exec(&["echo", "well"]).text("stdout"), "well\n");
+    full(&node, "workers");
+    let idle = node.idle_homes();
+    assert!(!idle.contains(&id));
+    timing::wait_for("no home to be there but those that are ready", || {
+        let homes = node.sh("ls /data/sandboxes");
+        let groups = node.sh("cd /sys/fs/cgroup/sandboxes && ls -d */");
+        let all = |text: &str| text.lines().all(|line| idle.contains(line.trim_end_matches('/')));
+        (all(&homes) && all(&groups)).then_some(())
+    });
     node.power_off();
 }
