@@ -15,6 +15,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::components::{Component, Progress, Running};
 use super::config::Config;
+use super::delegation;
 use super::listener::Listener;
 use super::supervisor::{Source, Supervisor, Timer};
 use crate::init::ExitWatch;
@@ -173,11 +174,12 @@ fn start_events(node: &mut Node) -> Result<(), String> {
 
 fn start_directories(node: &mut Node) -> Result<(), String> {
     let config = &node.parts.config;
-    let places = Places {
-        disks: config.paths.data.join("sandboxes"),
-        sockets: config.paths.run.join("sandboxes"),
-        cgroups: std::path::PathBuf::from("/sys/fs/cgroup/sandboxes"),
+    let cgroups = match node.parts.init {
+        Some(_) => std::path::Path::new(delegation::ROOT).join("sandboxes"),
+        None => delegation::settle().map_err(failed("control groups"))?,
     };
+    let places =
+        Places { disks: config.paths.data.join("sandboxes"), sockets: config.paths.run.join("sandboxes"), cgroups };
     // The sentinel, which is not root, must find the control socket in it.
     let run = std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&config.paths.run);
     run.map_err(failed("paths.run"))?;

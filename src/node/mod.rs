@@ -9,6 +9,7 @@ mod backup;
 mod catalogue;
 mod components;
 pub mod config;
+mod delegation;
 mod drain;
 mod externals;
 mod finish;
