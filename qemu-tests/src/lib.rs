@@ -14,6 +14,7 @@ pub mod connection;
 pub mod console;
 pub mod cpio;
 pub mod files;
+pub mod load;
 pub mod machine;
 pub mod node;
 pub mod process;

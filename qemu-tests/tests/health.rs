@@ -149,3 +149,27 @@ fn a_program_that_the_guest_kills_for_memory_is_told_from_a_guest_that_has_none_
     sandbox.remove().expect("a sandbox in error can be removed");
     node.power_off();
 }
+
+#[test]
+fn a_worker_that_the_node_kills_for_want_of_memory_says_so_and_the_others_go_on() {
+    let node = Boot::kernel().memory_mib(1536).allow("oom-kill").allow("ut of memory").allow("Call Trace:").start();
+    let supervisor = node.supervisor();
+    let other = node.sandbox(&[]);
+    let sandbox = node.sandbox(&[("memory_mib", "640")]);
+    // All but a part of what is free goes to a file in memory, which nobody can be killed for.
+    let available = node.info().number("memory_available_mib").expect("the node knows what it has");
+    let taken = available.saturating_sub(300);
+    node.sh(&format!(
+        "mkdir -p /tmp/full && mount -t tmpfs -o size={taken}m none /tmp/full && \
+         head -c {taken}m /dev/zero > /tmp/full/file 2>/dev/null || true"
+    ));
+    begin(&sandbox, &["tail", "/dev/zero"]);
+    let row = fails(&sandbox);
+    node.sh("umount /tmp/full && rmdir /tmp/full");
+    assert!(text(&row, "reason").starts_with("host-oom: "), "{row:?}");
+    assert_eq!(other.exec(&["echo", "on"]).text("stdout"), "on\n");
+    assert_eq!(node.supervisor(), supervisor);
+    assert_eq!(node.sandbox(&[]).exec(&["echo", "well"]).text("stdout"), "well\n");
+    sandbox.remove().expect("a sandbox in error can be removed");
+    node.power_off();
+}

@@ -1,31 +1,29 @@
 //! A node under load that is cut short: its supervisor and its workers are killed, its power goes.
 //!
-//! What is shown: whatever a client was told holds afterwards, and nothing is left over. The load creates sandboxes,
-//! runs programs in them and removes them. `WARREN_SOAK_KILLS` (15), `WARREN_SOAK_CYCLES` (100) and `WARREN_SOAK_CUTS`
+//! What is shown: whatever a client was told holds afterwards, and nothing is left over. The load (`qemu_tests::load`)
+//! creates sandboxes, runs programs in them, reads their output over every break and removes them. `WARREN_SOAK_KILLS` (15), `WARREN_SOAK_CYCLES` (100) and `WARREN_SOAK_CUTS`
 //! (2) make it longer, as `WARREN_SOAK_WRITES` (8) does for the instants between two writes to the disk, and
 //! `WARREN_SOAK_WRITE_BOOTS` (1) for how many of these a node is booted from; `WARREN_SOAK_SEED` (1) makes the instants others.
 
 use std::collections::BTreeSet;
-use std::io;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread::JoinHandle;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use qemu_tests::artefacts::Artefact;
-use qemu_tests::connection::Connection;
 use qemu_tests::files::TempDir;
+use qemu_tests::load::Load;
 use qemu_tests::node::{Boot, DATA_DISK_OCTETS};
 use qemu_tests::state::NodeState;
 use qemu_tests::writes::{Replay, Writes, check_file_system, file_of};
-use qemu_tests::{Code, Node, Sandbox, shared, timing};
+use qemu_tests::{Fields, Node, Request, Sandbox, shared, timing};
 use warren::storage::state::State;
-use warren::wire::{Error, Fields, Message, Request};
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
+
+/// Clients of a load.
+const CLIENTS: usize = 4;
 
 /// Numbers that follow from a seed (splitmix64).
 struct Random(u64);
@@ -38,149 +36,6 @@ impl Random {
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         (z ^ (z >> 31)) % limit
     }
-}
-
-/// What clients were told, and what was done to sandboxes behind their backs.
-#[derive(Debug, Default)]
-struct Book {
-    created: BTreeSet<String>,
-    /// Asked to be removed, answered or not.
-    leaving: BTreeSet<String>,
-    removed: BTreeSet<String>,
-    /// Sandboxes whose workers were killed.
-    struck: BTreeSet<String>,
-    /// What must not have happened.
-    wrong: Vec<String>,
-}
-
-#[derive(Debug, Default)]
-struct Shared {
-    book: Mutex<Book>,
-    stop: AtomicBool,
-}
-
-impl Shared {
-    fn book(&self) -> MutexGuard<'_, Book> {
-        self.book.lock().expect("no thread panics with this lock")
-    }
-}
-
-/// Clients that create, use and remove sandboxes until they are told to stop or the node is gone.
-struct Load {
-    shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
-}
-
-impl Load {
-    fn on(node: &Node, clients: usize) -> Self {
-        let shared = Arc::new(Shared::default());
-        let threads = (0..clients)
-            .map(|_| {
-                let (shared, socket) = (Arc::clone(&shared), node.socket());
-                std::thread::spawn(move || {
-                    // The end of the connection is the end of the node.
-                    let _ = work(&shared, &socket);
-                })
-            })
-            .collect();
-        Self { shared, threads }
-    }
-
-    /// Gives what the clients were told.
-    fn end(self) -> Arc<Shared> {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads {
-            thread.join().expect("a client does not panic");
-        }
-        self.shared
-    }
-}
-
-/// Sends a request and gives its end, and what came on standard output.
-fn ask(connection: &mut Connection, mut request: Request) -> io::Result<Result<(Fields, String), Error>> {
-    request.tag = "t".to_string();
-    connection.send(&Message::Request(request))?;
-    let mut out = Vec::new();
-    loop {
-        match connection.receive()? {
-            Message::Ok { fields, .. } => return Ok(Ok((fields, String::from_utf8_lossy(&out).into_owned()))),
-            // The bridge's word for the node's end.
-            Message::Err { error, .. } if error.message.contains("port was closed") => {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            Message::Err { error, .. } => return Ok(Err(error)),
-            Message::Data { channel, payload, .. } if channel == "stdout" => out.extend(payload),
-            _ => {}
-        }
-    }
-}
-
-/// Whether the sandbox that a request names does not run any more.
-fn is_gone(connection: &mut Connection, request: &Request) -> io::Result<bool> {
-    let named = request.args.iter().take(1).cloned().collect();
-    let inspect = Request { args: named, ..Request::new("", "sandbox.inspect") };
-    Ok(match ask(connection, inspect)? {
-        Ok((fields, _)) => fields.get("state") != Some("running"),
-        Err(error) => !error.is(Code::NodeRestarted),
-    })
-}
-
-/// The same, again for as long as the supervisor was killed under it or has not reached the agent yet.
-fn insist(connection: &mut Connection, request: &Request) -> io::Result<Result<(Fields, String), Error>> {
-    let until = Instant::now() + timing::hang();
-    loop {
-        match ask(connection, request.clone())? {
-            Err(error) if error.is(Code::NodeRestarted) => {}
-            Err(error) if error.is(Code::LinkLost) && Instant::now() < until && !is_gone(connection, request)? => {
-                std::thread::sleep(Duration::from_millis(100));
-            }
-            other => return Ok(other),
-        }
-    }
-}
-
-fn work(shared: &Shared, socket: &Path) -> io::Result<()> {
-    let mut connection = Connection::open(socket)?;
-    connection.stream().set_read_timeout(Some(timing::hang()))?;
-    while !shared.stop.load(Ordering::Relaxed) {
-        let id = match ask(&mut connection, Sandbox::create_request(&[]))? {
-            Ok((fields, _)) => fields.get("id").unwrap_or_default().to_string(),
-            // Its id was told to nobody; or its worker was killed before it ran.
-            Err(error) if error.is(Code::NodeRestarted) || error.is(Code::VmFailed) => continue,
-            Err(error) => {
-                shared.book().wrong.push(format!("create: {error}"));
-                continue;
-            }
-        };
-        shared.book().created.insert(id.clone());
-        let exec = Request::new("", "exec.start").arg(&id).arg("echo").arg("on");
-        let outcome = insist(&mut connection, &exec)?;
-        let mut book = shared.book();
-        match outcome {
-            Ok((_, out)) if out == "on\n" => {}
-            Err(error)
-                if book.struck.contains(&id) && [Code::LinkLost, Code::BadState].iter().any(|code| error.is(*code)) => {
-            }
-            other => book.wrong.push(format!("exec in {id}: {other:?}")),
-        }
-        book.leaving.insert(id.clone());
-        drop(book);
-        let mut lost = false;
-        let remove = Request::new("", "sandbox.remove").arg(&id).set("force", true);
-        loop {
-            match ask(&mut connection, remove.clone())? {
-                Ok(_) => break,
-                Err(error) if error.is(Code::NodeRestarted) => lost = true,
-                Err(error) if lost && error.is(Code::NotFound) => break,
-                Err(error) => {
-                    shared.book().wrong.push(format!("remove {id}: {error}"));
-                    break;
-                }
-            }
-        }
-        shared.book().removed.insert(id);
-    }
-    Ok(())
 }
 
 /// The rows of all sandboxes.
@@ -217,7 +72,7 @@ fn kills_at_any_instant_lose_no_running_sandbox_and_leave_nothing() {
     let before = NodeState::of(&node);
     let kept = [counter(&node), counter(&node)];
     let spared: BTreeSet<String> = kept.iter().map(|(sandbox, _)| sandbox.id.clone()).collect();
-    let load = Load::on(&node, 2);
+    let load = Load::on(&node, CLIENTS);
     let (mut supervisors, mut workers) = (0, 0);
     for _ in 0..kills {
         std::thread::sleep(Duration::from_millis(random.below(2500)));
@@ -243,9 +98,13 @@ fn kills_at_any_instant_lose_no_running_sandbox_and_leave_nothing() {
     let shared = load.end();
     let book = shared.book();
     println!(
-        "seed={seed} supervisors_killed={supervisors} workers_killed={workers} created={} removed={}",
+        "seed={seed} supervisors_killed={supervisors} workers_killed={workers} created={} removed={} struck={} \
+         attached_again={} octets_compared={}",
         book.created.len(),
-        book.removed.len()
+        book.removed.len(),
+        book.struck.intersection(&book.created).count(),
+        book.attached,
+        book.compared
     );
     assert!(book.wrong.is_empty(), "seed {seed}: {:#?}", book.wrong);
     let listed = rows(&node);
@@ -371,7 +230,7 @@ fn power_cuts_under_load_leave_a_node_that_knows_what_it_said() {
         let kept = node.sandbox(&[]);
         kept.sh("echo synced > /workspace/file; sync");
         let kept = kept.keep();
-        let load = Load::on(&node, 2);
+        let load = Load::on(&node, CLIENTS);
         let end = Instant::now() + Duration::from_millis(1000 + random.below(5000));
         std::thread::sleep(end.saturating_duration_since(Instant::now()));
         let disk = node.power_cut().pop().expect("the data disk");

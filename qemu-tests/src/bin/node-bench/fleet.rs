@@ -18,6 +18,8 @@ const CYCLES: u32 = 10;
 const AFTERWARDS: Duration = Duration::from_millis(500);
 /// Sandboxes at once.
 const MANY: u32 = 100;
+/// How long these do nothing.
+const IDLE_MINUTES: u32 = 4;
 /// Each of them has this much memory.
 const SMALL_MIB: u64 = 64;
 
@@ -108,6 +110,13 @@ fn status_kib(pid: u32, key: &str) -> io::Result<u64> {
     line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
+/// Processor time of the supervisor's control group so far: that of all supervisors since the boot.
+fn processor_time() -> io::Result<Duration> {
+    let text = fs::read_to_string("/sys/fs/cgroup/supervise/cpu.stat")?;
+    let used = text.lines().find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok());
+    used.map(Duration::from_micros).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
 /// Many sandboxes at once.
 pub fn many() -> io::Result<()> {
     let alone = restart(0)?;
@@ -126,6 +135,19 @@ pub fn many() -> io::Result<()> {
     let condition =
         format!("VmRSS with {MANY} sandboxes after a program in each; anonymous {anonymous}; without any {idle_kib}");
     print("supervisor_rss_kib", all as f64, "KiB", &condition);
+    // Whole rounds of probes: `health.probe_interval_s` is 30 by default.
+    let before = processor_time()?;
+    for _ in 0..IDLE_MINUTES {
+        std::thread::sleep(Duration::from_secs(60));
+        still_there();
+    }
+    let used = (processor_time()? - before).as_secs_f64();
+    let condition = format!(
+        "processor time of the supervisor with {MANY} sandboxes that do nothing, {IDLE_MINUTES} minutes, for each of them and \
+         minute; {:.4} % of a processor in all",
+        used / f64::from(60 * IDLE_MINUTES) * 100.0
+    );
+    print("supervisor_idle_us", used * 1e6 / f64::from(MANY * IDLE_MINUTES), "us", &condition);
     let each = (restart(MANY)? - alone) / f64::from(MANY);
     let condition =
         format!("kill -9 to the list of {MANY} that run, less the same without any ({alone:.1} ms), for each");
