@@ -73,41 +73,74 @@ fn a_supervisor_that_comes_after_settles_what_was_left() {
     kept.remove().expect("a sandbox taken over can be removed");
 }
 
+/// What the node says of a sandbox for whose writes it has no room.
+const NO_ROOM: &str = "no room for what the sandbox writes";
+
 /// Takes all room on the data partition, to the last block.
 const FILL: &str = "mkdir /data/full; n=0; for size in 1073741824 67108864 1048576 65536 4096; do \
     while fallocate -l $size /data/full/$n 2>/dev/null; do n=$((n+1)); done; rm -f /data/full/$n; done; sync";
 
 #[test]
 fn a_full_data_partition_refuses_what_needs_room_and_harms_nobody() {
-    // A guest whose overlay has no room for its first writes says so.
-    let node = Boot::kernel().allow("could not be started: CORRUPT: cannot mount").start();
+    // A guest whose overlay has no room for its first writes says so in words of its own.
+    let node = Boot::kernel().allow(NO_ROOM).start();
     let kept = node.sandbox(&[]);
     kept.sh("echo kept > /workspace/file; sync");
     let before = NodeState::of(&node);
-    node.sh(FILL);
-    // What was made beforehand is still there to be had, and its guest may find no room for what it writes first.
-    let mut made = Vec::new();
-    let refused = timing::wait_for("a refusal", || match node.control().call(Sandbox::create_request(&[])) {
-        Ok(reply) => {
-            made.push(Sandbox::of(node.control(), reply.field("id")));
-            None
-        }
-        Err(error) => Some(error).filter(|error| error.is(Code::NoCapacity)),
+    let writing = node.sandbox(&[]);
+    timing::wait_for("the pools to be filled", || {
+        let ready = ["workers", "overlays"].map(|pool| node.pool(pool).number("ready").unwrap_or(0));
+        ready.iter().all(|ready| *ready >= 2).then_some(())
     });
-    assert!(!refused.message.is_empty(), "{refused}");
+    node.sh(FILL);
+    // What was made beforehand is still there to be had, and its guest finds no room for what it writes first. After that
+    // nothing can be made.
+    let (mut made, mut of_guests, mut of_node) = (Vec::new(), Vec::new(), Vec::new());
+    timing::wait_for("a refusal of what is not there beforehand", || {
+        match node.control().call(Sandbox::create_request(&[])) {
+            Ok(reply) => made.push(Sandbox::of(node.control(), reply.field("id"))),
+            Err(error) => {
+                assert!(error.is(Code::NoCapacity) && !error.message.is_empty(), "{error}");
+                let of_guest = error.message.contains(NO_ROOM);
+                assert_eq!(error.fields.get("resource") == Some("disk"), of_guest, "{error}");
+                if of_guest { of_guests.push(error) } else { of_node.push(error) }
+            }
+        }
+        (!of_node.is_empty()).then_some(())
+    });
+    assert!(!of_guests.is_empty(), "pooled overlays have room where there is none: {made:?} {of_node:?}");
     // Output that cannot be kept ends its program, and nothing else.
     let unkept = node.control().err(kept.exec_request(&["cat", "/workspace/file"]));
     assert!(unkept.is(Code::NoCapacity) && unkept.message.contains("cannot be kept"), "{unkept}");
     assert_eq!(kept.exec(&["grep", "-q", "kept", "/workspace/file"]).field("exit"), "0");
+    // What a guest cannot write is the node's want of room, not the file's fault.
+    let call = writing.start(writing.request("file.write").set("path", "/workspace/large"));
+    let writer = call.writer();
+    if writer.write("content", &vec![b'x'; 8 << 20]) {
+        writer.end("content");
+    }
+    let first = call.finish();
+    let call = writing.start(writing.request("exec.start").arg("sync"));
+    let synced = call.finish();
+    let call = writing.start(writing.request("file.write").set("path", "/workspace/small"));
+    let writer = call.writer();
+    if writer.write("content", b"x") {
+        writer.end("content");
+    }
+    let refused =
+        first.err().or_else(|| call.finish().err()).unwrap_or_else(|| panic!("it could be written: {synced:?}"));
+    assert!(refused.is(Code::NoCapacity) && refused.fields.get("resource") == Some("disk"), "{refused}");
+    assert!(["EIO", "EROFS"].contains(&refused.fields.get("errno").unwrap_or_default()), "{refused:?}");
     assert!(node.control().call(Request::new("", "node.info")).is_ok());
     node.sh("rm -r /data/full; sync");
-    for sandbox in made {
+    for sandbox in made.into_iter().chain([writing]) {
         sandbox.remove().expect("a sandbox can be removed");
     }
     timing::wait_for("room to be used again", || {
         let made = node.control().call(Sandbox::create_request(&[])).ok()?;
         let sandbox = Sandbox::of(node.control(), made.field("id"));
         assert_eq!(sandbox.exec(&["echo", "well"]).text("stdout"), "well\n");
+        sandbox.sh("dd if=/dev/zero of=/workspace/large bs=1M count=8 2>/dev/null; sync");
         sandbox.remove().ok()
     });
     assert_eq!(kept.exec(&["cat", "/workspace/file"]).text("stdout"), "kept\n");

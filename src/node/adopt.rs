@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use mio::net::UnixStream;
 
+use super::agents::GREETING;
 use super::finish::Extent;
 use super::health::Probe;
 use super::instance::{Sandbox, Worker};
 use super::supervisor::{Done, Supervisor, Timer, now_ms};
-use crate::sandbox::agent::{Agent, Approach};
+use crate::sandbox::agent::Agent;
 use crate::sandbox::census::user_of;
 use crate::sandbox::death;
 use crate::sandbox::exec::Exec;
@@ -24,7 +25,7 @@ use crate::sandbox::lifecycle::State;
 use crate::sandbox::limits::Oom;
 use crate::sandbox::worker::{self, LastWords};
 use crate::storage::state::{AllocationRow, Change, ExecutionRow, Snapshot};
-use crate::wire::{Code, Error, Fields, Link};
+use crate::wire::{Code, Error, Fields, Link, Message, Request};
 
 /// Marks that a supervisor has run since the node booted. `true` when this is the first.
 pub(super) fn mark_boot(run: &Path) -> bool {
@@ -168,8 +169,10 @@ impl Supervisor {
         }
         let stream = worker::connect(sandbox.home.socket())?;
         stream.set_nonblocking(true)?;
-        let link = Link::new(UnixStream::from_std(stream));
-        let mut agent = Agent::open(sandbox.home.socket(), Approach::Connect)?;
+        let mut link = Link::new(UnixStream::from_std(stream));
+        // It may be of another version of Warren: it is asked for nothing else before it has said so (`greeted`).
+        link.send(&Message::Request(Request::new(GREETING, "hello")));
+        let mut agent = Agent::prepare(sandbox.home.socket())?;
         let stopping = sandbox.state == State::Stopping;
         let descriptors = (pidfd.as_raw_fd(), link.stream_ref().as_raw_fd(), agent.stream().as_raw_fd());
         let tokens = self.watch_worker(id, descriptors.0, descriptors.1, descriptors.2)?;
@@ -198,6 +201,8 @@ impl Supervisor {
                 agent_losses: 0,
                 probe: Probe::default(),
                 verdict: None,
+                foreign: None,
+                disk_full: false,
             });
         }
         self.touched_sandboxes.insert(id.clone());

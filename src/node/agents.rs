@@ -6,11 +6,17 @@ use super::instance::{Route, Sandbox};
 use super::requests::Job;
 use super::supervisor::{Supervisor, TURN, now_ms};
 use crate::control::client::ANSWERS_HIGH;
-use crate::sandbox::agent::Heard;
+use crate::sandbox::agent::{Approach, Heard};
 use crate::sandbox::exec::{Exec, Sink, output_index};
 use crate::sandbox::id::SandboxId;
+use crate::sandbox::lifecycle::State;
+use crate::sandbox::worker;
 use crate::storage::state::Change;
 use crate::wire::{Code, Decoded, Error, Fields, Filled, Message, Request};
+
+/// Tags of the supervisor's own requests on a worker's control link.
+pub(super) const GREETING: &str = "hello";
+const WATCH: &str = "watch";
 
 /// Finished programs that are kept with their output, a sandbox.
 const FINISHED_KEPT: usize = 256;
@@ -23,6 +29,16 @@ impl Supervisor {
             let Some(worker) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut()) else { return };
             match worker.link.next() {
                 Some(Decoded::Message(Message::Err { tag, error })) if tag == "start" => worker.refusal = Some(error),
+                Some(Decoded::Message(Message::Ok { tag, fields })) if tag == GREETING => {
+                    let version = worker::link_version(&fields);
+                    self.greeted(id, version.map(drop));
+                }
+                Some(Decoded::Message(Message::Err { tag, error })) if tag == GREETING => self.greeted(id, Err(error)),
+                Some(Decoded::Message(Message::Item { tag, fields })) if tag == WATCH => {
+                    if fields.get("event") == Some("disk-full") && !std::mem::replace(&mut worker.disk_full, true) {
+                        log::warn!("sandbox {id}: the node has no room for what it writes");
+                    }
+                }
                 Some(Decoded::Message(message)) => self.take_inquiry(id, &message),
                 Some(Decoded::Bad { .. }) => {}
                 None => match worker.link.fill() {
@@ -36,6 +52,57 @@ impl Supervisor {
                 self.again.insert(token);
                 return;
             }
+        }
+    }
+
+    /// A worker that was taken over has said whether it can be spoken to.
+    fn greeted(&mut self, id: &SandboxId, spoken: Result<(), Error>) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let Some(worker) = &mut sandbox.worker else { return };
+        match spoken {
+            Ok(()) => {
+                worker.agent.join(Approach::Connect);
+                if sandbox.state == State::Running {
+                    sandbox.reason.clear();
+                }
+                self.watch_events(id);
+            }
+            Err(error) => {
+                log::error!("sandbox {id} runs on out of reach: {}", error.message);
+                sandbox.reason.clone_from(&error.message);
+                worker.foreign = Some(error);
+                self.record(id);
+            }
+        }
+    }
+
+    /// Has a worker tell what happens to it.
+    pub(super) fn watch_events(&mut self, id: &SandboxId) {
+        let Some(worker) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut()) else { return };
+        worker.link.send(&Message::Request(Request::new(WATCH, "vm.watch")));
+        self.touched_sandboxes.insert(id.clone());
+    }
+
+    /// Whether a disk of a sandbox is known to have found no room on the node, also by what its worker has just said.
+    pub(super) fn lacks_room(&mut self, id: &SandboxId) -> bool {
+        let worker = |node: &Self| {
+            let worker = node.sandboxes.get(id).and_then(|sandbox| sandbox.worker.as_ref());
+            worker.map(|worker| (worker.tokens[1], worker.disk_full))
+        };
+        if let Some((token, false)) = worker(self) {
+            self.read_worker(id, token);
+        }
+        worker(self).is_some_and(|(_, full)| full)
+    }
+
+    /// What a guest makes of a write for which the node had no room: an I/O error, and then a file system that it does not
+    /// write to any more.
+    fn explain(&mut self, id: &SandboxId, error: Error) -> Error {
+        let errno = error.fields.get("errno").filter(|errno| ["EIO", "EROFS"].contains(errno)).map(str::to_string);
+        let at_fault = error.is(Code::FileFailed) || error.is(Code::ExecFailed);
+        match errno.filter(|_| at_fault) {
+            Some(errno) if self.lacks_room(id) => no_room(&error.message).with("errno", errno),
+            _ => error,
         }
     }
 
@@ -128,6 +195,9 @@ impl Supervisor {
             _ => {}
         }
         message.retag(tag);
+        if let Message::Err { tag, error } = message {
+            message = Message::Err { tag, error: self.explain(id, error) };
+        }
         if message.is_final() {
             self.finish(key, &message);
         } else {
@@ -136,7 +206,10 @@ impl Supervisor {
         self.clients.get(&key).is_some_and(|client| client.queued() >= ANSWERS_HIGH).then_some(key)
     }
 
-    fn take_exec_answer(&mut self, id: &SandboxId, number: u64, message: Message) {
+    fn take_exec_answer(&mut self, id: &SandboxId, number: u64, mut message: Message) {
+        if let Message::Err { tag, error } = message {
+            message = Message::Err { tag, error: self.explain(id, error) };
+        }
         let capacity = self.config.sandbox.exec_ring_kib * 1024;
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let Some(exec) = sandbox.execs.get_mut(&number) else { return };
@@ -303,6 +376,12 @@ impl Supervisor {
             _ => {}
         }
     }
+}
+
+/// The error of what failed because the node had no room for what a sandbox wrote.
+pub(super) fn no_room(what: &str) -> Error {
+    Error::new(Code::NoCapacity, format!("the node has no room for what the sandbox writes: {what}"))
+        .with("resource", "disk")
 }
 
 /// Goes on with a program's output where the kept part ends.

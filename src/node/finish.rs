@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use super::agents::no_room;
 use super::components::Progress;
 use super::instance::{Awaited, Route, Worker};
 use super::start::with_console;
@@ -62,7 +63,8 @@ impl Supervisor {
         if sandbox.state != State::Stopping {
             return;
         }
-        if std::mem::replace(&mut worker.told_to_stop, true) {
+        // One of another version is not asked.
+        if std::mem::replace(&mut worker.told_to_stop, true) || worker.foreign.is_some() {
             log::warn!("sandbox {id}: worker {} does not stop; it is killed", worker.pid);
             sandbox.reason = "killed: its worker did not stop".to_string();
             if let Err(e) = sandbox.home.kill() {
@@ -108,7 +110,7 @@ impl Supervisor {
         let cause = worker.verdict.clone();
         let console = || sandbox.home.console_tail(death::CONSOLE_TAIL);
         let cause = cause.unwrap_or_else(|| death::reason(words.as_ref(), worker.status, oom, &console()));
-        let refusal = worker.refusal.clone();
+        let (refusal, disk_full) = (worker.refusal.clone(), worker.disk_full);
         let pid = worker.pid;
         self.close_worker(id, worker, &cause);
 
@@ -127,6 +129,7 @@ impl Supervisor {
                         Error::new(Code::VmFailed, format!("the machine ended before its agent answered: {cause}"));
                     with_console(error, sandbox)
                 });
+                let error = if disk_full { no_room(&error.message) } else { error };
                 self.fail_start(id, error);
                 return;
             }

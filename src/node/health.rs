@@ -106,6 +106,9 @@ impl Supervisor {
         let sandbox = self.sandboxes.get_mut(id)?;
         let (running, policy) = (sandbox.state == State::Running, sandbox.spec.restart);
         let worker = sandbox.worker.as_mut().filter(|worker| running && !worker.dead && worker.pid == pid)?;
+        if worker.foreign.is_some() {
+            return None;
+        }
         // An agent that is not read until a client has taken its answers cannot be heard.
         let held = self.held.iter().any(|(_, token)| *token == worker.tokens[2]);
         if std::mem::take(&mut worker.probe.heard) || held {

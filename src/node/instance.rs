@@ -82,6 +82,10 @@ pub struct Worker {
     pub probe: Probe,
     /// Why it is ended, where the supervisor ends it for a reason.
     pub verdict: Option<String>,
+    /// Why nothing is asked of it: it speaks another version of its link.
+    pub foreign: Option<Error>,
+    /// A disk of it found no room on the node: what its guest makes of that is not the guest's fault.
+    pub disk_full: bool,
 }
 
 /// Whose request waits for a sandbox.

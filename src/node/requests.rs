@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use mio::Token;
 
-use super::instance::{Awaited, Route, Sandbox, Waiter};
+use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
 use super::supervisor::{Source, Supervisor, TURN};
 use crate::control::access::Role;
 use crate::control::client::{ANSWERS_HIGH, Client};
@@ -378,6 +378,9 @@ impl Supervisor {
                 if sandbox.state == State::Running && sandbox.worker.as_ref().is_some_and(|w| w.agent.is_ready()) =>
             {
                 Ok(sandbox)
+            }
+            Some(Sandbox { state: State::Running, worker: Some(Worker { foreign: Some(error), .. }), .. }) => {
+                Err(error.clone())
             }
             Some(sandbox) if sandbox.state == State::Running => {
                 Err(Error::new(Code::LinkLost, format!("the agent of sandbox {id} cannot be reached right now")))

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use mio::net::UnixStream;
 
+use super::agents::no_room;
 use super::health::Probe;
 use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
 use super::pools::Shape;
@@ -315,13 +316,20 @@ impl Supervisor {
             agent_losses: 0,
             probe: Probe::default(),
             verdict: None,
+            foreign: None,
+            disk_full: false,
         };
         let unwatched = |e| Error::new(Code::NoCapacity, format!("worker {pid} cannot be watched: {e}"));
         held.tokens[1] = self.watch(control, Source::WorkerLink(id.clone())).map_err(unwatched)?;
-        held.tokens[2] = self.watch(guest, Source::Agent(id.clone())).map_err(unwatched)?;
+        let watched = self.watch(guest, Source::Agent(id.clone()));
+        if watched.is_err() {
+            self.unwatch(held.tokens[1]);
+        }
+        held.tokens[2] = watched.map_err(unwatched)?;
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
             sandbox.worker = Some(held);
         }
+        self.watch_events(id);
         self.timers.after(Duration::from_secs(self.config.sandbox.boot_timeout_s), Timer::Boot(id.clone()));
         self.touched_sandboxes.insert(id.clone());
         self.post(id);
@@ -380,7 +388,12 @@ impl Supervisor {
     }
 
     /// A start that failed: its clients are told, nothing of the sandbox stays.
-    pub(super) fn fail_start(&mut self, id: &SandboxId, error: Error) {
+    pub(super) fn fail_start(&mut self, id: &SandboxId, mut error: Error) {
+        // A guest that cannot write to its disk says that it is damaged, or nothing.
+        let of_guest = [Code::Corrupt, Code::VmFailed, Code::GuestTimeout].iter().any(|code| error.is(*code));
+        if of_guest && self.lacks_room(id) {
+            error = no_room(&error.message);
+        }
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         if sandbox.restarting && !sandbox.removing {
             self.restart_failed(id, &error);

@@ -70,6 +70,7 @@ const OF_DISK: &[&str] = &[
     "written_bytes",
     "discarded_bytes",
     "errors",
+    "without_room",
     "throttled",
     "queue",
 ];
@@ -172,6 +173,9 @@ impl Supervisor {
             let error = Error::new(Code::BadState, format!("sandbox {id} is {state}, not running"));
             return Err(error.with("state", state));
         };
+        if let Some(error) = &worker.foreign {
+            return Err(error.clone());
+        }
         if worker.link.queued() > UNREAD_MAX {
             return Err(Error::new(Code::LinkLost, format!("the worker of sandbox {id} takes no requests")));
         }

@@ -49,15 +49,25 @@ pub struct Agent {
 impl Agent {
     /// Begins a link over the worker's socket; `hear` tells when it stands.
     pub fn open(socket: &Path, approach: Approach) -> io::Result<Self> {
+        let mut agent = Self::prepare(socket)?;
+        agent.join(approach);
+        Ok(agent)
+    }
+
+    /// Connects to the worker and asks it for nothing yet: `join` does.
+    pub fn prepare(socket: &Path) -> io::Result<Self> {
         let stream = worker::connect(socket)?;
         stream.set_nonblocking(true)?;
-        let mut link = Link::new(UnixStream::from_std(stream));
+        Ok(Self { link: Link::new(UnixStream::from_std(stream)), phase: Phase::Joining, next_tag: 1 })
+    }
+
+    /// Asks the worker to make the connection; once.
+    pub fn join(&mut self, approach: Approach) {
         let verb = match approach {
             Approach::Accept => "vsock.accept",
             Approach::Connect => "vsock.connect",
         };
-        link.send(&Message::Request(Request::new("join", verb).set("port", AGENT_PORT)));
-        Ok(Self { link, phase: Phase::Joining, next_tag: 1 })
+        self.link.send(&Message::Request(Request::new("join", verb).set("port", AGENT_PORT)));
     }
 
     /// The stream, to register with the loop.

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
-use crate::wire::{Message, Request};
+use crate::wire::{Code, Error, Fields, Message, OLDEST_WORKER_LINK, Request, WORKER_LINK};
 
 /// The vsock port that the agent listens on, and announces itself to.
 pub const AGENT_PORT: u32 = 1024;
@@ -29,6 +29,23 @@ pub fn send_with_descriptors(stream: &UnixStream, request: Request, descriptors:
         None,
     )?;
     if sent == line.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
+/// The version of its link that a worker's greeting names. The first said nothing of it.
+///
+/// # Errors
+/// `VERSION_MISMATCH` where that is none that this supervisor speaks.
+pub fn link_version(greeting: &Fields) -> Result<u64, Error> {
+    let version = greeting.get("link").map_or(Some(1), |text| text.parse().ok());
+    if let Some(version) = version.filter(|version| (OLDEST_WORKER_LINK..=WORKER_LINK).contains(version)) {
+        return Ok(version);
+    }
+    let said: String = greeting.get("link").unwrap_or("1").chars().filter(|c| !c.is_control()).take(20).collect();
+    let message = format!(
+        "its worker speaks version {said} of the worker link, this supervisor {OLDEST_WORKER_LINK} and {WORKER_LINK}"
+    );
+    let error = Error::new(Code::VersionMismatch, message).with("version", said);
+    Err(error.with("min", OLDEST_WORKER_LINK).with("max", WORKER_LINK))
 }
 
 /// Why a worker says it ended.
@@ -60,5 +77,25 @@ impl LastWords {
     /// The record as one sentence.
     pub fn sentence(&self) -> String {
         if self.detail.is_empty() { self.reason.clone() } else { format!("{}: {}", self.reason, self.detail) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_of_this_version_or_the_one_before_is_spoken_to_and_no_other() {
+        let of = |link: &str| link_version(&Fields::new().with("protocol", 1).with("link", link));
+        assert_eq!(of(&WORKER_LINK.to_string()), Ok(WORKER_LINK));
+        assert_eq!(of(&OLDEST_WORKER_LINK.to_string()), Ok(OLDEST_WORKER_LINK));
+        assert_eq!(link_version(&Fields::new().with("protocol", 1)), Ok(1), "the first did not say");
+        for foreign in
+            [(WORKER_LINK + 1).to_string(), (OLDEST_WORKER_LINK - 1).to_string(), String::new(), "x".repeat(500)]
+        {
+            let error = of(&foreign).unwrap_err();
+            assert!(error.is(Code::VersionMismatch) && error.message.len() < 120, "{error}");
+            assert_eq!(error.fields.number("max"), Some(WORKER_LINK));
+        }
     }
 }

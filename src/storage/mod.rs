@@ -7,7 +7,7 @@ pub mod medium;
 pub mod overlay;
 pub mod raw;
 mod schema;
-mod space;
+pub mod space;
 pub mod state;
 pub mod template_disk;
 pub mod templates;

@@ -480,31 +480,37 @@ impl Overlay {
         if !self.unsynced {
             return Ok(());
         }
-        let result = self.sync();
-        match result {
-            Ok(()) => self.unsynced = false,
-            Err(_) => self.failed = true,
-        }
-        result
+        self.sync()?;
+        self.unsynced = false;
+        Ok(())
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.file.sync_data()?;
+        self.sync_data()?;
         if self.bitmap.dirty.is_empty() {
             return Ok(());
         }
         for &index in &self.bitmap.dirty {
             if let Some(page) = &self.bitmap.pages[index] {
-                self.file.write_all_at(&page.octets, BITMAP_OFFSET + (index * PAGE) as u64)?;
+                let written = self.file.write_all_at(&page.octets, BITMAP_OFFSET + (index * PAGE) as u64);
+                // For want of room nothing is lost: the bits are here, and the next flush writes them.
+                self.failed = written.as_ref().is_err_and(|e| !space::is_full(e));
+                written?;
             }
         }
-        self.file.sync_data()?;
+        self.sync_data()?;
         for index in self.bitmap.dirty.drain(..) {
             if let Some(page) = &mut self.bitmap.pages[index] {
                 page.dirty = false;
             }
         }
         Ok(())
+    }
+
+    fn sync_data(&mut self) -> io::Result<()> {
+        let synced = self.file.sync_data();
+        self.failed = synced.is_err();
+        synced
     }
 
     /// Reads into a plain buffer.

@@ -52,6 +52,11 @@ pub fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY))
 }
 
+/// Whether the host has no room for what was to be written.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
+}
+
 /// Writes zeroes, octet by octet.
 pub fn write_zeroes(file: &File, mut offset: u64, mut len: u64) -> io::Result<()> {
     let zeroes = vec![0; len.min(ZEROES as u64) as usize];

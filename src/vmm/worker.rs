@@ -21,7 +21,7 @@ use super::jail;
 use super::last_words::{End, LastWords, Reason, say};
 use super::link::{Connection, RawStream};
 use super::machine::Machine;
-use crate::wire::{Args, Code, Decoded, Error, Fields, Filled, Message, PROTOCOL_VERSION, Request};
+use crate::wire::{Args, Code, Decoded, Error, Fields, Filled, Message, PROTOCOL_VERSION, Request, WORKER_LINK};
 
 /// The descriptor that the worker listens on.
 const LISTENER_FD: RawFd = 3;
@@ -95,6 +95,8 @@ struct Worker {
     waker: Arc<Waker>,
     /// `vm.watch` requests.
     watchers: Vec<Pending>,
+    /// A disk found no room on the node for what the guest wrote, and watchers were told so.
+    disk_full: bool,
     /// `vm.stop` requests.
     stoppers: Vec<Pending>,
     /// `vm.stats` requests that wait for the guest's word.
@@ -135,6 +137,7 @@ impl Worker {
             guest_end: Arc::default(),
             waker,
             watchers: Vec::new(),
+            disk_full: false,
             stoppers: Vec::new(),
             surveys: Vec::new(),
         })
@@ -150,6 +153,8 @@ impl Worker {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e),
             }
+            // Before anything of the guest is passed on: what it says of a failed write is then known for what it is.
+            self.tell_of_full_disks();
             for event in &events {
                 match event.token() {
                     LISTENER => self.accept()?,
@@ -168,6 +173,20 @@ impl Worker {
             self.answer_surveys();
             if let Some(end) = self.end.take() {
                 return Ok(self.finish(end, last_words));
+            }
+        }
+    }
+
+    /// Tells who watches, once, that a disk found no room on the node.
+    fn tell_of_full_disks(&mut self) {
+        let full = self.machine.as_ref().is_some_and(|machine| machine.devices().found_no_room());
+        if !full || std::mem::replace(&mut self.disk_full, true) {
+            return;
+        }
+        for watcher in &self.watchers {
+            if let Some(connection) = self.connections.get_mut(&watcher.connection) {
+                // A connection that fails is closed when its own event says so.
+                let _ = connection.send(&Message::item(&watcher.tag, disk_full()));
             }
         }
     }
@@ -248,13 +267,17 @@ impl Worker {
         match request.verb.as_str() {
             "hello" => {
                 Args::of(request).finish()?;
-                Ok(Outcome::Done(Fields::new().with("protocol", PROTOCOL_VERSION).with("role", "worker")))
+                let greeting = Fields::new().with("protocol", PROTOCOL_VERSION).with("link", WORKER_LINK);
+                Ok(Outcome::Done(greeting.with("role", "worker")))
             }
             "vm.start" => self.start(token, request),
             "vm.watch" => {
                 Args::of(request).finish()?;
                 if self.machine.is_some() {
                     self.send(token, &Message::item(&tag, Fields::new().with("event", "running")));
+                }
+                if self.disk_full {
+                    self.send(token, &Message::item(&tag, disk_full()));
                 }
                 self.watchers.push(Pending { connection: token, tag });
                 Ok(Outcome::Later)
@@ -431,6 +454,7 @@ impl Worker {
 
     /// Takes the microVM apart, leaves the last words, then tells everybody who asked.
     fn finish(mut self, mut end: End, last_words: &LastWords) -> End {
+        self.tell_of_full_disks();
         if let Some(machine) = self.machine.take()
             && let Err(e) = machine.end()
         {
@@ -455,6 +479,11 @@ impl Worker {
 
 fn missing(key: &str) -> Error {
     Error::new(Code::MissingArgument, format!("{key} is missing")).with("argument", key)
+}
+
+/// What watchers are told when a disk found no room on the node.
+fn disk_full() -> Fields {
+    Fields::new().with("event", "disk-full")
 }
 
 fn not_running() -> Error {

@@ -80,6 +80,8 @@ codes! {
     Stopping = "STOPPING",
     /// The node is being drained and takes nothing new.
     Draining = "DRAINING",
+    /// A worker of another version of Warren, with which this one cannot speak.
+    VersionMismatch = "VERSION_MISMATCH",
     /// The supervisor was restarted while the request ran.
     NodeRestarted = "NODE_RESTARTED",
     /// Warren's own fault; the log has more.

@@ -19,6 +19,12 @@ pub use message::{Arg, Fields, Message, Request};
 
 /// Version of the protocol, as `hello` reports it.
 pub const PROTOCOL_VERSION: u64 = 1;
+/// Version of the link between supervisor and worker: its verbs and what they mean. A worker says it in its `hello`; those of
+/// version 1 say nothing of it. It grows whenever a supervisor must know what it speaks to: docs/protocol.md lists what came
+/// with each. A supervisor takes over workers of this version and of the one before (`OLDEST_WORKER_LINK`).
+pub const WORKER_LINK: u64 = 2;
+/// The oldest version of the worker link that a supervisor speaks.
+pub const OLDEST_WORKER_LINK: u64 = WORKER_LINK - 1;
 /// Longest line, its LF included, in octets.
 pub const MAX_LINE: usize = 64 * 1024;
 /// Largest payload of one `data` frame, in octets.

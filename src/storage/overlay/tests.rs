@@ -415,3 +415,43 @@ fn a_killed_owner_loses_only_what_it_had_not_flushed() {
     }
     std::fs::remove_file(path).unwrap();
 }
+
+#[test]
+fn a_flush_that_finds_no_room_for_its_bits_is_made_up_for_by_the_next() {
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+
+    let place = std::env::temp_dir().join(format!("warren-full-{}", std::process::id()));
+    std::fs::create_dir_all(&place).unwrap();
+    let small = place.clone();
+    // What it mounts goes with the thread.
+    let thread = std::thread::spawn(move || {
+        if unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).is_err() {
+            eprintln!("SKIPPED: no right to mount");
+            return;
+        }
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+        mount(Some("none"), &small, Some("tmpfs"), MsFlags::empty(), Some("size=64k")).unwrap();
+        let made = |name: &str| File::options().read(true).write(true).create(true).truncate(true).open(small.join(name));
+        let (file, filler, base) = (made("overlay").unwrap(), made("filler").unwrap(), scratch(0));
+        create(&file, 16 * BLOCK, 0, [7; 32]).unwrap();
+        let mut overlay = open(&file, &base).unwrap();
+        overlay.write_at(0, &[1; 2 * BLOCK as usize]).unwrap();
+        let mut at = 0;
+        while filler.write_all_at(&[0; BLOCK as usize], at).is_ok() {
+            at += BLOCK;
+        }
+        assert!(space::is_full(&overlay.flush().unwrap_err()));
+        assert!(space::is_full(&overlay.write_at(8 * BLOCK, &[2; BLOCK as usize]).unwrap_err()));
+        filler.set_len(0).unwrap();
+        overlay.flush().unwrap();
+        let overlay = open(&file, &base).unwrap();
+        let mut octets = [0; 3 * BLOCK as usize];
+        overlay.read_at(0, &mut octets).unwrap();
+        let (written, rest) = octets.split_at(2 * BLOCK as usize);
+        assert!(written.iter().all(|&o| o == 1) && rest.iter().all(|&o| o == 0));
+    });
+    let result = thread.join();
+    std::fs::remove_dir(&place).unwrap();
+    result.unwrap();
+}

@@ -530,6 +530,11 @@ impl DeviceSet {
         self.disks.iter().map(row).collect()
     }
 
+    /// Whether a disk ever found no room on the node for what the guest wrote.
+    pub fn found_no_room(&self) -> bool {
+        self.disks.iter().any(|disk| disk.counters().without_room.load(Ordering::Relaxed) > 0)
+    }
+
     /// Adds the network's counters to a row of statistics, where there is a network.
     pub fn with_net_counters(&self, fields: Fields) -> Fields {
         match &self.net_counters {

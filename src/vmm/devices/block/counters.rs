@@ -30,6 +30,8 @@ pub struct BlockCounters {
     pub discarded_bytes: AtomicU64,
     /// Requests that ended in an I/O error.
     pub errors: AtomicU64,
+    /// Of these, how many because the node had no room for what the guest wrote.
+    pub without_room: AtomicU64,
     /// How often requests had to wait for their limit.
     pub throttled: AtomicU64,
     /// Requests that wait or are under way now, as far as the device has seen.
@@ -60,6 +62,7 @@ impl BlockCounters {
             .with("written_bytes", load(&self.written_bytes))
             .with("discarded_bytes", load(&self.discarded_bytes))
             .with("errors", load(&self.errors))
+            .with("without_room", load(&self.without_room))
             .with("throttled", load(&self.throttled))
             .with("queue", load(&self.queue))
             .with("latency_us", latency.join(","))

@@ -19,6 +19,7 @@ use super::queue::{Chain, MAX_SIZE, QueueError};
 use super::rate::Limiter;
 use super::segments::Window;
 use crate::storage::medium::Medium;
+use crate::storage::space;
 
 /// Longest name that `GET_ID` answers, in octets.
 pub const ID_LEN: usize = 20;
@@ -130,6 +131,9 @@ impl Block {
                     log::warn!("disk {}: request failed: {error}", self.id.escape_ascii());
                 }
                 add(&self.counters.errors, 1);
+                if space::is_full(&error) {
+                    add(&self.counters.without_room, 1);
+                }
                 (S_IOERR, 0)
             }
         };
