@@ -432,7 +432,8 @@ fn a_flush_that_finds_no_room_for_its_bits_is_made_up_for_by_the_next() {
         }
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
         mount(Some("none"), &small, Some("tmpfs"), MsFlags::empty(), Some("size=64k")).unwrap();
-        let made = |name: &str| File::options().read(true).write(true).create(true).truncate(true).open(small.join(name));
+        let made =
+            |name: &str| File::options().read(true).write(true).create(true).truncate(true).open(small.join(name));
         let (file, filler, base) = (made("overlay").unwrap(), made("filler").unwrap(), scratch(0));
         create(&file, 16 * BLOCK, 0, [7; 32]).unwrap();
         let mut overlay = open(&file, &base).unwrap();
