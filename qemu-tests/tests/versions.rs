@@ -25,7 +25,7 @@ fn real(sandbox: &Sandbox) -> String {
 fn confess(node: &Node, sandbox: &Sandbox) {
     let (socket, real) = (socket(sandbox), real(sandbox));
     node.sh(&format!(
-        "for pid in $(node-tool processes | grep ' {real} ' | cut -d' ' -f1); do kill -9 $pid; done; mv {real} {socket}"
+        "for pid in $(node-tool processes | grep '^[0-9]* node-tool claim .* {real} ' | cut -d' ' -f1); do kill -9 $pid; done; mv {real} {socket}"
     ));
 }
 
@@ -81,7 +81,7 @@ fn a_worker_of_the_version_before_is_taken_over_and_one_of_the_next_runs_on_out_
     assert_eq!(newer.state(), "stopped");
     confess(&node, &old);
     node.sh(&format!(
-        "for pid in $(node-tool processes | grep ' claim ' | cut -d' ' -f1); do kill -9 $pid; done; rm -f {}",
+        "for pid in $(node-tool processes | grep '^[0-9]* node-tool claim ' | cut -d' ' -f1); do kill -9 $pid; done; rm -f {}",
         real(&newer)
     ));
     for sandbox in [old, newer] {
