@@ -158,12 +158,12 @@ fn a_worker_that_the_node_kills_for_want_of_memory_says_so_and_the_others_go_on(
     let sandbox = node.sandbox(&[("memory_mib", "640")]);
     // All but a part of what is free goes to a file in memory, which nobody can be killed for.
     let available = node.info().number("memory_available_mib").expect("the node knows what it has");
-    let taken = available.saturating_sub(300);
+    let taken = available.saturating_sub(160);
     node.sh(&format!(
         "mkdir -p /tmp/full && mount -t tmpfs -o size={taken}m none /tmp/full && \
          head -c {taken}m /dev/zero > /tmp/full/file 2>/dev/null || true"
     ));
-    begin(&sandbox, &["tail", "/dev/zero"]);
+    begin(&sandbox, &["sh", "-c", "head -c 300m /dev/zero > /dev/shm/file"]);
     let row = fails(&sandbox);
     node.sh("umount /tmp/full && rmdir /tmp/full");
     assert!(text(&row, "reason").starts_with("host-oom: "), "{row:?}");
