@@ -8,28 +8,34 @@ use crate::sentinel::model::{Sample, Series, SeriesId, stale_marker};
 
 /// The series of a task's last run.
 #[derive(Debug, Default)]
-pub struct LastSeries(Vec<Arc<Series>>);
+pub struct LastSeries {
+    series: Vec<Arc<Series>>,
+    /// The time of its samples.
+    at_ms: i64,
+}
 
 impl LastSeries {
     /// Takes the series of a run that just ended, and adds markers for those that were here before and are gone.
     pub fn update(&mut self, samples: &mut Vec<Sample>, timestamp_ms: i64) {
+        self.at_ms = timestamp_ms;
         // A target that says the same as last time says it in the same order: nothing to keep anew, nothing to search for.
-        let same = samples.len() == self.0.len();
-        if same && self.0.iter().zip(&*samples).all(|(before, now)| Arc::ptr_eq(before, &now.series)) {
+        let same = samples.len() == self.series.len();
+        if same && self.series.iter().zip(&*samples).all(|(before, now)| Arc::ptr_eq(before, &now.series)) {
             return;
         }
-        let before = std::mem::take(&mut self.0);
-        self.0 = samples.iter().map(|sample| Arc::clone(&sample.series)).collect();
-        let same = before.len() <= self.0.len() && before.iter().zip(&self.0).all(|(a, b)| Arc::ptr_eq(a, b));
+        let before = std::mem::take(&mut self.series);
+        self.series = samples.iter().map(|sample| Arc::clone(&sample.series)).collect();
+        let same = before.len() <= self.series.len() && before.iter().zip(&self.series).all(|(a, b)| Arc::ptr_eq(a, b));
         if !same {
-            let now: HashSet<SeriesId> = self.0.iter().map(|series| series.id()).collect();
+            let now: HashSet<SeriesId> = self.series.iter().map(|series| series.id()).collect();
             samples.extend(markers(before.into_iter().filter(|series| !now.contains(&series.id())), timestamp_ms));
         }
     }
 
-    /// Markers for all of them: the task is gone or the sentinel stops.
+    /// Markers for all of them: the task is gone or the sentinel stops. They come after the last samples, even within
+    /// their millisecond: a series has one value at a time.
     pub fn end(self, timestamp_ms: i64) -> Vec<Sample> {
-        markers(self.0.into_iter(), timestamp_ms).collect()
+        markers(self.series.into_iter(), timestamp_ms.max(self.at_ms + 1)).collect()
     }
 }
 
@@ -75,6 +81,8 @@ mod tests {
             assert_eq!(now.len(), names.len() + expected.len());
         }
         last.update(&mut samples(&table, &["a", "a"]), 3);
-        assert_eq!(marked(&last.end(4)), ["a"]);
+        let markers = last.end(3);
+        assert_eq!(marked(&markers), ["a"]);
+        assert_eq!(markers[0].timestamp_ms, 4);
     }
 }

@@ -147,6 +147,23 @@ pub fn read(stream: &mut dyn Read, limit: usize) -> Result<Response, HttpError> 
     Ok(response)
 }
 
+/// The same for an answer that has come whole, and nothing after it: its body stays where it is.
+pub fn whole(mut raw: Vec<u8>, limit: usize) -> Result<Response, HttpError> {
+    let mut rest = raw.as_slice();
+    let mut source = Source { stream: &mut rest, buffer: Vec::new(), at: 0 };
+    let mut response = final_head(&mut source)?;
+    let unread = source.buffer.len() - source.at;
+    let start = raw.len() - rest.len() - unread;
+    let length = response.header("content-length").and_then(|text| text.parse::<usize>().ok());
+    let plain = response.header("transfer-encoding").is_none() && !matches!(response.status, 204 | 304);
+    if plain && length == Some(raw.len() - start) && raw.len() - start <= limit {
+        raw.drain(..start);
+        response.body = raw;
+        return Ok(response);
+    }
+    read(&mut raw.as_slice(), limit)
+}
+
 /// Reads one response to a HEAD: whatever length it says, no body comes.
 pub fn read_head(stream: &mut dyn Read) -> Result<Response, HttpError> {
     final_head(&mut Source { stream, buffer: Vec::new(), at: 0 })
@@ -245,11 +262,13 @@ mod tests {
     fn both(raw: &str, limit: usize) -> Result<Response, HttpError> {
         let at_once = read(&mut raw.as_bytes(), limit);
         let slowly = read(&mut Slow(raw.as_bytes()), limit);
+        let in_place = whole(raw.as_bytes().to_vec(), limit);
         match (&at_once, &slowly) {
             (Ok(a), Ok(b)) => assert_eq!((a.status, &a.headers, &a.body), (b.status, &b.headers, &b.body)),
             (Err(_), Err(_)) => {}
             _ => panic!("{raw:?}: {at_once:?} and {slowly:?}"),
         }
+        assert_eq!(in_place.ok(), at_once.as_ref().ok().cloned(), "{raw:?}");
         at_once
     }
 

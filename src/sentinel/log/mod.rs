@@ -16,8 +16,11 @@
 //! since the last interval and only if the machine died with the process, with [`Fsync::Never`] what the kernel had not
 //! written yet. A cursor is made durable once a second, so a crash repeats what was acknowledged within that time.
 //!
-//! Threads: any may append; each destination's reader belongs to its lane. Two locks, taken in this order: the writer
-//! (held while writing), the state (never held during input or output).
+//! A segment is removed only once the cursors that passed it are durable: otherwise a kill right after would make the
+//! next process give its sequence numbers to other samples, which a core would take for repeats.
+//!
+//! Threads: any may append; each destination's reader belongs to its lane. Three locks, taken in this order: the writer
+//! (held while writing), that of the cursors' files, the state (never held during input or output).
 
 mod block;
 mod crc32c;
@@ -128,6 +131,8 @@ pub struct Log {
     id: u64,
     writer: Mutex<Writer>,
     state: Mutex<State>,
+    /// Held while cursors are written: their files have one temporary name.
+    saving: Mutex<()>,
     /// Told when samples were appended or the log was closed.
     grown: Condvar,
 }
@@ -212,7 +217,7 @@ impl Log {
             }
             Self::take_finished(state)
         };
-        self.remove_segments(&done);
+        self.remove_passed(&done);
     }
 
     /// Takes out the sealed segments that no destination needs any more.
@@ -228,6 +233,18 @@ impl Log {
             state.segments.remove(number);
         }
         done
+    }
+
+    /// Removes segments that were taken out of the state. The cursors become durable first; failing that (a full disk,
+    /// which this makes room on) a crash before the next try may use numbers twice.
+    fn remove_passed(&self, numbers: &[u64]) {
+        if numbers.is_empty() {
+            return;
+        }
+        if let Err(e) = self.save_cursors() {
+            log::debug!("buffer cursors cannot be saved before a segment is removed: {e}");
+        }
+        self.remove_segments(numbers);
     }
 
     fn remove_segments(&self, numbers: &[u64]) {
@@ -265,12 +282,13 @@ impl Log {
             cursor::forget(&*self.files, &name)?;
         }
         let done = Self::take_finished(&mut self.lock());
-        self.remove_segments(&done);
+        self.remove_passed(&done);
         Ok(())
     }
 
     /// Makes the cursors durable that have moved.
     pub fn save_cursors(&self) -> io::Result<()> {
+        let _saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
         let moved: Vec<(String, cursor::Cursor)> = self
             .lock()
             .cursors

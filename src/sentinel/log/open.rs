@@ -51,7 +51,9 @@ impl Log {
         let mut stats = Stats::default();
         let segments = segments(&*files, &headers, &mut stats)?;
         let oldest = segments.values().next().map_or(0, |segment| segment.first);
-        let mut next = segments.values().map(|segment| segment.end).max().unwrap_or(0);
+        // A segment with nothing in it still says which numbers were given before it.
+        let begun = headers.iter().map(|(_, header)| header.first);
+        let mut next = segments.values().map(|segment| segment.end).chain(begun).max().unwrap_or(0);
         let mut cursors = BTreeMap::new();
         for name in destinations {
             let found = cursor::load(&*files, name, Some(id))?.filter(|cursor| cursor.sequence < MAX_SEQUENCE);
@@ -79,6 +81,7 @@ impl Log {
             table,
             id,
             writer: Mutex::new(Writer::new(options, next_number)),
+            saving: Mutex::default(),
             state: Mutex::new(State { segments, cursors, next, closed: false, stats }),
             grown: Condvar::new(),
         };

@@ -271,7 +271,7 @@ impl Log {
             evict(state, segment, reason);
             number
         };
-        self.remove_segments(&[number]);
+        self.remove_passed(&[number]);
         true
     }
 
@@ -367,9 +367,10 @@ impl Log {
     pub fn finish(&self) -> io::Result<()> {
         self.close();
         self.seal(&mut self.writer());
+        self.save_cursors()?;
         let done = Self::take_finished(&mut self.lock());
         self.remove_segments(&done);
-        self.save_cursors()
+        Ok(())
     }
 
     fn writer(&self) -> MutexGuard<'_, Writer> {

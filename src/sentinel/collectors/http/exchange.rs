@@ -41,10 +41,67 @@ pub enum Progress {
     Complete,
 }
 
-/// A connection with a request under way.
-pub struct Exchange {
+/// A connection, with a request under way or between two.
+pub struct Connection {
     stream: TcpStream,
     tls: Option<ClientConnection>,
+    /// The loop's events of it have this number.
+    pub number: u64,
+    /// Whose it is.
+    pub address: SocketAddr,
+}
+
+impl Connection {
+    fn open(
+        address: SocketAddr,
+        tls: Option<(Arc<ClientConfig>, &str)>,
+        number: u64,
+        io: &Io<'_>,
+    ) -> Result<Self, String> {
+        let tls = match tls {
+            Some((config, host)) => {
+                let name = ServerName::try_from(host.to_string()).map_err(|e| format!("TLS: {e}"))?;
+                let mut connection = ClientConnection::new(config, name).map_err(|e| format!("TLS: {e}"))?;
+                connection.set_buffer_limit(None);
+                Some(connection)
+            }
+            None => None,
+        };
+        let failed = |e: io::Error| format!("cannot connect to {address}: {e}");
+        let mut stream = TcpStream::connect(address).map_err(failed)?;
+        io.watch(&mut stream, number, Interest::READABLE | Interest::WRITABLE).map_err(failed)?;
+        Ok(Self { stream, tls, number, address })
+    }
+
+    /// Whether nothing has come since the last answer: not its end either.
+    pub fn is_quiet(&mut self) -> bool {
+        let silent = |e: io::Error| e.kind() == io::ErrorKind::WouldBlock;
+        let Some(tls) = &mut self.tls else { return self.stream.peek(&mut [0]).is_err_and(silent) };
+        loop {
+            match tls.read_tls(&mut self.stream) {
+                Ok(0) => return false,
+                Ok(_) => {}
+                Err(e) => return silent(e),
+            }
+            // Tickets for other sessions are nothing that is said.
+            match tls.process_new_packets() {
+                Ok(state) if state.plaintext_bytes_to_read() == 0 && !state.peer_has_closed() => {}
+                _ => return false,
+            }
+        }
+    }
+
+    /// Gives it up.
+    pub fn close(mut self, io: &Io<'_>) {
+        io.unwatch(&mut self.stream);
+    }
+}
+
+/// A request and its answer.
+pub struct Exchange {
+    connection: Connection,
+    /// The connection had an answer before.
+    reused: bool,
     /// What is still to be sent; it may hold secrets.
     out: Zeroizing<Vec<u8>>,
     /// Whether only a head is to come.
@@ -73,58 +130,76 @@ enum Body {
 }
 
 impl Exchange {
-    /// Connects; `head`: the answer has no body; `limit` bounds it.
+    /// Connects; `head`: the answer has no body; `limit` bounds it; `raw`: empty, where it will stand.
+    #[allow(clippy::too_many_arguments)] // what an exchange is, named once
     pub fn start(
         address: SocketAddr,
         tls: Option<(Arc<ClientConfig>, &str)>,
         request: Zeroizing<Vec<u8>>,
         head: bool,
         limit: usize,
+        raw: Vec<u8>,
         number: u64,
         io: &Io<'_>,
     ) -> Result<Self, String> {
-        let tls = match tls {
-            Some((config, host)) => {
-                let name = ServerName::try_from(host.to_string()).map_err(|e| format!("TLS: {e}"))?;
-                let mut connection = ClientConnection::new(config, name).map_err(|e| format!("TLS: {e}"))?;
-                connection.set_buffer_limit(None);
-                Some(connection)
-            }
-            None => None,
-        };
-        let failed = |e: io::Error| format!("cannot connect to {address}: {e}");
-        let mut stream = TcpStream::connect(address).map_err(failed)?;
-        io.watch(&mut stream, number, Interest::READABLE | Interest::WRITABLE).map_err(failed)?;
+        let connection = Connection::open(address, tls, number, io)?;
         let phases = Phases { resolved: Some(io.now), ..Phases::default() };
-        let (raw, body) = (Vec::new(), Body::Unknown);
-        Ok(Self { stream, tls, out: request, head, raw, limit, body, walked: 0, phases })
+        let (reused, out, body, walked) = (false, request, Body::Unknown, 0);
+        Ok(Self { connection, reused, out, head, raw, limit, body, walked, phases })
     }
 
-    /// Gives the connection up.
-    pub fn end(&mut self, io: &Io<'_>) {
-        io.unwatch(&mut self.stream);
+    /// On a connection that had an answer before; to be gone on with at once.
+    pub fn again(
+        connection: Connection,
+        request: Zeroizing<Vec<u8>>,
+        head: bool,
+        limit: usize,
+        raw: Vec<u8>,
+        now: Instant,
+    ) -> Self {
+        let secured = connection.tls.is_some().then_some(now);
+        let phases = Phases { resolved: Some(now), connected: Some(now), secured, ..Phases::default() };
+        let (reused, out, body, walked) = (true, request, Body::Unknown, 0);
+        Self { connection, reused, out, head, raw, limit, body, walked, phases }
+    }
+
+    /// Its events' number.
+    pub fn number(&self) -> u64 {
+        self.connection.number
+    }
+
+    /// Whether it failed only because the server had given the kept connection up: then it has seen nothing of the
+    /// request, as far as anybody can know, and a new connection is worth a try (RFC 9112 §9.3.1). Whose it was.
+    pub fn was_stale(&self) -> Option<SocketAddr> {
+        (self.reused && self.raw.is_empty()).then_some(self.connection.address)
+    }
+
+    /// The connection and what came on it.
+    pub fn into_parts(self) -> (Connection, Vec<u8>) {
+        (self.connection, self.raw)
     }
 
     /// When the certificate that the server showed ends, in seconds since 1970-01-01 UTC; of a chain, the first to end.
     pub fn certificate_end(&self) -> Option<i64> {
-        let chain = self.tls.as_ref()?.peer_certificates()?;
+        let chain = self.connection.tls.as_ref()?.peer_certificates()?;
         chain.iter().filter_map(|certificate| not_after(certificate)).min()
     }
 
     /// Goes on as far as the connection lets it.
     pub fn go_on(&mut self, now: Instant) -> Result<Progress, String> {
         if self.phases.connected.is_none() {
-            if let Ok(Some(e)) | Err(e) = self.stream.take_error() {
+            let stream = &self.connection.stream;
+            if let Ok(Some(e)) | Err(e) = stream.take_error() {
                 return Err(format!("cannot connect: {e}"));
             }
-            if self.stream.peer_addr().is_err() {
+            if stream.peer_addr().is_err() {
                 return Ok(Progress::Waiting);
             }
             self.phases.connected = Some(now);
             // A small request must not wait for more to come.
-            let _ = self.stream.set_nodelay(true);
+            let _ = stream.set_nodelay(true);
         }
-        let ended = match self.tls {
+        let ended = match self.connection.tls {
             Some(_) => self.secured(now),
             None => self.plain(),
         };
@@ -140,30 +215,31 @@ impl Exchange {
     }
 
     fn plain(&mut self) -> io::Result<bool> {
+        let stream = &mut self.connection.stream;
         while !self.out.is_empty() {
-            match self.stream.write(&self.out) {
+            match stream.write(&self.out) {
                 Ok(count) => _ = self.out.drain(..count),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
         }
-        drain(&mut self.stream, &mut self.raw, self.limit)
+        drain(stream, &mut self.raw, self.limit)
     }
 
     fn secured(&mut self, now: Instant) -> io::Result<bool> {
-        let Some(tls) = &mut self.tls else { return Ok(false) };
+        let Connection { stream, tls: Some(tls), .. } = &mut self.connection else { return Ok(false) };
         // Waits inside until the handshake is done.
         tls.writer().write_all(&std::mem::take(&mut self.out))?;
         loop {
             while tls.wants_write() {
-                match tls.write_tls(&mut self.stream) {
+                match tls.write_tls(stream) {
                     Ok(_) => {}
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                     Err(e) => return Err(e),
                 }
             }
-            let ended = match tls.read_tls(&mut self.stream) {
+            let ended = match tls.read_tls(stream) {
                 Ok(count) => count == 0,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
@@ -171,7 +247,7 @@ impl Exchange {
             };
             if let Err(e) = tls.process_new_packets() {
                 // The server learns why, if it still listens.
-                let _ = tls.write_tls(&mut self.stream);
+                let _ = tls.write_tls(stream);
                 return Err(io::Error::other(format!("TLS: {e}")));
             }
             if !tls.is_handshaking() {

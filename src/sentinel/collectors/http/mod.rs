@@ -1,10 +1,12 @@
 //! `http`: how a web server answers (status, phases, content, the end of its certificate), and what it says where it
 //! offers Prometheus or OpenMetrics text.
 //!
-//! Each run has a connection of its own on the loop; a server that hangs costs nobody else anything.
+//! Each run has a connection of its own on the loop; a server that hangs costs nobody else anything. A scraped target's
+//! connection is kept for its next scrape (`idle`); a probe measures a new one each time.
 
 mod certificate;
 mod exchange;
+mod idle;
 mod request;
 mod scrape;
 
@@ -26,13 +28,23 @@ use crate::sentinel::plugin::{FieldError, Manifest, Values};
 use crate::sentinel::schedule::RunId;
 use crate::sentinel::task::Task;
 use exchange::{Exchange, Phases, Progress};
+use idle::Idle;
 use request::{Asking, Hop};
 use scrape::{Known, Limits, Reading};
+
+/// Octets of the buffer for answers that is kept from one to the next.
+const SPARE: usize = 1024 * 1024;
 
 /// The service.
 pub struct Http {
     manifest: Manifest,
     jobs: HashMap<RunId, Job>,
+    /// Whose the connections in use are, by their numbers.
+    owners: HashMap<u64, RunId>,
+    next_number: u64,
+    idle: Idle,
+    /// An answer's buffer, empty.
+    spare: Vec<u8>,
     /// What scraped targets said last time, by task.
     known: HashMap<String, Known>,
 }
@@ -62,24 +74,81 @@ impl Http {
     /// The service.
     #[allow(clippy::new_without_default)] // like the others, whose `new` takes something
     pub fn new() -> Self {
-        Self { manifest: manifest("http"), jobs: HashMap::new(), known: HashMap::new() }
+        Self {
+            manifest: manifest("http"),
+            jobs: HashMap::new(),
+            owners: HashMap::new(),
+            next_number: 0,
+            idle: Idle::default(),
+            spare: Vec::new(),
+            known: HashMap::new(),
+        }
     }
 
+    /// Asks: on the connection of the last scrape, or on a new one.
     fn connect(&mut self, id: RunId, addresses: Result<Vec<IpAddr>, String>, io: &mut Io<'_>) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let plan = Arc::clone(&job.plan);
-        let address =
-            addresses.and_then(|all| all.first().copied().ok_or_else(|| "the host has no address".to_string()));
-        let url = &job.hop.url;
-        let started = address.and_then(|address| {
-            let tls = url.tls.then(|| plan.asking.tls()).transpose()?.map(|config| (config, url.host.as_str()));
-            let request = plan.asking.octets(&job.hop);
-            let head = job.hop.method == "HEAD";
-            Exchange::start(SocketAddr::new(address, url.port), tls, request, head, plan.body_limit, id.0, io)
-        });
+        let port = job.hop.url.port;
+        let addresses = match addresses {
+            Ok(addresses) => addresses,
+            Err(e) => return self.end(id, Err(e), io),
+        };
+        let good = |address: SocketAddr| address.port() == port && addresses.contains(&address.ip());
+        if job.plan.asking.keeps()
+            && job.hop.number == 0
+            && let Some(connection) = self.idle.take(&job.run.task.id, good, io)
+        {
+            let (request, raw) = (job.plan.asking.octets(&job.hop), std::mem::take(&mut self.spare));
+            let exchange = Exchange::again(connection, request, false, job.plan.body_limit, raw, io.now);
+            self.owners.insert(exchange.number(), id);
+            job.exchange = Some(exchange);
+            return self.go_on(id, io);
+        }
+        match addresses.first() {
+            Some(&address) => self.connect_to(id, SocketAddr::new(address, port), io),
+            None => self.end(id, Err("the host has no address".into()), io),
+        }
+    }
+
+    fn connect_to(&mut self, id: RunId, address: SocketAddr, io: &mut Io<'_>) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        self.next_number += 1;
+        let (number, plan, url) = (self.next_number, &job.plan, &job.hop.url);
+        let tls = url.tls.then(|| plan.asking.tls()).transpose();
+        let tls = tls.map(|tls| tls.map(|config| (config, url.host.as_str())));
+        let (request, head) = (plan.asking.octets(&job.hop), job.hop.method == "HEAD");
+        let raw = std::mem::take(&mut self.spare);
+        let started =
+            tls.and_then(|tls| Exchange::start(address, tls, request, head, plan.body_limit, raw, number, io));
         match started {
-            Ok(exchange) => job.exchange = Some(exchange),
-            Err(e) => self.end(id, Some(e), io),
+            Ok(exchange) => {
+                self.owners.insert(number, id);
+                job.exchange = Some(exchange);
+            }
+            Err(e) => self.end(id, Err(e), io),
+        }
+    }
+
+    fn go_on(&mut self, id: RunId, io: &mut Io<'_>) {
+        let Some(exchange) = self.jobs.get_mut(&id).and_then(|job| job.exchange.as_mut()) else { return };
+        match exchange.go_on(io.now) {
+            Ok(Progress::Waiting) => {}
+            Ok(Progress::Complete) => self.answered(id, io),
+            Err(e) => match exchange.was_stale() {
+                Some(address) => {
+                    self.hang_up(id, io);
+                    self.connect_to(id, address, io);
+                }
+                None => self.end(id, Err(e), io),
+            },
+        }
+    }
+
+    /// Ends the run's connection, if it has one.
+    fn hang_up(&mut self, id: RunId, io: &Io<'_>) {
+        if let Some(exchange) = self.jobs.get_mut(&id).and_then(|job| job.exchange.take()) {
+            self.owners.remove(&exchange.number());
+            exchange.into_parts().0.close(io);
         }
     }
 
@@ -90,56 +159,64 @@ impl Http {
         let next = answer.as_ref().ok().filter(|answer| plan.redirects > 0 && !plan.is_good(answer.status));
         let next = next.and_then(|answer| job.hop.next(answer.status, answer.header("location")));
         match next {
-            None => self.end(id, None, io),
-            Some(Err(e)) => self.end(id, Some(e), io),
+            None => self.end(id, answer, io),
+            Some(Err(e)) => self.end(id, Err(e), io),
             Some(Ok(hop)) if hop.number > plan.redirects => {
-                self.end(id, Some(format!("the server sends us on more than {} times", plan.redirects)), io);
+                self.end(id, Err(format!("the server sends us on more than {} times", plan.redirects)), io);
             }
             Some(Ok(hop)) => {
-                if let Some(mut exchange) = job.exchange.take() {
-                    exchange.end(io);
-                }
                 (job.hop, job.since) = (hop, io.now);
-                let addresses = io.resolve(id, &job.hop.url.host);
-                if let Some(addresses) = addresses {
+                let host = job.hop.url.host.clone();
+                self.hang_up(id, io);
+                if let Some(addresses) = io.resolve(id, &host) {
                     self.connect(id, addresses, io);
                 }
             }
         }
     }
 
-    fn end(&mut self, id: RunId, error: Option<String>, io: &mut Io<'_>) {
-        if let Some(finished) = self.take(id, error, io) {
+    fn end(&mut self, id: RunId, answer: Result<Response, String>, io: &mut Io<'_>) {
+        if let Some(finished) = self.take(id, answer, io) {
             io.finish(id, finished);
         }
     }
 
     /// Ends a run: with its answer, or with the error.
-    fn take(&mut self, id: RunId, error: Option<String>, io: &Io<'_>) -> Option<Finished> {
+    fn take(&mut self, id: RunId, answer: Result<Response, String>, io: &Io<'_>) -> Option<Finished> {
         let mut job = self.jobs.remove(&id)?;
-        let mut answer = Err(error.clone().unwrap_or_default());
-        if let Some(exchange) = &mut job.exchange {
-            exchange.end(io);
+        let exchange = job.exchange.take();
+        let finished = match job.plan.scrape {
+            true => self.scraped(&job, answer.as_ref(), io),
+            false => probed(&job, exchange.as_ref(), answer.as_ref(), io),
+        };
+        if let Some(exchange) = exchange {
+            self.owners.remove(&exchange.number());
+            let (connection, _) = exchange.into_parts();
+            let task = &job.run.task;
+            if job.plan.asking.keeps() && job.hop.number == 0 && answer.as_ref().is_ok_and(|answer| answer.keep_alive) {
+                self.idle.keep(&task.id, task.interval, connection, io);
+            } else {
+                connection.close(io);
+            }
         }
-        if error.is_none() {
-            answer = job.answer();
+        if let Ok(answer) = answer
+            && (self.spare.capacity()..=SPARE).contains(&answer.body.capacity())
+        {
+            self.spare = answer.body;
+            self.spare.clear();
         }
-        let answer = answer.and_then(|answer| match job.plan.is_good(answer.status) {
-            false if job.plan.scrape => Err(format!("the target answers with status {}", answer.status)),
-            _ => Ok(answer),
-        });
-        Some(match job.plan.scrape {
-            true => self.scraped(&job, answer, io),
-            false => probed(&job, answer, io),
-        })
+        Some(finished)
     }
 
-    fn scraped(&mut self, job: &Job, answer: Result<Response, String>, io: &Io<'_>) -> Finished {
+    fn scraped(&mut self, job: &Job, answer: Result<&Response, &String>, io: &Io<'_>) -> Finished {
         let task = &job.run.task;
         let instance = job.plan.url.authority();
         let target = [("instance", instance.as_str()), ("job", task.id.as_str())];
-        let size = answer.as_ref().map_or(0, |answer| answer.body.len());
-        let scraped = answer.and_then(|answer| {
+        let size = answer.map_or(0, |answer| answer.body.len());
+        let scraped = answer.map_err(Clone::clone).and_then(|answer| {
+            if !job.plan.is_good(answer.status) {
+                return Err(format!("the target answers with status {}", answer.status));
+            }
             let kind = answer.header("content-type").unwrap_or_default();
             let reading = Reading {
                 table: io.table,
@@ -175,26 +252,26 @@ impl Http {
 }
 
 impl Job {
-    /// What has come, once it is complete.
-    fn answer(&self) -> Result<Response, String> {
-        let mut raw = self.exchange.as_ref().map_or(&[][..], |exchange| &exchange.raw);
+    /// Takes what has come, once it is complete.
+    fn answer(&mut self) -> Result<Response, String> {
+        let raw = self.exchange.as_mut().map(|exchange| std::mem::take(&mut exchange.raw)).unwrap_or_default();
         let answer = match &*self.hop.method {
-            "HEAD" => response::read_head(&mut raw),
-            _ => response::read(&mut raw, self.plan.body_limit),
+            "HEAD" => response::read_head(&mut raw.as_slice()),
+            _ => response::whole(raw, self.plan.body_limit),
         };
         answer.map_err(|e| e.to_string())
     }
 }
 
 /// What a probe measures.
-fn probed(job: &Job, answer: Result<Response, String>, io: &Io<'_>) -> Finished {
+fn probed(job: &Job, exchange: Option<&Exchange>, answer: Result<&Response, &String>, io: &Io<'_>) -> Finished {
     let plan = &job.plan;
     let mut out = Gatherer::new(io.table, &job.run.task.labels, job.run.started_ms);
     let instance = plan.url.to_string();
     let labels = [("instance", instance.as_str())];
     let mut error = None;
     match answer {
-        Err(e) => error = Some(e),
+        Err(e) => error = Some(e.clone()),
         Ok(answer) => {
             let body = String::from_utf8_lossy(&answer.body);
             let matches = plan.matches.as_ref().is_none_or(|regex| regex.is_match(&body))
@@ -211,7 +288,7 @@ fn probed(job: &Job, answer: Result<Response, String>, io: &Io<'_>) -> Finished 
     }
     out.add("up", Kind::Gauge, &labels, f64::from(u8::from(error.is_none())));
     out.add("http_redirects", Kind::Gauge, &labels, f64::from(job.hop.number));
-    if let Some(exchange) = &job.exchange {
+    if let Some(exchange) = exchange {
         let mut add = |phase: &str, seconds: f64| {
             let labels = [labels[0], ("phase", phase)];
             out.add("http_duration_seconds", Kind::Gauge, &labels, seconds);
@@ -310,21 +387,19 @@ impl Service for Http {
     }
 
     fn cancel(&mut self, run: RunId, io: &mut Io<'_>) -> Cancelled {
-        Cancelled::Gone(self.take(run, Some("the server did not answer".into()), io).unwrap_or_default())
+        Cancelled::Gone(self.take(run, Err("the server did not answer".into()), io).unwrap_or_default())
     }
 
     fn ready(&mut self, number: u64, _event: &Event, io: &mut Io<'_>) {
-        let id = RunId(number);
-        let Some(exchange) = self.jobs.get_mut(&id).and_then(|job| job.exchange.as_mut()) else { return };
-        match exchange.go_on(io.now) {
-            Ok(Progress::Waiting) => {}
-            Ok(Progress::Complete) => self.answered(id, io),
-            Err(e) => self.end(id, Some(e), io),
+        match self.owners.get(&number).copied() {
+            Some(run) => self.go_on(run, io),
+            None => self.idle.ready(number, io),
         }
     }
 
-    fn forget(&mut self, task: &str, _io: &mut Io<'_>) {
+    fn forget(&mut self, task: &str, io: &mut Io<'_>) {
         self.known.remove(task);
+        self.idle.forget(task, io);
     }
 }
 

@@ -17,6 +17,8 @@ pub struct Asking {
     /// Only for the address of the task: they may say who we are.
     own: Vec<(String, Zeroizing<String>)>,
     accept: &'static str,
+    /// Whether the connection may serve the next request too: what a GET asks can be asked again where it was closed.
+    keeps: bool,
     body: String,
     tls: TlsOptions,
     /// Read once, and only when somebody speaks TLS.
@@ -45,6 +47,7 @@ impl Asking {
             method: config.text("method").into(),
             own,
             accept: if scrape { ACCEPT } else { "*/*" },
+            keeps: scrape && config.text("method") == "GET",
             body: config.text("body").into(),
             tls,
             loaded: OnceLock::new(),
@@ -54,6 +57,11 @@ impl Asking {
     /// How servers are known.
     pub fn tls(&self) -> Result<Arc<ClientConfig>, String> {
         self.loaded.get_or_init(|| self.tls.load().map_err(|e| e.to_string())).clone()
+    }
+
+    /// Whether connections are kept for the next request.
+    pub fn keeps(&self) -> bool {
+        self.keeps
     }
 
     /// The first request to an address.
@@ -66,12 +74,10 @@ impl Asking {
         let body = if hop.body { self.body.as_str() } else { "" };
         let agent = format!("warren-sentinel/{}", env!("CARGO_PKG_VERSION"));
         let (host, length) = (hop.url.authority(), body.len().to_string());
-        let mut headers = vec![
-            ("Host", host.as_str()),
-            ("User-Agent", agent.as_str()),
-            ("Accept", self.accept),
-            ("Connection", "close"),
-        ];
+        let mut headers = vec![("Host", host.as_str()), ("User-Agent", agent.as_str()), ("Accept", self.accept)];
+        if !self.keeps {
+            headers.push(("Connection", "close"));
+        }
         if !body.is_empty() || !matches!(&*hop.method, "GET" | "HEAD") {
             headers.push(("Content-Length", length.as_str()));
         }

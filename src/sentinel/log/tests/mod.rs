@@ -3,6 +3,7 @@
 mod damage;
 mod faults;
 mod histories;
+mod kills;
 mod limits;
 
 use std::sync::Arc;
