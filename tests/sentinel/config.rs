@@ -4,7 +4,7 @@ use crate::process::{QUICK, Sentinel, target, until, write_private};
 use crate::receiver::Receiver;
 
 /// Each is wrong in its own way; the text must be in the complaint.
-const MISTAKES: [(&str, &str); 34] = [
+const MISTAKES: [(&str, &str); 35] = [
     ("[[aggregate]]\nregex = \"a\"\nwindow_s = 60\nfunctions = [\"median\"]", "median"),
     ("[log]\noutput = \"file\"", "log.file"),
     ("unknown = 1", "unknown"),
@@ -19,6 +19,7 @@ const MISTAKES: [(&str, &str); 34] = [
     ("[sender]\nbatch = 0", "sender.batch"),
     ("[sender]\nbatch = -1", "sender.batch"),
     ("[sender]\nbatch = \"many\"", "sender.batch"),
+    ("[[target]]\nname = \"two\"\nkind = \"prometheus\"\nurl = \"http://localhost/\"\nbatch = 0", "target.batch"),
     ("[sender]\nmode = \"core\"", "sender.mode"),
     ("[sender]\ntimeout_s = 0", "sender.timeout_s"),
     ("[heartbeat]\ninterval_s = 0", "heartbeat.interval_s"),

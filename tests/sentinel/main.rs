@@ -4,6 +4,7 @@
 
 mod buffer;
 mod clickhouse;
+mod commands;
 mod config;
 mod container;
 mod core;

@@ -1,6 +1,7 @@
 //! The kinds of collection, each a [`Service`] of the collecting loop. What each wants to know of a task is its
 //! `plugin.toml`, built into the binary.
 
+mod datagrams;
 pub mod external;
 pub mod http;
 pub mod modbus;

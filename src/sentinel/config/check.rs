@@ -128,6 +128,9 @@ impl Target {
         }
         address("target.url", &self.url, self.allow_http)?;
         identity("target", &self.cert, &self.key)?;
+        if let Some(batch) = self.batch {
+            within("target.batch", batch, 1..=100_000).map_err(|(key, message)| wrong(key, message))?;
+        }
         let is_table = |table: &str| table.split('.').count() <= 2 && table.split('.').all(is_series_name);
         match self.kind {
             TargetKind::ClickHouse if !is_table(&self.table) => {

@@ -176,7 +176,7 @@ pub enum SenderMode {
 pub struct Sender {
     /// Whom samples go to.
     pub mode: SenderMode,
-    /// Samples sent together, 1–100,000.
+    /// Samples sent together, 1–100,000, to the core and to every target that has no number of its own.
     pub batch: u64,
     /// Milliseconds after which a smaller batch is sent, 1–600,000.
     pub flush_ms: u64,
@@ -218,6 +218,9 @@ pub struct Target {
     pub kind: TargetKind,
     /// Where it is.
     pub url: String,
+    /// Samples sent together, 1–100,000. By default `sender.batch`, but 10,000 to VictoriaMetrics, as its own agent has it:
+    /// what zstd saves grows with the batch.
+    pub batch: Option<u64>,
     /// ClickHouse: the table, with its database where it is not the default one.
     #[serde(default)]
     pub table: String,

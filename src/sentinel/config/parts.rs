@@ -10,6 +10,9 @@ use crate::sentinel::secret::Secret;
 use crate::sentinel::send::{LaneOptions, Protocol};
 use crate::sentinel::task::Task;
 
+/// Samples sent together to VictoriaMetrics, where nothing else is said.
+const VICTORIAMETRICS_BATCH: u64 = 10_000;
+
 impl Config {
     /// The log's limits and rules.
     pub fn log_options(&self) -> Options {
@@ -49,7 +52,10 @@ impl Config {
                     TargetKind::Prometheus2 => Protocol::RemoteWrite2,
                     TargetKind::ClickHouse => Protocol::ClickHouse { table: target.table.clone() },
                 };
-                lanes.push(self.lane(&target.name, protocol, url, tls, target.credentials()?));
+                let own = target.batch.or((protocol == Protocol::VictoriaMetrics).then_some(VICTORIAMETRICS_BATCH));
+                let mut lane = self.lane(&target.name, protocol, url, tls, target.credentials()?);
+                lane.batch = own.map_or(lane.batch, |own| own as usize);
+                lanes.push(lane);
             }
         }
         Ok(lanes)

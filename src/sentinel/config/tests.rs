@@ -77,3 +77,18 @@ fn credentials_become_headers_and_show_in_no_debug_form() {
         assert!(!format!("{lanes:?}").contains("t0k"));
     }
 }
+
+#[test]
+fn a_target_has_the_batch_that_it_says_or_that_suits_what_it_speaks() {
+    for (kind, more, batch) in [
+        ("prometheus", "", 2000),
+        ("prometheus2", "", 2000),
+        ("victoriametrics", "", 10_000),
+        ("victoriametrics", "batch = 300", 300),
+        ("prometheus", "batch = 7000", 7000),
+    ] {
+        let target = format!("[[target]]\nname = \"a\"\nkind = \"{kind}\"\nurl = \"http://localhost/\"\n{more}");
+        let lanes = parse(&format!("[sender]\nbatch = 2000\n{target}")).unwrap().lanes().unwrap();
+        assert_eq!(lanes[0].batch, batch, "{kind} {more}");
+    }
+}

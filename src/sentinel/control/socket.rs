@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 /// Its name in the data directory.
 pub const SOCKET: &str = "control.sock";
+/// Words that change something: who said them is logged.
+const CHANGES: [&str; 2] = ["reload", "stop"];
 const MAX_LINE: u64 = 256;
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -43,7 +45,12 @@ fn one(stream: &UnixStream, answer: &impl Fn(&str) -> String) -> io::Result<()> 
     stream.set_write_timeout(Some(Duration::from_secs(5)))?;
     let mut word = String::new();
     BufReader::new(stream.take(MAX_LINE)).read_line(&mut word)?;
-    let mut line = answer(word.trim());
+    let word = word.trim();
+    let mut line = answer(word);
+    if CHANGES.contains(&word) {
+        let who = nix::sys::socket::getsockopt(stream, nix::sys::socket::sockopt::PeerCredentials)?;
+        log::info!("audit: {word} by user {}, process {}: {line}", who.uid(), who.pid());
+    }
     line.push('\n');
     (&mut &*stream).write_all(line.as_bytes())
 }

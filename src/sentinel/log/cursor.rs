@@ -1,5 +1,6 @@
-//! How far each destination has come. A cursor is kept in two files, written in turn: whichever way the newer one is
-//! lost, the older one holds, and a lost or old cursor only means that something is sent twice.
+//! How far each destination has come. A cursor is kept in two files, written in turn and in place: whichever way the newer
+//! one is lost or torn, the older one holds, and a lost or old cursor only means that something is sent twice. Writing
+//! over what is there needs no room and no entry in the file system's journal: it happens once a second.
 
 use std::io;
 
@@ -8,7 +9,6 @@ use super::files::{Files, read_full, write_full};
 
 const MAGIC: &[u8; 8] = b"WSENTCUR";
 const SIZE: usize = 36;
-const TEMPORARY: &str = "cursor.new";
 
 /// A destination's position in a log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,15 +71,18 @@ pub fn load(files: &dyn Files, destination: &str, log: Option<u64>) -> io::Resul
 
 /// Makes a cursor durable in the file of its turn. An error leaves the other file, so the one before, as it was.
 pub fn save(files: &dyn Files, destination: &str, cursor: &Cursor) -> io::Result<()> {
-    match files.remove(TEMPORARY) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    let file = files.create(TEMPORARY, 0)?;
+    let name = file_name(destination, cursor.generation % 2);
+    let (file, new) = match files.open(&name) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => (files.create(&name, 0)?, true),
+        opened => (opened?, false),
+    };
     write_full(&*file, &encode(cursor), 0)?;
+    // Only what damaged it can have made it longer.
+    if file.length()? != SIZE as u64 {
+        file.set_len(SIZE as u64)?;
+    }
     file.sync()?;
-    files.rename(TEMPORARY, &file_name(destination, cursor.generation % 2))?;
-    files.sync_directory()
+    if new { files.sync_directory() } else { Ok(()) }
 }
 
 /// Forgets a destination.
@@ -111,6 +114,10 @@ mod tests {
         assert_eq!(load(&files, "prom", Some(5)).unwrap(), Some(cursor(3)));
         files.open("prom.1.cursor").unwrap().set_len(0).unwrap();
         assert_eq!(load(&files, "prom", Some(5)).unwrap(), None);
+        // Whatever is there is written over.
+        files.open("prom.1.cursor").unwrap().set_len(1000).unwrap();
+        save(&files, "prom", &cursor(5)).unwrap();
+        assert_eq!(load(&files, "prom", Some(5)).unwrap(), Some(cursor(5)));
         forget(&files, "prom").unwrap();
         assert!(files.list().unwrap().is_empty());
     }

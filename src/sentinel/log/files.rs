@@ -18,11 +18,9 @@ pub trait Files: Send + Sync {
     fn create(&self, name: &str, size: u64) -> io::Result<Arc<dyn LogFile>>;
     /// An existing file.
     fn open(&self, name: &str) -> io::Result<Arc<dyn LogFile>>;
-    /// Gives a file another name; what had it is replaced.
-    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
     /// Removes a file. Who has it open may go on reading it.
     fn remove(&self, name: &str) -> io::Result<()>;
-    /// Makes creations, renames and removals durable.
+    /// Makes creations and removals durable.
     fn sync_directory(&self) -> io::Result<()>;
     /// Octets that may still be allocated.
     fn free(&self) -> io::Result<u64>;
@@ -132,10 +130,6 @@ impl Files for Disk {
         Ok(Arc::new(OpenOptions::new().read(true).write(writable).open(path)?))
     }
 
-    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        fs::rename(self.directory.join(from), self.directory.join(to))
-    }
-
     fn remove(&self, name: &str) -> io::Result<()> {
         fs::remove_file(self.directory.join(name))
     }
@@ -203,13 +197,6 @@ impl Files for Memory {
             Some(file) => Ok(Arc::clone(file) as Arc<dyn LogFile>),
             None => Err(io::ErrorKind::NotFound.into()),
         }
-    }
-
-    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        let mut files = hold(&self.0);
-        let file = files.remove(from).ok_or(io::ErrorKind::NotFound)?;
-        files.insert(to.to_string(), file);
-        Ok(())
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {

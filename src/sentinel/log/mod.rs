@@ -131,7 +131,7 @@ pub struct Log {
     id: u64,
     writer: Mutex<Writer>,
     state: Mutex<State>,
-    /// Held while cursors are written: their files have one temporary name.
+    /// Held while cursors are written: of each one's two files the older is written over.
     saving: Mutex<()>,
     /// Told when samples were appended or the log was closed.
     grown: Condvar,
@@ -292,18 +292,18 @@ impl Log {
         let moved: Vec<(String, cursor::Cursor)> = self
             .lock()
             .cursors
-            .iter_mut()
+            .iter()
             .filter(|(_, progress)| progress.saved != progress.sequence)
             .map(|(name, progress)| {
-                progress.generation += 1;
-                let (generation, sequence) = (progress.generation, progress.sequence);
+                // One that cannot be written is tried again in the same file: the other one is good.
+                let (generation, sequence) = (progress.generation + 1, progress.sequence);
                 (name.clone(), cursor::Cursor { log: self.id, generation, sequence })
             })
             .collect();
         for (name, cursor) in moved {
             cursor::save(&*self.files, &name, &cursor)?;
             if let Some(progress) = self.lock().cursors.get_mut(&name) {
-                progress.saved = cursor.sequence;
+                (progress.saved, progress.generation) = (cursor.sequence, cursor.generation);
             }
         }
         Ok(())

@@ -50,6 +50,8 @@ pub struct Origin {
 /// Encodes; keeps its buffers for the next time.
 pub struct Encoder {
     raw: Vec<u8>,
+    /// As large as what was compressed may become: not made anew, and not cleared, for each batch.
+    packed: Vec<u8>,
     text: String,
     quick: snap::raw::Encoder,
     snappy: Snappy,
@@ -60,6 +62,7 @@ impl Default for Encoder {
     fn default() -> Self {
         Self {
             raw: Vec::new(),
+            packed: Vec::new(),
             text: String::new(),
             quick: snap::raw::Encoder::new(),
             snappy: Snappy::default(),
@@ -76,10 +79,12 @@ impl Encoder {
                 self.raw.clear();
                 remote_write::encode_1(&batch.samples, &mut self.raw);
                 // The receivers of this form are near, and it costs most of the time there is: the quick encoder.
-                let mut body = vec![0; snap::raw::max_compress_len(self.raw.len())];
-                let len = self.quick.compress(&self.raw, &mut body).unwrap_or_default();
-                body.truncate(len);
-                snappy(target, body, "application/x-protobuf", "0.1.0")
+                let most = snap::raw::max_compress_len(self.raw.len());
+                if self.packed.len() < most {
+                    self.packed.resize(most, 0);
+                }
+                let len = self.quick.compress(&self.raw, &mut self.packed).unwrap_or_default();
+                snappy(target, self.packed[..len].to_vec(), "application/x-protobuf", "0.1.0")
             }
             Protocol::RemoteWrite2 => {
                 self.raw.clear();

@@ -18,6 +18,9 @@ use crate::sentinel::http::response::MAX_HEAD;
 /// Octets read at one go.
 const AT_ONCE: usize = 1024 * 1024;
 
+/// Where octets are read to, one call's after the other's.
+pub type Chunk = [u8; 64 * 1024];
+
 /// When each phase ended.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Phases {
@@ -186,7 +189,7 @@ impl Exchange {
     }
 
     /// Goes on as far as the connection lets it.
-    pub fn go_on(&mut self, now: Instant) -> Result<Progress, String> {
+    pub fn go_on(&mut self, now: Instant, chunk: &mut Chunk) -> Result<Progress, String> {
         if self.phases.connected.is_none() {
             let stream = &self.connection.stream;
             if let Ok(Some(e)) | Err(e) = stream.take_error() {
@@ -200,8 +203,8 @@ impl Exchange {
             let _ = stream.set_nodelay(true);
         }
         let ended = match self.connection.tls {
-            Some(_) => self.secured(now),
-            None => self.plain(),
+            Some(_) => self.secured(now, chunk),
+            None => self.plain(chunk),
         };
         let ended = ended.map_err(|e| format!("the connection failed: {e}"))?;
         if !self.raw.is_empty() {
@@ -214,7 +217,7 @@ impl Exchange {
         Ok(Progress::Waiting)
     }
 
-    fn plain(&mut self) -> io::Result<bool> {
+    fn plain(&mut self, chunk: &mut Chunk) -> io::Result<bool> {
         let stream = &mut self.connection.stream;
         while !self.out.is_empty() {
             match stream.write(&self.out) {
@@ -224,10 +227,10 @@ impl Exchange {
                 Err(e) => return Err(e),
             }
         }
-        drain(stream, &mut self.raw, self.limit)
+        drain(stream, chunk, &mut self.raw, self.limit)
     }
 
-    fn secured(&mut self, now: Instant) -> io::Result<bool> {
+    fn secured(&mut self, now: Instant, chunk: &mut Chunk) -> io::Result<bool> {
         let Connection { stream, tls: Some(tls), .. } = &mut self.connection else { return Ok(false) };
         // Waits inside until the handshake is done.
         tls.writer().write_all(&std::mem::take(&mut self.out))?;
@@ -253,7 +256,7 @@ impl Exchange {
             if !tls.is_handshaking() {
                 self.phases.secured.get_or_insert(now);
             }
-            let closed = match drain(&mut tls.reader(), &mut self.raw, self.limit) {
+            let closed = match drain(&mut tls.reader(), chunk, &mut self.raw, self.limit) {
                 // Without a goodbye: whether something is missing shows in the answer's own framing.
                 Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => true,
                 other => other?,
@@ -319,13 +322,12 @@ impl Exchange {
 }
 
 /// Reads what there is; `true` at the end.
-fn drain(from: &mut dyn Read, into: &mut Vec<u8>, limit: usize) -> io::Result<bool> {
-    let mut chunk = [0; 16 * 1024];
+fn drain(from: &mut dyn Read, chunk: &mut Chunk, into: &mut Vec<u8>, limit: usize) -> io::Result<bool> {
     let start = into.len();
     // The rest comes with the next event: what is registered for reading is told again after a short read only, so
     // reading stops early only where the answer is too long anyway.
     while into.len() - start < AT_ONCE.max(limit) + 2 * MAX_HEAD {
-        match from.read(&mut chunk) {
+        match from.read(chunk) {
             Ok(0) => return Ok(true),
             Ok(count) => into.extend_from_slice(&chunk[..count]),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),

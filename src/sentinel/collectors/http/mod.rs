@@ -27,7 +27,7 @@ use crate::sentinel::model::Kind;
 use crate::sentinel::plugin::{FieldError, Manifest, Values};
 use crate::sentinel::schedule::RunId;
 use crate::sentinel::task::Task;
-use exchange::{Exchange, Phases, Progress};
+use exchange::{Chunk, Exchange, Phases, Progress};
 use idle::Idle;
 use request::{Asking, Hop};
 use scrape::{Known, Limits, Reading};
@@ -45,6 +45,7 @@ pub struct Http {
     idle: Idle,
     /// An answer's buffer, empty.
     spare: Vec<u8>,
+    chunk: Box<Chunk>,
     /// What scraped targets said last time, by task.
     known: HashMap<String, Known>,
 }
@@ -81,6 +82,7 @@ impl Http {
             next_number: 0,
             idle: Idle::default(),
             spare: Vec::new(),
+            chunk: Box::new([0; _]),
             known: HashMap::new(),
         }
     }
@@ -131,7 +133,7 @@ impl Http {
 
     fn go_on(&mut self, id: RunId, io: &mut Io<'_>) {
         let Some(exchange) = self.jobs.get_mut(&id).and_then(|job| job.exchange.as_mut()) else { return };
-        match exchange.go_on(io.now) {
+        match exchange.go_on(io.now, &mut self.chunk) {
             Ok(Progress::Waiting) => {}
             Ok(Progress::Complete) => self.answered(id, io),
             Err(e) => match exchange.was_stale() {

@@ -1,11 +1,12 @@
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use super::*;
-use crate::sentinel::collect::once;
-use crate::sentinel::model::{Sample, SeriesTable};
-use crate::sentinel::task::{Outcome, Report};
+use crate::sentinel::collect::{Collector, once};
+use crate::sentinel::model::{Batch, Sample, SeriesTable};
+use crate::sentinel::task::{Outcome, Refusal, Report, Reports, Sink, TaskSet, TaskSource};
 use serde_json::json;
 
 /// A server that answers each connection with the next of these octets, in small parts.
@@ -34,9 +35,9 @@ fn server(answers: Vec<String>) -> (String, std::thread::JoinHandle<Vec<String>>
     (address, serve)
 }
 
-fn run(url: &str, config: serde_json::Value) -> (Report, Vec<Sample>) {
+fn task(url: &str, config: serde_json::Value) -> Task {
     let object = |value: serde_json::Value| value.as_object().unwrap().clone();
-    let task = Task {
+    Task {
         id: "t".into(),
         plugin: "http".into(),
         device: object(json!({"url": url})).into(),
@@ -46,8 +47,11 @@ fn run(url: &str, config: serde_json::Value) -> (Report, Vec<Sample>) {
         timeout: Duration::from_secs(20),
         priority: 0,
         retries: 0,
-    };
-    once(Default::default(), vec![task], Arc::new(SeriesTable::new(1000))).unwrap().remove(0)
+    }
+}
+
+fn run(url: &str, config: serde_json::Value) -> (Report, Vec<Sample>) {
+    once(Default::default(), vec![task(url, config)], Arc::new(SeriesTable::new(1000))).unwrap().remove(0)
 }
 
 fn value(samples: &[Sample], name: &str) -> Option<f64> {
@@ -99,6 +103,7 @@ fn a_probe_says_how_a_server_answers() {
         assert_eq!(value(&samples, "up"), Some(f64::from(u8::from(error.is_none()))));
         let request = serve.join().unwrap().remove(0);
         assert!(request.starts_with("GET /a?b=c HTTP/1.1\r\n"), "{request}");
+        assert!(request.contains("\r\nConnection: close\r\n"), "{request}");
     }
 }
 
@@ -230,4 +235,69 @@ fn mistakes_are_named_and_secrets_are_not_shown() {
     let secret = said("http://a", json!({"authorization": "s3cret\r\nX: y"}));
     assert_eq!(secret, "config.authorization: holds what may not stand in a header");
     assert!(said("https://a", json!({"verify": false, "certificate": "/x"})).starts_with("config.certificate: "));
+}
+
+/// Runs a task again and again until its sink has seen `count` values of `up`; gives them.
+fn ups(task: Task, count: usize) -> Vec<f64> {
+    #[derive(Default)]
+    struct Kept(Mutex<Vec<f64>>, Condvar);
+    impl Sink for Kept {
+        fn offer(&self, batch: &Batch) -> Result<(), Refusal> {
+            self.0.lock().unwrap().extend(value(&batch.samples, "up"));
+            self.1.notify_all();
+            Ok(())
+        }
+    }
+    impl Reports for Kept {
+        fn report(&self, _report: Report) {}
+    }
+    struct One(Arc<TaskSet>);
+    impl TaskSource for One {
+        fn current(&self) -> Arc<TaskSet> {
+            Arc::clone(&self.0)
+        }
+    }
+    let source = Arc::new(One(Arc::new(TaskSet { version: 1, tasks: vec![task] })));
+    let kept = Arc::new(Kept::default());
+    let (sink, reports) = (Arc::clone(&kept), Arc::clone(&kept));
+    let table = Arc::new(SeriesTable::new(1000));
+    let collector = Collector::start(Default::default(), source, sink, reports, table).unwrap();
+    let seen = kept.1.wait_while(kept.0.lock().unwrap(), |seen| seen.len() < count).unwrap()[..count].to_vec();
+    drop(collector);
+    seen
+}
+
+#[test]
+fn scrapes_share_a_connection_and_one_that_the_server_gave_up_is_replaced() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    // For each connection: how many requests are answered, whether one more is heard and not answered, what is announced.
+    let script = [(3, false, ""), (2, true, ""), (1, false, "Connection: close\r\n"), (2, false, ""), (1, false, "")];
+    let answered: usize = script.iter().map(|(answered, ..)| answered).sum();
+    let serve = std::thread::spawn(move || {
+        for (answered, heard, announced) in script {
+            let (mut stream, _) = listener.accept().unwrap();
+            let request = |stream: &mut TcpStream| {
+                let (mut request, mut octet) = (Vec::new(), [0]);
+                while !request.ends_with(b"\r\n\r\n") {
+                    stream.read_exact(&mut octet).unwrap();
+                    request.push(octet[0]);
+                }
+                assert!(!String::from_utf8_lossy(&request).contains("Connection"));
+            };
+            for _ in 0..answered {
+                request(&mut stream);
+                let answer = format!("HTTP/1.1 200 OK\r\n{announced}Content-Length: 4\r\n\r\na 1\n");
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+            if heard {
+                request(&mut stream);
+            }
+        }
+        listener
+    });
+    let config = json!({"mode": "scrape"});
+    let task = Task { interval: Duration::from_millis(50), timeout: Duration::from_secs(20), ..task(&url, config) };
+    assert_eq!(ups(task, answered), vec![1.0; answered]);
+    serve.join().unwrap();
 }

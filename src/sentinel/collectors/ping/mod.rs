@@ -6,8 +6,7 @@
 
 pub mod packet;
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher};
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddrV4, SocketAddrV6};
@@ -23,6 +22,7 @@ use nix::sys::socket::{
     SockaddrStorage, recvmsg, sendto, setsockopt, socket, sockopt,
 };
 
+use super::datagrams::{Datagrams, Heard as Read};
 use super::{checked, manifest};
 use crate::sentinel::collect::{Cancelled, Finished, Gatherer, Io, Plan, Run, Service};
 use crate::sentinel::model::Kind;
@@ -31,8 +31,6 @@ use crate::sentinel::schedule::RunId;
 use crate::sentinel::task::Task;
 use packet::{Echo, Heard};
 
-/// Packets read at one go.
-const AT_ONCE: usize = 512;
 /// Octets that the kernel may hold for us.
 const RECEIVE_BUFFER: usize = 2 * 1024 * 1024;
 /// A run ends this long before its deadline, so that what it has counts.
@@ -41,14 +39,12 @@ const MARGIN: Duration = Duration::from_millis(5);
 /// The service.
 pub struct Ping {
     manifest: Manifest,
-    sockets: [Option<OwnedFd>; 2],
+    sockets: Datagrams<OwnedFd, RunId>,
     buffer: Box<[u8; 65_536]>,
-    more: [Option<Instant>; 2],
     jobs: HashMap<RunId, Job>,
     /// Requests under way: by number, and by the sequence that ICMP errors quote.
     sent: HashMap<u64, Sent>,
     by_sequence: HashMap<u16, u64>,
-    timers: BinaryHeap<Reverse<(Instant, RunId)>>,
     cookie: u64,
     number: u64,
 }
@@ -84,13 +80,11 @@ impl Ping {
     pub fn new() -> Self {
         Self {
             manifest: manifest("ping"),
-            sockets: [None, None],
+            sockets: Datagrams::new(),
             buffer: Box::new([0; 65_536]),
-            more: [None; 2],
             jobs: HashMap::new(),
             sent: HashMap::new(),
             by_sequence: HashMap::new(),
-            timers: BinaryHeap::new(),
             cookie: std::hash::RandomState::new().build_hasher().finish(),
             number: 0,
         }
@@ -107,14 +101,9 @@ impl Ping {
         };
         let Some(address) = address else { return self.end(run, Some("the host has no address".into()), io) };
         let family = usize::from(address.is_ipv6());
-        if self.sockets[family].is_none() {
-            match open(address.is_ipv6(), io) {
-                Ok(socket) => self.sockets[family] = Some(socket),
-                Err(e) => {
-                    let error = format!("cannot open a raw socket ({e}): ping needs CAP_NET_RAW");
-                    return self.end(run, Some(error), io);
-                }
-            }
+        if let Err(e) = self.sockets.open(family, || open(address.is_ipv6(), io)) {
+            let error = format!("cannot open a raw socket ({e}): ping needs CAP_NET_RAW");
+            return self.end(run, Some(error), io);
         }
         if let Some(job) = self.jobs.get_mut(&run) {
             job.address = Some(address);
@@ -135,7 +124,7 @@ impl Ping {
         let number = self.number;
         let echo = Echo { cookie: self.cookie, number };
         let octets = packet::request(address.is_ipv6(), identifier, number as u16, echo, job.plan.size);
-        let Some(socket) = &self.sockets[usize::from(address.is_ipv6())] else { return };
+        let Some(socket) = self.sockets.socket(usize::from(address.is_ipv6())).map(AsRawFd::as_raw_fd) else { return };
         let to = match address {
             IpAddr::V4(v4) => SockaddrStorage::from(SocketAddrV4::new(v4, 0)),
             IpAddr::V6(v6) => SockaddrStorage::from(SocketAddrV6::new(v6, 0, 0, 0)),
@@ -144,8 +133,8 @@ impl Ping {
         job.sent += 1;
         job.numbers.push(number);
         let pause = if job.sent < job.plan.count { job.plan.spacing } else { job.plan.wait };
-        self.timers.push(Reverse(((io.now + pause).min(end), id)));
-        match sendto(socket.as_raw_fd(), &octets, &to, MsgFlags::empty()) {
+        self.sockets.set((io.now + pause).min(end), id);
+        match sendto(socket, &octets, &to, MsgFlags::empty()) {
             Ok(_) => {
                 self.sent.insert(number, Sent { run: id, at: Instant::now(), wall });
                 self.by_sequence.insert(number as u16, number);
@@ -159,36 +148,15 @@ impl Ping {
     }
 
     fn read(&mut self, family: usize, io: &mut Io<'_>) {
-        self.more[family] = None;
-        for _ in 0..AT_ONCE {
-            let Some(socket) = &self.sockets[family] else { return };
-            let mut control = nix::cmsg_space!(nix::sys::time::TimeSpec);
-            let mut slices = [IoSliceMut::new(&mut self.buffer[..])];
-            let received =
-                recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut slices, Some(&mut control), MsgFlags::MSG_DONTWAIT);
-            let (length, from, stamp) = match received {
-                Ok(message) => {
-                    let stamp = message.cmsgs().into_iter().flatten().find_map(|control| match control {
-                        ControlMessageOwned::ScmTimestampns(time) => Some(Duration::from(time)),
-                        _ => None,
-                    });
-                    (message.bytes, message.address, stamp)
-                }
-                Err(nix::errno::Errno::EAGAIN) => return,
-                Err(e) => {
-                    log::debug!("ping: receiving: {e}");
-                    continue;
-                }
-            };
-            let from = from.and_then(|from| {
-                let v4 = from.as_sockaddr_in().map(|v4: &SockaddrIn| IpAddr::V4(v4.ip()));
-                v4.or_else(|| from.as_sockaddr_in6().map(|v6: &SockaddrIn6| IpAddr::V6(v6.ip())))
-            });
-            if let (Some(from), Some((heard, ttl))) = (from, packet::heard(family == 1, &self.buffer[..length])) {
+        let mut turn = self.sockets.begin(family);
+        loop {
+            let buffer = &mut self.buffer[..];
+            let next = self.sockets.next(&mut turn, io.now, |socket| receive(socket, buffer));
+            let Some((length, from, stamp)) = next else { return };
+            if let Some((heard, ttl)) = packet::heard(family == 1, &self.buffer[..length]) {
                 self.heard(heard, ttl, from, stamp, io);
             }
         }
-        self.more[family] = Some(io.now);
     }
 
     fn heard(&mut self, heard: Heard, ttl: Option<u8>, from: IpAddr, stamp: Option<Duration>, io: &mut Io<'_>) {
@@ -257,6 +225,31 @@ impl Ping {
     }
 }
 
+/// A packet's length, where it came from and when.
+fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Read<(usize, IpAddr, Option<Duration>)> {
+    let mut control = nix::cmsg_space!(nix::sys::time::TimeSpec);
+    let mut slices = [IoSliceMut::new(buffer)];
+    let received =
+        recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut slices, Some(&mut control), MsgFlags::MSG_DONTWAIT);
+    let message = match received {
+        Ok(message) => message,
+        Err(nix::errno::Errno::EAGAIN) => return Read::Empty,
+        Err(e) => {
+            log::debug!("ping: receiving: {e}");
+            return Read::Nothing;
+        }
+    };
+    let stamp = message.cmsgs().into_iter().flatten().find_map(|control| match control {
+        ControlMessageOwned::ScmTimestampns(time) => Some(Duration::from(time)),
+        _ => None,
+    });
+    let from = message.address.and_then(|from| {
+        let v4 = from.as_sockaddr_in().map(|v4: &SockaddrIn| IpAddr::V4(v4.ip()));
+        v4.or_else(|| from.as_sockaddr_in6().map(|v6: &SockaddrIn6| IpAddr::V6(v6.ip())))
+    });
+    from.map_or(Read::Nothing, |from| Read::Datagram((message.bytes, from, stamp)))
+}
+
 fn open(v6: bool, io: &Io<'_>) -> io::Result<OwnedFd> {
     let (family, protocol) = match v6 {
         false => (AddressFamily::Inet, SockProtocol::Icmp),
@@ -308,20 +301,14 @@ impl Service for Ping {
     }
 
     fn wake_at(&self) -> Option<Instant> {
-        let timer = self.timers.peek().map(|Reverse((at, _))| *at);
-        timer.into_iter().chain(self.more.iter().flatten().copied()).min()
+        self.sockets.wake_at()
     }
 
     fn wake(&mut self, io: &mut Io<'_>) {
-        for family in 0..2 {
-            if self.more[family].is_some() {
-                self.read(family, io);
-            }
+        for family in self.sockets.left_over() {
+            self.read(family, io);
         }
-        while let Some(Reverse((at, run))) = self.timers.peek().copied()
-            && at <= io.now
-        {
-            self.timers.pop();
+        while let Some(run) = self.sockets.due(io.now) {
             self.next(run, io);
         }
     }

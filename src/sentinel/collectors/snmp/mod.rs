@@ -13,8 +13,7 @@ mod plan;
 mod v3;
 mod walk;
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -25,6 +24,7 @@ use mio::Interest;
 use mio::event::Event;
 use mio::net::UdpSocket;
 
+use super::datagrams::{Datagrams, Heard};
 use super::{checked, manifest};
 use crate::sentinel::collect::{Cancelled, Finished, Gatherer, Io, Plan, Run, Service};
 use crate::sentinel::model::SeriesTable;
@@ -38,8 +38,6 @@ use plan::{Access, SnmpPlan};
 use v3::{Engine, Envelope, Problem};
 use walk::Walk;
 
-/// Datagrams read at one go, so that timers are not late under a flood.
-const AT_ONCE: usize = 512;
 /// Octets that the kernel may hold for us: answers come in bursts.
 const RECEIVE_BUFFER: usize = 4 * 1024 * 1024;
 /// Times that one run asks an agent for its engine or time again.
@@ -50,13 +48,10 @@ const MOST_KEYS: usize = 4096;
 /// The service.
 pub struct Snmp {
     manifest: Manifest,
-    sockets: [Option<UdpSocket>; 2],
+    sockets: Datagrams<UdpSocket, i32>,
     buffer: Box<[u8; 65_536]>,
-    /// Since then a socket may have more than was read at one go.
-    more: [Option<Instant>; 2],
     jobs: HashMap<RunId, Job>,
     by_number: HashMap<i32, RunId>,
-    timers: BinaryHeap<Reverse<(Instant, i32)>>,
     number: i32,
     salt: u64,
     engines: HashMap<String, Engine>,
@@ -84,12 +79,10 @@ impl Snmp {
         let random = std::hash::RandomState::new().build_hasher().finish();
         Self {
             manifest: manifest("snmp"),
-            sockets: [None, None],
+            sockets: Datagrams::new(),
             buffer: Box::new([0; 65_536]),
-            more: [None; 2],
             jobs: HashMap::new(),
             by_number: HashMap::new(),
-            timers: BinaryHeap::new(),
             number: (random >> 33) as i32,
             salt: random,
             engines: HashMap::new(),
@@ -104,11 +97,8 @@ impl Snmp {
             Err(e) => return self.fail(run, &plan, e, io),
         };
         let family = usize::from(address.is_ipv6());
-        if self.sockets[family].is_none() {
-            match open(address, family, io) {
-                Ok(socket) => self.sockets[family] = Some(socket),
-                Err(e) => return self.fail(run, &plan, format!("cannot open a UDP socket: {e}"), io),
-            }
+        if let Err(e) = self.sockets.open(family, || open(address, family, io)) {
+            return self.fail(run, &plan, format!("cannot open a UDP socket: {e}"), io);
         }
         let bulk = !matches!(plan.access, Access::Community(message::V1, _));
         let (id, peer) = (run.id, SocketAddr::new(address, plan.port));
@@ -144,9 +134,9 @@ impl Snmp {
         };
         job.numbers.push(pdu.id);
         self.by_number.insert(pdu.id, id);
-        self.timers.push(Reverse((io.now + job.plan.request_timeout, pdu.id)));
+        self.sockets.set(io.now + job.plan.request_timeout, pdu.id);
         let peer = job.peer;
-        let Some(socket) = &self.sockets[usize::from(peer.is_ipv6())] else { return };
+        let Some(socket) = self.sockets.socket(usize::from(peer.is_ipv6())) else { return };
         match socket.send_to(&datagram, peer) {
             Ok(_) => {}
             // A full queue is a lost datagram: the timer sends it again.
@@ -170,19 +160,14 @@ impl Snmp {
     }
 
     fn read(&mut self, family: usize, io: &mut Io<'_>) {
-        self.more[family] = None;
-        for _ in 0..AT_ONCE {
-            let Some(socket) = &self.sockets[family] else { return };
-            match socket.recv_from(&mut self.buffer[..]) {
-                Ok((length, from)) => {
-                    let datagram = self.buffer[..length].to_vec();
-                    self.received(&datagram, from, io);
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(e) => log::debug!("snmp: receiving: {e}"),
-            }
+        let mut turn = self.sockets.begin(family);
+        loop {
+            let buffer = &mut self.buffer[..];
+            let next = self.sockets.next(&mut turn, io.now, |socket| receive(socket, buffer));
+            let Some((length, from)) = next else { return };
+            let datagram = self.buffer[..length].to_vec();
+            self.received(&datagram, from, io);
         }
-        self.more[family] = Some(io.now);
     }
 
     fn received(&mut self, datagram: &[u8], from: SocketAddr, io: &mut Io<'_>) {
@@ -280,6 +265,18 @@ impl Snmp {
     }
 }
 
+/// A datagram's length and where it came from.
+fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> Heard<(usize, SocketAddr)> {
+    match socket.recv_from(buffer) {
+        Ok(received) => Heard::Datagram(received),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Heard::Empty,
+        Err(e) => {
+            log::debug!("snmp: receiving: {e}");
+            Heard::Nothing
+        }
+    }
+}
+
 fn open(address: IpAddr, family: usize, io: &Io<'_>) -> io::Result<UdpSocket> {
     let any = match address {
         IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
@@ -358,20 +355,14 @@ impl Service for Snmp {
     }
 
     fn wake_at(&self) -> Option<Instant> {
-        let timer = self.timers.peek().map(|Reverse((at, _))| *at);
-        timer.into_iter().chain(self.more.iter().flatten().copied()).min()
+        self.sockets.wake_at()
     }
 
     fn wake(&mut self, io: &mut Io<'_>) {
-        for family in 0..2 {
-            if self.more[family].is_some() {
-                self.read(family, io);
-            }
+        for family in self.sockets.left_over() {
+            self.read(family, io);
         }
-        while let Some(Reverse((at, number))) = self.timers.peek().copied()
-            && at <= io.now
-        {
-            self.timers.pop();
+        while let Some(number) = self.sockets.due(io.now) {
             self.unanswered(number, io);
         }
     }

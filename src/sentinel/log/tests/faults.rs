@@ -55,7 +55,6 @@ struct Inode {
 
 enum Entry {
     Link(String, u64),
-    Rename(String, String),
     Remove(String),
 }
 
@@ -96,11 +95,6 @@ fn link(names: &mut BTreeMap<String, u64>, entry: &Entry) {
     match entry {
         Entry::Link(name, inode) => {
             names.insert(name.clone(), *inode);
-        }
-        Entry::Rename(from, to) => {
-            if let Some(inode) = names.remove(from) {
-                names.insert(to.clone(), inode);
-            }
         }
         Entry::Remove(name) => {
             names.remove(name);
@@ -208,16 +202,6 @@ impl Files for Faulty {
     fn open(&self, name: &str) -> io::Result<Arc<dyn LogFile>> {
         let inode = *self.lock().now.get(name).ok_or(io::ErrorKind::NotFound)?;
         Ok(Arc::new(FaultyFile { disk: self.clone(), inode }))
-    }
-
-    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        let disk = &mut *self.lock();
-        let chance = disk.chances.create_error;
-        fails(disk, chance)?;
-        let entry = Entry::Rename(from.to_string(), to.to_string());
-        link(&mut disk.now, &entry);
-        disk.entries.push(entry);
-        Ok(())
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
