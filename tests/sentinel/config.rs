@@ -133,7 +133,7 @@ fn log_lines_go_to_a_file_as_json_when_that_is_asked_for() {
     let lines = |text: &str| text.lines().map(str::to_string).collect::<Vec<_>>();
     let text = until("a line of text", || {
         let text = lines(&std::fs::read_to_string(&file).unwrap());
-        text.last().is_some_and(|last| last.contains("in force")).then_some(text)
+        text.last().is_some_and(|last| last.contains("audit: reload")).then_some(text)
     });
     let (json, plain): (Vec<_>, Vec<_>) = text.iter().partition(|line| line.starts_with('{'));
     assert!(json.iter().all(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["level"].is_string()));

@@ -1,10 +1,12 @@
-//! The container's recipe, followed by hand: what it copies is the whole root of a process with its user and its command.
+//! The container's recipe, followed by hand (what it copies is the whole root of a process with its user and its command),
+//! and by buildah.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::{PermissionsExt, chown};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use crate::peers::program;
 use crate::process::{Scratch, until};
 
 /// A process that ends with the test.
@@ -26,21 +28,13 @@ fn list(text: &str) -> Vec<String> {
     serde_json::from_str(text).unwrap()
 }
 
-#[test]
-fn the_containers_recipe_gives_a_root_in_which_the_sentinel_runs_as_its_user() {
-    if !nix::unistd::geteuid().is_root() {
-        eprintln!("SKIPPED: only root can make another root its own");
-        return;
-    }
-    let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/sentinel");
-    let recipe = std::fs::read_to_string(packaging.join("Containerfile")).unwrap();
-    let said: Vec<(&str, &str)> =
-        recipe.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once(' ')).collect();
-    let one: BTreeMap<&str, &str> = said.iter().copied().collect();
-    assert_eq!(said[0], ("FROM", "scratch"));
+fn packaging() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/sentinel")
+}
 
-    // As `package` lays the release's directory out.
-    let scratch = Scratch::new();
+/// As `package` lays the release's directory out.
+fn release(scratch: &Scratch) -> PathBuf {
+    let packaging = packaging();
     let release = scratch.path("release");
     std::fs::create_dir(&release).unwrap();
     std::fs::copy(env!("CARGO_BIN_EXE_warren"), release.join("warren")).unwrap();
@@ -50,10 +44,27 @@ fn the_containers_recipe_gives_a_root_in_which_the_sentinel_runs_as_its_user() {
     let config = config.replace("listen = \"127.0.0.1:9475\"", "listen = \"\"");
     std::fs::write(release.join("sentinel.toml"), config).unwrap();
     std::fs::copy(packaging.join("../../LICENSE"), release.join("LICENSE")).unwrap();
+    std::fs::copy(packaging.join("Containerfile"), release.join("Containerfile")).unwrap();
     for (name, mode) in [("warren", 0o755), ("sentinel.toml", 0o644), ("LICENSE", 0o644)] {
         std::fs::set_permissions(release.join(name), PermissionsExt::from_mode(mode)).unwrap();
     }
+    release
+}
 
+#[test]
+fn the_containers_recipe_gives_a_root_in_which_the_sentinel_runs_as_its_user() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: only root can make another root its own");
+        return;
+    }
+    let recipe = std::fs::read_to_string(packaging().join("Containerfile")).unwrap();
+    let said: Vec<(&str, &str)> =
+        recipe.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once(' ')).collect();
+    let one: BTreeMap<&str, &str> = said.iter().copied().collect();
+    assert_eq!(said[0], ("FROM", "scratch"));
+
+    let scratch = Scratch::new();
+    let release = release(&scratch);
     let root = scratch.path("root");
     let inside = |path: &str| root.join(path.trim_start_matches('/'));
     for (_, files) in said.iter().filter(|(word, _)| *word == "COPY") {
@@ -91,6 +102,69 @@ fn the_containers_recipe_gives_a_root_in_which_the_sentinel_runs_as_its_user() {
     assert_eq!(one["STOPSIGNAL"], "SIGTERM");
     let pid = nix::unistd::Pid::from_raw(running.0.id() as i32);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    let ended = until("the end", || running.0.try_wait().unwrap());
+    assert!(ended.success(), "{ended}");
+}
+
+/// A list of libraries, where they are, words. What a builder of images leaves outside of its store goes with the process;
+/// and it starts itself again without its environment, so that its libraries must be among the system's.
+const BUILDER: &str = "mkdir -p /var/lib/containers && mount -t tmpfs none /var/lib/containers && list=$1 && \
+                       ldconfig -X -C \"$list\" $2 2> /dev/null && mount --bind \"$list\" /etc/ld.so.cache && \
+                       shift 2 && exec \"$@\"";
+
+#[test]
+fn buildah_makes_an_image_of_the_recipe_and_the_sentinel_runs_in_it() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: only root can make another root its own");
+        return;
+    }
+    let Some(buildah) = program("buildah", "usr/bin/buildah") else { return };
+    let scratch = Scratch::new();
+    let release = release(&scratch);
+    std::fs::write(scratch.path("policy.json"), r#"{"default": [{"type": "insecureAcceptAnything"}]}"#).unwrap();
+    std::fs::set_permissions(&scratch.0, PermissionsExt::from_mode(0o755)).unwrap();
+    let places = buildah.get_envs().find_map(|(name, value)| (name == "LD_LIBRARY_PATH").then_some(value?));
+    let places = places.and_then(|places| places.to_str()).unwrap().replace(':', " ");
+    let run = |words: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c", BUILDER, "sh"]);
+        command.arg(scratch.path("libraries")).arg(&places).arg(buildah.get_program());
+        command.arg("--root").arg(scratch.path("store")).arg("--runroot").arg(scratch.path("run"));
+        command.args(["--storage-driver", "vfs"]).args(words).current_dir(&scratch.0).stdin(Stdio::null());
+        command
+    };
+    let said = |words: &[&str]| {
+        let output = run(words).output().unwrap();
+        assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap().trim().to_string()
+    };
+    // Without a runtime for containers: that wants more of the machine than it has everywhere.
+    let release = release.to_str().unwrap();
+    said(&["bud", "--isolation", "chroot", "--signature-policy", "policy.json", "-q", "-t", "sentinel", release]);
+    let image: serde_json::Value = serde_json::from_str(&said(&["inspect", "--type", "image", "sentinel"])).unwrap();
+    let config = &image["OCIv1"]["config"];
+    assert_eq!((&config["User"], &config["StopSignal"]), (&"900:900".into(), &"SIGTERM".into()));
+    assert!(config["Volumes"].get("/var/lib/sentinel").is_some(), "{config}");
+    let words = |key: &str| -> Vec<String> { serde_json::from_value(config[key].clone()).unwrap() };
+    let (entry, start) = (words("Entrypoint"), words("Cmd"));
+
+    let container = said(&["from", "--signature-policy", "policy.json", "sentinel"]);
+    let volume = scratch.path("volume");
+    std::fs::create_dir(&volume).unwrap();
+    chown(&volume, Some(900), Some(900)).unwrap();
+    let volume = format!("{}:/var/lib/sentinel", volume.display());
+    let inside = |more: &[String]| {
+        let before = ["run", "--isolation", "chroot", "-v", &volume, &container, "--"];
+        run(&[&before[..], &entry.iter().chain(more).map(String::as_str).collect::<Vec<_>>()].concat())
+    };
+    let mut running = Running(inside(&start).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    let asked = |word: &str| inside(&[&[word.to_string()], &start[1..]].concat()).output().unwrap();
+    let status = until("an answer", || {
+        assert!(running.0.try_wait().unwrap().is_none(), "it ended");
+        serde_json::from_slice::<serde_json::Value>(&asked("status").stdout).ok()
+    });
+    assert_eq!(status["state"], "running", "{status}");
+    assert!(asked("stop").status.success());
     let ended = until("the end", || running.0.try_wait().unwrap());
     assert!(ended.success(), "{ended}");
 }

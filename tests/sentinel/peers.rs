@@ -10,7 +10,7 @@ use warren::sentinel::http::{Client, Request, TlsOptions, Url};
 use crate::process::{Scratch, until};
 
 /// A program of a Debian package, ready for its arguments; nothing, loudly, where it is not there.
-fn program(package: &str, path: &str) -> Option<Command> {
+pub fn program(package: &str, path: &str) -> Option<Command> {
     let cache = std::env::var_os("WARREN_CACHE")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("XDG_CACHE_HOME").map(|path| PathBuf::from(path).join("warren")))

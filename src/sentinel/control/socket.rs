@@ -49,7 +49,8 @@ fn one(stream: &UnixStream, answer: &impl Fn(&str) -> String) -> io::Result<()> 
     let mut line = answer(word);
     if CHANGES.contains(&word) {
         let who = nix::sys::socket::getsockopt(stream, nix::sys::socket::sockopt::PeerCredentials)?;
-        log::info!("audit: {word} by user {}, process {}: {line}", who.uid(), who.pid());
+        let result = if line.contains("\"ok\":true") { "done" } else { "refused" };
+        log::info!("audit: {word} by user {}, process {}: {result}", who.uid(), who.pid());
     }
     line.push('\n');
     (&mut &*stream).write_all(line.as_bytes())
