@@ -7,7 +7,7 @@ use warren::sentinel::core_sim;
 use warren::sentinel::http::{Client, KEPT_BODY, Request, Server, TlsOptions, Url};
 use warren::sentinel::secret::Secret;
 
-use crate::process::{QUICK, Sentinel, until};
+use crate::process::{NODE, QUICK, Sentinel, until};
 use crate::receiver::Receiver;
 
 const TOKEN: &str = "swordfish";
@@ -89,6 +89,42 @@ fn with_a_core_it_registers_gets_tasks_reports_and_delivers_each_sample_once() {
 }
 
 #[test]
+fn tasks_are_fetched_and_the_heart_beats_at_once_and_not_after_the_first_interval() {
+    let mut sentinel = Sentinel::new("");
+    let core = Core::new(sentinel.scratch.path("samples"));
+    core.set_tasks("v1", 100);
+    let config = config(&core, "core").replace("interval_s = 1", "interval_s = 3600");
+    sentinel.configure(&config.replace("fetch_s = 1", "fetch_s = 86400"));
+    sentinel.start();
+    until("samples", || (sentinel.accepted() > 0).then_some(()));
+    until("a heartbeat", || (core.state("s1")["heartbeats"] == 1).then_some(()));
+}
+
+/// The numbers of samples are what such a core goes by: none may be given twice.
+#[test]
+fn killed_again_and_again_a_core_that_drops_repeats_has_every_sample() {
+    let mut sentinel = Sentinel::new("");
+    let core = Core::new(sentinel.scratch.path("samples"));
+    let idle = format!("buffer.fsync = \"always\"\n{}", config(&core, "core"));
+    let mut accepted = 0;
+    for _ in 0..4 {
+        // One life collects and delivers, the next has nothing to do but to deliver what the first did not tell.
+        for (config, least) in [(format!("{idle}{NODE}"), 100), (idle.clone(), 0)] {
+            sentinel.configure(&config);
+            sentinel.start();
+            accepted += until("everything delivered", || {
+                let status = sentinel.status()?;
+                let accepted = status["buffer"]["accepted"].as_u64()?;
+                (accepted >= least && status["targets"][0]["pending"] == 0).then_some(accepted)
+            });
+            sentinel.kill();
+        }
+    }
+    let state = core.state("s1");
+    assert!(state["samples"].as_u64() >= Some(accepted), "{} of {accepted}", state["samples"]);
+}
+
+#[test]
 fn without_its_core_it_runs_from_cached_tasks_and_loses_nothing() {
     let mut sentinel = Sentinel::new("");
     let mut core = Core::new(sentinel.scratch.path("samples"));
@@ -121,12 +157,12 @@ fn a_wrong_token_pauses_the_lane_and_keeps_the_data() {
     let mut sentinel = Sentinel::new("");
     let core = Core::new(sentinel.scratch.path("samples"));
     let config = config(&core, "core").replace(&format!("token = \"{TOKEN}\""), "token = \"other\"");
-    sentinel.configure(&format!("{config}{}", crate::process::NODE));
+    sentinel.configure(&format!("{config}{}", NODE));
     sentinel.start();
     until("a paused lane", || (sentinel.target("core")["paused"] == true).then_some(()));
     assert!(sentinel.target("core")["pending"].as_u64() > Some(0));
     assert_eq!(sentinel.target("core")["dropped"], 0);
-    sentinel.configure(&format!("{}{}", self::config(&core, "core"), crate::process::NODE));
+    sentinel.configure(&format!("{}{}", self::config(&core, "core"), NODE));
     assert!(sentinel.command("reload").status.success());
     until("samples", || (core.state("s1")["samples"].as_u64()? > 100).then_some(()));
 }
@@ -150,7 +186,7 @@ fn the_cores_configuration_is_taken_over_or_refused_and_survives_a_restart() {
     };
     let beat = |key: &str, value: &str| (core.state("s1")["last_heartbeat"][key] == value).then_some(());
     set("c1", "[[rule]]\naction = \"rename\"\nregex = \"(.*)\"\nreplacement = \"core_$1\"\n");
-    sentinel.configure(&format!("{}{}", config(&core, "core"), crate::process::NODE));
+    sentinel.configure(&format!("{}{}", config(&core, "core"), NODE));
     sentinel.start();
     until("the first version", || beat("config_version", "c1"));
     let renamed = || std::fs::read_to_string(&core.out).unwrap().contains("\"name\":\"core_node_");

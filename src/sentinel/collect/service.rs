@@ -103,11 +103,6 @@ impl Io<'_> {
         self.registry.register(source, self.token(number), interest)
     }
 
-    /// Changes what is watched for.
-    pub fn rewatch(&self, source: &mut impl Source, number: u64, interest: Interest) -> std::io::Result<()> {
-        self.registry.reregister(source, self.token(number), interest)
-    }
-
     /// Watches no more. A source that was never watched is no error.
     pub fn unwatch(&self, source: &mut impl Source) {
         let _ = self.registry.deregister(source);
