@@ -61,9 +61,35 @@ pub fn lines(body: &str, openmetrics: bool) -> impl Iterator<Item = Result<Line<
     body.split('\n').filter_map(move |raw| line(raw, openmetrics, None))
 }
 
+/// The series that is expected at a place: what it shares with the beginning of another text, and how it goes on.
+#[derive(Debug, Clone, Copy)]
+pub struct Expected<'a> {
+    /// What it begins with.
+    pub shared: &'a str,
+    /// The rest of it.
+    pub rest: &'a str,
+}
+
+impl Expected<'_> {
+    /// Whether a text is this one.
+    pub fn is(&self, text: &str) -> bool {
+        text.len() == self.shared.len() + self.rest.len() && self.begins(text).is_some()
+    }
+
+    /// How long it is, where a line begins with it.
+    fn begins(&self, line: &str) -> Option<usize> {
+        let after = line.as_bytes().strip_prefix(self.shared.as_bytes())?;
+        after.starts_with(self.rest.as_bytes()).then_some(self.shared.len() + self.rest.len())
+    }
+}
+
 /// One line of a body, where it is a meaningful one. Where it begins with the series that is `expected` here, it is not
 /// searched for the end of its series: that is half of the work.
-pub fn line<'a>(raw: &'a str, openmetrics: bool, expected: Option<&str>) -> Option<Result<Line<'a>, LineError>> {
+pub fn line<'a>(
+    raw: &'a str,
+    openmetrics: bool,
+    expected: Option<Expected<'_>>,
+) -> Option<Result<Line<'a>, LineError>> {
     if let Some(known) = expected.and_then(|expected| known(raw, expected)) {
         return Some(Ok(known));
     }
@@ -71,7 +97,7 @@ pub fn line<'a>(raw: &'a str, openmetrics: bool, expected: Option<&str>) -> Opti
     match line.as_bytes().first()? {
         b'#' => comment(line).map(Ok),
         _ => {
-            let after = expected.filter(|expected| line.starts_with(*expected)).map(str::len);
+            let after = expected.and_then(|expected| expected.begins(line));
             let end = after.filter(|&at| matches!(line.as_bytes().get(at), Some(b' ' | b'\t')));
             Some(sample(line, end, openmetrics))
         }
@@ -80,14 +106,15 @@ pub fn line<'a>(raw: &'a str, openmetrics: bool, expected: Option<&str>) -> Opti
 
 /// What nearly every line of a target that was scraped before is: the series that is expected, a blank, a number. Anything
 /// else is for the slower way to judge.
-fn known<'a>(raw: &'a str, expected: &str) -> Option<Line<'a>> {
-    let word = raw.strip_prefix(expected)?.strip_prefix(' ')?;
+fn known<'a>(raw: &'a str, expected: Expected<'_>) -> Option<Line<'a>> {
+    let end = expected.begins(raw)?;
+    let (series, word) = (raw.get(..end)?, raw.get(end..)?.strip_prefix(' ')?);
     // A series never begins with a blank or a `#`, so nothing before it was passed over.
-    if expected.starts_with([' ', '\t', '#']) || word.bytes().any(|octet| octet <= b' ') {
+    if matches!(series.as_bytes().first()?, b' ' | b'\t' | b'#') || word.bytes().any(|octet| octet <= b' ') {
         return None;
     }
     let value = number(word)?;
-    Some(Line::Sample { series: &raw[..expected.len()], value, timestamp_ms: None })
+    Some(Line::Sample { series, value, timestamp_ms: None })
 }
 
 fn comment(line: &str) -> Option<Line<'_>> {
@@ -307,8 +334,11 @@ mod tests {
             "",
         ] {
             let plain = line(raw, false, None);
-            for expected in ["a{b=\"c\"}", "a", "ab", "a{b=\"d\"}", "#", " a"] {
-                assert_eq!(line(raw, false, Some(expected)), plain, "{raw} {expected}");
+            for text in ["a{b=\"c\"}", "a", "ab", "a{b=\"d\"}", "#", " a", ""] {
+                for (shared, rest) in (0..=text.len()).map(|at| text.split_at(at)) {
+                    let expected = Expected { shared, rest };
+                    assert_eq!(line(raw, false, Some(expected)), plain, "{raw} {expected:?}");
+                }
             }
         }
     }

@@ -81,7 +81,8 @@ impl Encoder {
                 // The receivers of this form are near, and it costs most of the time there is: the quick encoder.
                 let most = snap::raw::max_compress_len(self.raw.len());
                 if self.packed.len() < most {
-                    self.packed.resize(most, 0);
+                    // Anew and not made longer: of fresh zeroes only what is written over takes memory.
+                    self.packed = vec![0; most];
                 }
                 let len = self.quick.compress(&self.raw, &mut self.packed).unwrap_or_default();
                 snappy(target, self.packed[..len].to_vec(), "application/x-protobuf", "0.1.0")

@@ -7,38 +7,63 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::sentinel::collect::Gathered;
-use crate::sentinel::formats::exposition::{Kinds, Line, line, series};
+use crate::sentinel::formats::exposition::{Expected, Kinds, Line, line, series};
 use crate::sentinel::model::{Identity, Sample, Series, SeriesTable};
 
 /// The series of one target in the order in which it says them, which is nearly always the same: the next line is
 /// compared with the next of the list, and searched for only where it is another one.
+///
+/// There may be very many, and neighbours differ in little: of each text only what the one before it has not is kept.
 #[derive(Default)]
 pub struct Known {
-    /// All texts, one after the other: there may be very many.
-    texts: String,
-    /// Where each text ends.
-    series: Vec<(u32, Arc<Series>)>,
+    /// The ends of all texts, one after the other.
+    rests: String,
+    series: Vec<Place>,
+}
+
+#[derive(Clone)]
+struct Place {
+    /// Octets that its text shares with the one before.
+    shared: u32,
+    /// Where the rest of it ends.
+    end: u32,
+    series: Arc<Series>,
 }
 
 impl Known {
-    fn text(&self, n: usize) -> Option<&str> {
-        let start = n.checked_sub(1).map_or(0, |before| self.series[before].0);
-        self.texts.get(start as usize..self.series.get(n)?.0 as usize)
+    fn rest(&self, n: usize) -> &str {
+        let start = n.checked_sub(1).map_or(0, |before| self.series[before].end);
+        self.rests.get(start as usize..self.series[n].end as usize).unwrap_or_default()
     }
 
-    fn push(&mut self, text: &str, series: Arc<Series>) {
-        self.texts.push_str(text);
-        self.series.push((self.texts.len() as u32, series));
+    /// The text of place `n`, given that of the place before.
+    fn expected<'a>(&'a self, n: usize, before: &'a str) -> Option<Expected<'a>> {
+        let shared = before.get(..self.series.get(n)?.shared as usize)?;
+        Some(Expected { shared, rest: self.rest(n) })
+    }
+
+    /// Adds a text; `before` is that of the last place.
+    fn push(&mut self, text: &str, before: &str, series: Arc<Series>) {
+        let same = text.bytes().zip(before.bytes()).take_while(|(a, b)| a == b).count();
+        let shared = (0..=same).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+        self.rests.push_str(&text[shared..]);
+        self.series.push(Place { shared: shared as u32, end: self.rests.len() as u32, series });
     }
 
     /// The first `count` of them.
     fn first(&self, count: usize) -> Self {
-        let end = count.checked_sub(1).map_or(0, |last| self.series[last].0);
-        Self { texts: self.texts[..end as usize].to_string(), series: self.series[..count].to_vec() }
+        let end = count.checked_sub(1).map_or(0, |last| self.series[last].end);
+        Self { rests: self.rests[..end as usize].to_string(), series: self.series[..count].to_vec() }
     }
 
-    fn places(&self) -> HashMap<&str, usize> {
-        (0..self.series.len()).filter_map(|n| Some((self.text(n)?, n))).collect()
+    fn places(&self) -> HashMap<String, usize> {
+        let mut text = String::new();
+        let mut next = |n: usize| {
+            text.truncate(self.series[n].shared as usize);
+            text.push_str(self.rest(n));
+            (text.clone(), n)
+        };
+        (0..self.series.len()).map(&mut next).collect()
     }
 }
 
@@ -104,12 +129,15 @@ impl Known {
         let mut scraped = Scraped::default();
         let mut kinds = Kinds::default();
         let mut ended = false;
-        // What is expected next; where to find what is not; and the new list, once it differs from the old one.
-        let (mut next, mut places, mut changed) = (0, None, None::<Self>);
+        // What is expected next, and the text before it in the list; where to find what is not; and the new list, once it
+        // differs from the old one, with its last text.
+        let (mut next, mut before) = (0, "");
+        let (mut places, mut changed, mut last) = (None, None::<Self>, "");
         scraped.gathered.samples.reserve(self.series.len() + 8);
         let mut n = 0;
         for raw in body.split('\n') {
-            let Some(found) = line(raw, reading.openmetrics, self.text(next)) else { continue };
+            let expected = self.expected(next, before);
+            let Some(found) = line(raw, reading.openmetrics, expected) else { continue };
             n += 1;
             match found.map_err(|e| format!("the body's meaningful line {n} is {e}"))? {
                 Line::Type { name, kind } => kinds.declare(name, kind),
@@ -123,12 +151,12 @@ impl Known {
                     if limit > 0 && scraped.samples > limit {
                         return Err(format!("more than {limit} samples"));
                     }
-                    let place = match self.text(next) {
-                        Some(expected) if expected == text => Some(next),
+                    let place = match expected {
+                        Some(expected) if expected.is(text) => Some(next),
                         _ => places.get_or_insert_with(|| self.places()).get(text).copied(),
                     };
                     let series = match place {
-                        Some(place) => Arc::clone(&self.series[place].1),
+                        Some(place) => Arc::clone(&self.series[place].series),
                         None => match learn(text, &kinds, reading)? {
                             Ok(series) => {
                                 scraped.added += 1;
@@ -141,12 +169,15 @@ impl Known {
                         },
                     };
                     if place != Some(next) && changed.is_none() {
-                        changed = Some(self.first(next));
+                        (changed, last) = (Some(self.first(next)), before);
                     }
                     if let Some(changed) = &mut changed {
-                        changed.push(text, Arc::clone(&series));
+                        changed.push(text, last, Arc::clone(&series));
+                        last = text;
                     }
-                    next = place.map_or(next, |place| place + 1);
+                    if let Some(place) = place {
+                        (next, before) = (place + 1, text);
+                    }
                     let to = if timestamp_ms.is_some() {
                         &mut scraped.gathered.timed
                     } else {
@@ -164,7 +195,7 @@ impl Known {
             changed = Some(self.first(next));
         }
         if let Some(mut changed) = changed {
-            changed.texts.shrink_to_fit();
+            changed.rests.shrink_to_fit();
             changed.series.shrink_to_fit();
             *self = changed;
         }
