@@ -9,9 +9,11 @@ use std::time::Instant;
 use super::boot::acpi::MmioDevice;
 use super::boot::{self, BootError, BootSource, layout};
 use mio::Registry;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::config::{MIN_TARGET_MIB, StartConfig};
 use super::devices::{DeviceConfig, DeviceError, DeviceSet, QUEUE_NOTIFY};
+use super::generation;
 use super::jail::{self, lists::Kind};
 use super::kvm::{Bus, ExitCounts, KvmError, Processors, Vm};
 use super::last_words::End;
@@ -25,6 +27,8 @@ pub enum StartError {
     Memory(MemoryError),
     /// Disk or another device.
     Devices(DeviceError),
+    /// The host has no descriptors left.
+    Event(io::Error),
     /// The loop cannot watch the devices.
     Watch(io::Error),
     /// Kernel, initramfs or command line.
@@ -40,6 +44,7 @@ impl fmt::Display for StartError {
         match self {
             Self::Memory(e) => e.fmt(f),
             Self::Devices(e) => e.fmt(f),
+            Self::Event(e) => write!(f, "no event descriptor: {e}"),
             Self::Watch(e) => write!(f, "the devices cannot be watched: {e}"),
             Self::Boot(e) => e.fmt(f),
             Self::Kvm(e) => e.fmt(f),
@@ -78,7 +83,7 @@ impl StartError {
     /// As the supervisor is told.
     pub fn to_wire(&self) -> Error {
         let code = match self {
-            Self::Memory(_) => Code::NoCapacity,
+            Self::Memory(_) | Self::Event(_) => Code::NoCapacity,
             Self::Devices(DeviceError::Overlay(e)) if e.is_corrupt() => Code::Corrupt,
             Self::Boot(e) => e.code(),
             Self::Devices(_) | Self::Watch(_) | Self::Kvm(_) | Self::Jail(_) => Code::VmFailed,
@@ -115,6 +120,9 @@ pub struct Machine {
     processors: Processors,
     exits: Arc<ExitCounts>,
     devices: Arc<DeviceSet>,
+    memory: GuestMemory,
+    /// Makes the guest's kernel look at its generation identifier.
+    generation: EventFd,
     /// Closed last: its memory slots and event descriptors are in use by the above.
     _vm: Vm,
 }
@@ -142,8 +150,10 @@ impl Machine {
         };
         let entry = boot::load(&memory, &source)?;
 
-        let vm = Vm::new(config.kvm, memory)?;
+        let vm = Vm::new(config.kvm, memory.clone())?;
         vm.wire_interrupt(devices.serial_interrupt(), layout::COM1_GSI)?;
+        let generation = EventFd::new(EFD_NONBLOCK).map_err(StartError::Event)?;
+        vm.wire_interrupt(&generation, layout::GENERATION_GSI)?;
         for window in &windows {
             vm.wire_interrupt(window.interrupt, window.gsi)?;
             for (queue, event) in (0..).zip(window.queue_events) {
@@ -159,7 +169,7 @@ impl Machine {
         jail::all_entered();
         jail::enter(Kind::Device).map_err(StartError::Jail)?;
         processors.run();
-        Ok(Self { memory_bytes: config.memory_bytes, processors, exits, devices, _vm: vm })
+        Ok(Self { memory_bytes: config.memory_bytes, processors, exits, devices, memory, generation, _vm: vm })
     }
 
     /// The devices, for events and streams.
@@ -215,6 +225,17 @@ impl Machine {
         .into_iter()
         .filter_map(|(key, value)| Some((key, value?)))
         .fold(fields, |fields, (key, value)| fields.with(key, value))
+    }
+
+    /// Tells the guest that it is another machine from now on than the one whose memory it has: its kernel reseeds its
+    /// random pool, and its vsock connections are gone. After a restore, before the processors run.
+    pub fn renew(&self) -> Result<(), Error> {
+        let drawn = generation::draw(&self.memory);
+        drawn.map_err(|e| Error::new(Code::VmFailed, format!("no new generation identifier: {e}")))?;
+        self.devices.vsock_transport_reset();
+        // Fails only when the counter is full: then an interrupt is pending anyway.
+        let _ = self.generation.write(1);
+        Ok(())
     }
 
     /// When the guest's kernel last spoke of its memory.

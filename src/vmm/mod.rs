@@ -5,6 +5,7 @@
 //! | `worker`, `link`, `config` | the process: its loop, the supervisor's connections, `vm.start` |
 //! | `machine` | one microVM from its parts |
 //! | `boot` | what a guest kernel finds in memory when it starts |
+//! | `generation` | how a restored guest's kernel hears that it is another machine |
 //! | `kvm` | the virtual machine and its processors |
 //! | `devices` | virtio devices and the serial port |
 //! | `platform` | power-off, reset and panic registers |
@@ -17,6 +18,7 @@
 pub mod boot;
 mod config;
 pub mod devices;
+pub mod generation;
 pub mod jail;
 pub mod kvm;
 mod last_words;

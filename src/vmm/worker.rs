@@ -292,6 +292,11 @@ impl Worker {
                 machine.set_memory_target(target)?;
                 Ok(Outcome::Done(Fields::new()))
             }
+            "vm.renew" => {
+                Args::of(request).finish()?;
+                self.machine.as_ref().ok_or_else(not_running)?.renew()?;
+                Ok(Outcome::Done(Fields::new()))
+            }
             "vm.limits" => {
                 let (disks, net) = parse_limits(request)?;
                 let machine = self.machine.as_ref().ok_or_else(not_running)?;

@@ -28,6 +28,10 @@ const HEADER_LEN: usize = 36;
 const RSDP_LEN: usize = 36;
 const OEM_ID: &[u8; 6] = b"WARREN";
 const OEM_TABLE_ID: &[u8; 8] = b"MICROVM ";
+/// The device whose memory is the generation identifier.
+const GENERATION_DEVICE: aml::Name = *b"VGEN";
+/// What it is notified of: the identifier has changed.
+const GENERATION_CHANGED: u8 = 0x80;
 
 // FADT fixed feature flags (ACPI 6.5 table 5.10).
 const FADT_WBINVD: u32 = 1 << 0;
@@ -167,6 +171,7 @@ fn dsdt(devices: &[MmioDevice]) -> Vec<u8> {
             ],
         ),
     ];
+    children.extend(generation());
     for (index, device) in devices.iter().enumerate() {
         let digits = b"0123456789ABCDEF";
         children.push(aml::device(
@@ -187,6 +192,33 @@ fn dsdt(devices: &[MmioDevice]) -> Vec<u8> {
     let s5 = [u32::from(S5_SLEEP_TYPE), 0, 0, 0].map(aml::integer);
     let content = [aml::name(*b"_S5_", &aml::package_of(&s5)), aml::system_bus(&children)].concat();
     table(b"DSDT", 2, &content)
+}
+
+/// The generation identifier (Microsoft's "Virtual Machine Generation ID"), and the generic event device (§5.6.9) whose
+/// interrupt says that it has changed.
+fn generation() -> [Vec<u8>; 2] {
+    let (low, high) = (GENERATION_ID as u32, (GENERATION_ID >> 32) as u32);
+    [
+        aml::device(
+            GENERATION_DEVICE,
+            &[
+                aml::name(*b"_HID", &aml::string("WRRN0001")),
+                aml::name(*b"_CID", &aml::string("VM_Gen_Counter")),
+                aml::name(*b"_DDN", &aml::string("VM_Gen_Counter")),
+                aml::name(*b"ADDR", &aml::package_of(&[low, high].map(aml::integer))),
+            ],
+        ),
+        aml::device(
+            *b"GED0",
+            &[
+                aml::name(*b"_HID", &aml::string("ACPI0013")),
+                aml::name(*b"_UID", &aml::integer(0)),
+                aml::name(*b"_CRS", &aml::resources(&[aml::interrupt(GENERATION_GSI)])),
+                // Its one argument is the interrupt, of which there is one.
+                aml::method(*b"_EVT", 1, &[aml::notify(GENERATION_DEVICE, GENERATION_CHANGED)]),
+            ],
+        ),
+    ]
 }
 
 #[cfg(test)]

@@ -11,6 +11,8 @@ const STRING_PREFIX: u8 = 0x0d;
 const SCOPE_OP: u8 = 0x10;
 const BUFFER_OP: u8 = 0x11;
 const PACKAGE_OP: u8 = 0x12;
+const METHOD_OP: u8 = 0x14;
+const NOTIFY_OP: u8 = 0x86;
 const EXTENDED_OP: u8 = 0x5b;
 const DEVICE_OP: u8 = 0x82;
 
@@ -68,6 +70,17 @@ pub fn device(name: Name, content: &[Vec<u8>]) -> Vec<u8> {
     package(&[EXTENDED_OP, DEVICE_OP], &[&name[..], &content.concat()].concat())
 }
 
+/// `Method(name, arguments, NotSerialized){…}` of up to 7 arguments.
+pub fn method(name: Name, arguments: u8, content: &[Vec<u8>]) -> Vec<u8> {
+    package(&[METHOD_OP], &[&name[..], &[arguments & 7], &content.concat()].concat())
+}
+
+/// `Notify(\_SB.name, value)`: a device on the system bus gets that notification.
+pub fn notify(name: Name, value: u8) -> Vec<u8> {
+    // A path from the root, of two names.
+    [&[NOTIFY_OP, b'\\', 0x2e][..], b"_SB_", &name, &integer(value.into())].concat()
+}
+
 /// `Scope(\_SB){…}`.
 pub fn system_bus(content: &[Vec<u8>]) -> Vec<u8> {
     package(&[SCOPE_OP], &[&b"\\_SB_"[..], &content.concat()].concat())
@@ -114,6 +127,13 @@ mod tests {
     fn eisa_identifiers_are_compressed() {
         // As `iasl` writes EISAID("PNP0501").
         assert_eq!(eisa_id(b"PNP0501"), [0x0c, 0x41, 0xd0, 0x05, 0x01]);
+    }
+
+    #[test]
+    fn a_method_holds_its_arguments_and_terms() {
+        // As `iasl` writes Method(_EVT, 1){Notify(\_SB.VGEN, 0x80)}.
+        let expected = b"\x14\x13_EVT\x01\x86\\\x2e_SB_VGEN\x0a\x80";
+        assert_eq!(method(*b"_EVT", 1, &[notify(*b"VGEN", 0x80)]), expected);
     }
 
     #[test]

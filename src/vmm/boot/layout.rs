@@ -6,6 +6,7 @@
 //! 0x0000_7000  PVH memory map
 //! 0x0002_0000  kernel command line
 //! 0x000e_0000  ACPI tables (reported as ACPI data, not RAM)
+//! 0x000f_f000  generation identifier (reserved)
 //! 0x0010_0000  kernel (1 MiB up)          initramfs: page-aligned at the top of low RAM
 //! 0xc000_0000  hole in RAM up to 4 GiB: virtio-mmio windows, IOAPIC, LAPIC, KVM's own pages
 //! 0x1_0000_0000  RAM beyond 3 GiB
@@ -32,7 +33,15 @@ pub const LOW_RAM_END: u64 = 0xa_0000;
 /// ACPI tables. The area is where the firmware of a PC puts them; the kernel learns the address by PVH.
 pub const ACPI_START: u64 = 0xe_0000;
 /// End of the ACPI area.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = 0xf_f000;
+/// The machine's generation identifier: 16 octets at the start of a page of its own, which the guest is told to be
+/// reserved (neither RAM nor ACPI's, as its specification demands).
+pub const GENERATION_ID: u64 = ACPI_END;
+/// End of that page.
+pub const GENERATION_END: u64 = 0x10_0000;
+/// Global system interrupt that tells the guest to look at the identifier, edge-triggered; below those of the serial port
+/// and the virtio devices.
+pub const GENERATION_GSI: u32 = 3;
 /// Lowest address a kernel may be loaded at.
 pub const KERNEL_START: u64 = 0x10_0000;
 
@@ -64,6 +73,9 @@ pub const RESET_VALUE: u8 = 1;
 /// Sleep type of S5, soft off.
 pub const S5_SLEEP_TYPE: u8 = 5;
 
+// Interrupts do not overlap, and 0 is none (Linux takes it for a missing one).
+const _: () = assert!(0 < GENERATION_GSI && GENERATION_GSI < COM1_GSI && COM1_GSI < MMIO_FIRST_GSI);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -77,6 +89,7 @@ mod tests {
             (COMMAND_LINE, COMMAND_LINE + COMMAND_LINE_MAX as u64),
             (LOW_RAM_END, ACPI_START),
             (ACPI_START, ACPI_END),
+            (GENERATION_ID, GENERATION_END),
             (KERNEL_START, u64::MAX),
         ];
         for pair in areas.windows(2) {

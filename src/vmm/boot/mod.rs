@@ -16,6 +16,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
+use super::generation;
 use super::memory::{self, GuestMemory, MemoryError, PAGE};
 use crate::wire::Code;
 use acpi::MmioDevice;
@@ -41,6 +42,8 @@ pub enum BootError {
     CommandLine(command_line::CommandLineError),
     /// A fixed structure does not fit: the memory is far too small.
     Memory(MemoryError),
+    /// The machine gets no generation identifier.
+    Generation(io::Error),
 }
 
 impl fmt::Display for BootError {
@@ -54,6 +57,7 @@ impl fmt::Display for BootError {
             ),
             Self::CommandLine(e) => e.fmt(f),
             Self::Memory(e) => e.fmt(f),
+            Self::Generation(e) => write!(f, "no random numbers for a generation identifier: {e}"),
         }
     }
 }
@@ -64,7 +68,9 @@ impl BootError {
     /// The code that the supervisor is told.
     pub fn code(&self) -> Code {
         match self {
-            Self::Kernel(ElfError::Read(_)) | Self::Initramfs(_) | Self::Memory(_) => Code::VmFailed,
+            Self::Kernel(ElfError::Read(_)) | Self::Initramfs(_) | Self::Memory(_) | Self::Generation(_) => {
+                Code::VmFailed
+            }
             Self::TooLarge { .. } => Code::OutOfRange,
             // The smallest guest has room for any kernel that is one.
             Self::Kernel(_) => Code::Corrupt,
@@ -141,6 +147,7 @@ pub fn load(memory: &GuestMemory, source: &BootSource<'_>) -> Result<u64, BootEr
     memory.write(layout::COMMAND_LINE, &line)?;
     let tables = acpi::build(source.vcpus, source.devices);
     memory.write(layout::ACPI_START, &tables.octets)?;
+    generation::draw(memory).map_err(BootError::Generation)?;
     for (addr, octets) in pvh::build(&ram, initramfs, tables.rsdp).parts {
         memory.write(addr, &octets)?;
     }

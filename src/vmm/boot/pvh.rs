@@ -7,6 +7,7 @@ const VERSION: u32 = 1;
 /// Length of `hvm_start_info` version 1.
 const START_INFO_LEN: usize = 56;
 const TYPE_RAM: u32 = 1;
+const TYPE_RESERVED: u32 = 2;
 const TYPE_ACPI: u32 = 3;
 
 /// The structures, each with the address it belongs at.
@@ -48,11 +49,15 @@ pub fn build(ram: &[(u64, u64)], initramfs: Option<(u64, u64)>, rsdp: u64) -> St
     StartInfo { parts }
 }
 
-/// The map as (start, length, type): RAM without the legacy hole below 1 MiB, and the ACPI tables.
+/// The map as (start, length, type): RAM without the legacy hole below 1 MiB, the ACPI tables, the generation identifier.
 fn memory_map(ram: &[(u64, u64)]) -> Vec<(u64, u64, u32)> {
-    let mut map = vec![(0, LOW_RAM_END, TYPE_RAM), (ACPI_START, ACPI_END - ACPI_START, TYPE_ACPI)];
+    let mut map = vec![
+        (0, LOW_RAM_END, TYPE_RAM),
+        (ACPI_START, ACPI_END - ACPI_START, TYPE_ACPI),
+        (GENERATION_ID, GENERATION_END - GENERATION_ID, TYPE_RESERVED),
+    ];
     for &(start, len) in ram {
-        let from = start.max(ACPI_END);
+        let from = start.max(GENERATION_END);
         map.push((from, start + len - from, TYPE_RAM));
     }
     map
@@ -69,7 +74,8 @@ mod tests {
             map,
             [
                 (0, 0xa_0000, TYPE_RAM),
-                (0xe_0000, 0x2_0000, TYPE_ACPI),
+                (0xe_0000, 0x1_f000, TYPE_ACPI),
+                (0xf_f000, 0x1000, TYPE_RESERVED),
                 (0x10_0000, (3 << 30) - 0x10_0000, TYPE_RAM),
                 (4 << 30, 1 << 30, TYPE_RAM),
             ]
@@ -82,11 +88,11 @@ mod tests {
         let info = build(&[(0, 64 << 20)], Some((0x200_0000, 0x1234)), 0xe_0000);
         let [(at, head), (modules_at, modules), (map_at, map)] = &info.parts[..] else { panic!("three parts") };
         assert_eq!((*at, *modules_at, *map_at), (START_INFO, MODULE_LIST, MEMORY_MAP));
-        assert_eq!((head.len(), modules.len(), map.len()), (56, 32, 3 * 24));
+        assert_eq!((head.len(), modules.len(), map.len()), (56, 32, 4 * 24));
         assert_eq!(head[..4], 0x336e_c578u32.to_le_bytes());
         assert_eq!(head[12], 1);
         assert_eq!(head[16..24], MODULE_LIST.to_le_bytes());
         assert_eq!(head[32..40], 0xe_0000u64.to_le_bytes());
-        assert_eq!(head[48], 3);
+        assert_eq!(head[48], 4);
     }
 }

@@ -453,6 +453,12 @@ impl DeviceSet {
         self.pump_vsock();
     }
 
+    /// Tells a restored guest that its vsock connections are gone; before its processors run. See
+    /// `Vsock::transport_reset`.
+    pub fn vsock_transport_reset(&self) {
+        self.vsock.with_queues(Vsock::transport_reset);
+    }
+
     fn pump_vsock(&self) {
         if self.vsock.with_queues(|vsock, context| vsock.pump(context)) == Some(Progress::More) {
             self.vsock.kick(0);

@@ -79,6 +79,8 @@ fn requests_that_make_no_sense_are_answered_and_cost_nothing() {
     assert!(ask(&mut stream, "1 vm.stats\n").starts_with("1 err BAD_STATE "));
     assert!(ask(&mut stream, "1 vm.stats wait_ms=10001\n").starts_with("1 err OUT_OF_RANGE "));
     assert!(ask(&mut stream, "1 vm.balloon target_mib=64\n").starts_with("1 err BAD_STATE "));
+    assert!(ask(&mut stream, "1 vm.renew\n").starts_with("1 err BAD_STATE "));
+    assert!(ask(&mut stream, "1 vm.renew 1\n").starts_with("1 err UNKNOWN_ARGUMENT "));
     assert!(ask(&mut stream, "1 vm.limits disk_iops=5\n").starts_with("1 err BAD_STATE "));
     assert!(ask(&mut stream, "1 serial.input \"x\\n\"\n").starts_with("1 err BAD_STATE "));
     assert!(ask(&mut stream, "1 serial.input\n").starts_with("1 err MISSING_ARGUMENT "));

@@ -24,6 +24,11 @@ pub use packet::HOST_CID;
 
 const RX: usize = 0;
 const TX: usize = 1;
+const EVENTS: usize = 2;
+
+/// `struct virtio_vsock_event` (§5.10.6.7) of a guest that was moved or restored: its connections are gone, and its
+/// context identifier may be another.
+const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 
 /// Guest buffers that one read of a link fills at most. Linux makes them 4 KiB each, so this is what makes a
 /// stream to the guest cost few system calls.
@@ -55,12 +60,20 @@ pub struct Vsock {
     counters: Arc<VsockCounters>,
     /// Packets of the guest wait until resets have gone out.
     stalled: bool,
+    /// The guest is to hear that its connections are gone, and has given no buffer for it yet.
+    reset_owed: bool,
 }
 
 impl Vsock {
     /// The device of a guest with that context identifier (3 or more).
     pub fn new(guest_cid: u64) -> io::Result<Self> {
-        Ok(Self { guest_cid, muxer: Muxer::new(guest_cid)?, counters: Arc::default(), stalled: false })
+        Ok(Self {
+            guest_cid,
+            muxer: Muxer::new(guest_cid)?,
+            counters: Arc::default(),
+            stalled: false,
+            reset_owed: false,
+        })
     }
 
     /// The device's counters.
@@ -104,8 +117,61 @@ impl Vsock {
         self.muxer.connections()
     }
 
+    /// Tells the guest that its connections are gone (§5.10.6.7), at once or as soon as it has a buffer for that. For
+    /// after a restore, before the guest runs: it then connects anew. Requests that it has not seen yet and links that
+    /// wait for it are for the restored guest and stay; any connection is ended.
+    ///
+    /// Until the guest has taken note (it gives another buffer, or connects), it gets nothing else, and what it still
+    /// sends on its old connections is dropped: a reset of one of them would look like its peer's, and a connection that
+    /// is made meanwhile would be taken for an old one.
+    ///
+    /// # Errors
+    /// When the event queue or a buffer in it breaks the rules; that stops the device.
+    pub fn transport_reset(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
+        self.muxer.driver_gone();
+        self.muxer.hush(true);
+        self.reset_owed = true;
+        self.tell_reset(context)
+    }
+
+    /// Gives the guest the event that it is owed.
+    fn tell_reset(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
+        let mut chain = Chain::default();
+        while self.reset_owed {
+            if context.queues[EVENTS].pop(context.memory, &mut chain)? {
+                let len = TRANSPORT_RESET.len();
+                if chain.writable.len() < len {
+                    return Err(QueueError::TooSmall { len: chain.writable.len(), least: len });
+                }
+                chain.writable.copy_from(0, &TRANSPORT_RESET);
+                context.queues[EVENTS].add_used(context.memory, chain.head, len as u32)?;
+                self.reset_owed = false;
+                // From here on another buffer is an answer.
+                context.queues[EVENTS].enable_notifications_of_more(context.memory)?;
+            } else if !context.queues[EVENTS].enable_notifications(context.memory)? {
+                break;
+            }
+        }
+        context.interrupt_for(EVENTS)
+    }
+
+    /// The guest gave buffers for events.
+    fn event_buffers(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
+        if self.reset_owed {
+            self.tell_reset(context)
+        } else if self.muxer.is_hushed() && context.queues[EVENTS].enable_notifications_of_more(context.memory)? {
+            self.muxer.hush(false);
+            Ok(())
+        } else {
+            Ok(())
+        }
+    }
+
     /// Gives the guest what there is for it, as long as it has buffers.
     pub fn pump(&mut self, context: &mut Context<'_>) -> Result<Progress, QueueError> {
+        if self.muxer.is_hushed() {
+            return Ok(Progress::Idle);
+        }
         let mut burst = Burst::default();
         let mut octets = 0;
         let progress = loop {
@@ -300,8 +366,11 @@ impl Device for Vsock {
         self.guest_cid.to_le_bytes().to_vec()
     }
 
-    /// The event queue (2) is for guests that move to another host, so its buffers just wait.
+    /// Buffers of the event queue wait for a restore.
     fn queue_notified(&mut self, context: &mut Context<'_>, index: usize) -> Result<Progress, QueueError> {
+        if index == EVENTS {
+            self.event_buffers(context)?;
+        }
         let taken = if index == TX || self.stalled { self.take(context)? } else { Progress::Idle };
         // Packets of the guest make answers.
         let given = self.pump(context)?;
@@ -310,6 +379,9 @@ impl Device for Vsock {
 
     fn reset(&mut self) {
         self.stalled = false;
+        // A driver that begins anew has no connections to lose.
+        self.reset_owed = false;
+        self.muxer.hush(false);
         self.muxer.driver_gone();
     }
 }

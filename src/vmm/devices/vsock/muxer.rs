@@ -73,6 +73,8 @@ pub struct Muxer {
     /// Connections that have something for the guest, each once, in turn.
     ready: VecDeque<u64>,
     resets: VecDeque<Key>,
+    /// See `hush`.
+    hushed: bool,
     /// When connections give up.
     deadlines: BTreeSet<(Instant, u64)>,
     epoll: Epoll,
@@ -91,6 +93,7 @@ impl Muxer {
             held: Vec::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
+            hushed: false,
             deadlines: BTreeSet::new(),
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             next_id: 0,
@@ -251,6 +254,7 @@ impl Muxer {
                         }
                     }
                     Some(Op::Reset) => {}
+                    _ if self.hushed => {}
                     _ => self.resets.push_back(key),
                 }
                 0
@@ -310,6 +314,8 @@ impl Muxer {
     /// The guest wants a connection to the host's port `key.0`.
     fn request(&mut self, key: Key, request: Header, now: Instant) {
         self.expire(now);
+        // Who connects anew knows that the old connections are gone.
+        self.hushed = false;
         if self.held.iter().any(|held| held.key == key) {
             self.held.retain(|held| held.key != key);
             self.resets.push_back(key);
@@ -426,6 +432,17 @@ impl Muxer {
                 self.guest_reset(id);
             }
         }
+    }
+
+    /// Whether the guest is yet to learn that it was restored: nothing is for it, and packets of connections that do not
+    /// exist are dropped without a reset.
+    pub fn hush(&mut self, hushed: bool) {
+        self.hushed = hushed;
+    }
+
+    /// See `hush`.
+    pub fn is_hushed(&self) -> bool {
+        self.hushed
     }
 
     // ---- Time ----

@@ -8,6 +8,8 @@ use crate::vmm::devices::driver::{self, DriverQueue, Seed};
 use crate::vmm::devices::mmio::MmioTransport;
 use crate::vmm::memory::GuestMemory;
 
+mod restore;
+
 const CID: u64 = 7;
 const BUFFER: u32 = 4096 + HEADER as u32;
 const BUFFERS: u64 = 0x10_0000;
