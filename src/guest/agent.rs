@@ -17,12 +17,16 @@ use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use super::connection::{Connection, Job, greeting};
+use super::connection::{Connection, Job, greeting, hello};
 use super::exec::{Exec, Held, Users};
+use super::freeze::Freeze;
+use super::identity::Identity;
 use super::port::{self, Port};
 use super::settings::Settings;
 use super::tasks::Tasks;
+use super::uplink::Call;
 use super::{boot, memory, report, socket, system};
+use crate::wire::Fields;
 
 /// After so long without an event memory is given back.
 const IDLE: Duration = Duration::from_secs(1);
@@ -40,21 +44,33 @@ pub(super) enum Kind {
     Stdin,
     Stdout,
     Stderr,
+    Frozen,
 }
 
-const KINDS: [Kind; 8] =
-    [Kind::Listener, Kind::Signals, Kind::Tasks, Kind::Link, Kind::Status, Kind::Stdin, Kind::Stdout, Kind::Stderr];
+const KINDS: [Kind; 9] = [
+    Kind::Listener,
+    Kind::Signals,
+    Kind::Tasks,
+    Kind::Link,
+    Kind::Status,
+    Kind::Stdin,
+    Kind::Stdout,
+    Kind::Stderr,
+    Kind::Frozen,
+];
+/// Bits of a token that are its kind.
+const KIND_BITS: u32 = 4;
 
 /// Largest number of a program that fits a token with its kind.
 pub(super) const EXEC_MAX: u64 = u64::MAX >> 8;
 
 fn token(kind: Kind, number: u64) -> Token {
-    Token((number as usize) << 3 | kind as usize)
+    Token((number as usize) << KIND_BITS | kind as usize)
 }
 
 fn of_token(token: Token) -> (Kind, u64) {
-    let kind = KINDS.get(token.0 & 7).copied().unwrap_or(Kind::Listener);
-    (kind, (token.0 >> 3) as u64)
+    let kind = KINDS.get(token.0 & ((1 << KIND_BITS) - 1)).copied().unwrap_or(Kind::Listener);
+    (kind, (token.0 >> KIND_BITS) as u64)
 }
 
 /// What is due at a time.
@@ -66,6 +82,10 @@ pub(super) enum Due {
     Linger(u64),
     /// Look again whether the port's host side is there.
     Port,
+    /// Who waits for the programs to stand still has waited long enough.
+    Freeze,
+    /// Call the host again.
+    Call,
     /// The sandbox goes down, whether its programs have ended or not.
     PowerOff,
 }
@@ -112,6 +132,12 @@ pub(super) struct Agent {
     pub(super) trimmed: bool,
     /// Going down: nothing new is started.
     pub(super) stopping: bool,
+    /// The programs are to stand still.
+    pub(super) freeze: Option<Freeze>,
+    /// Who this sandbox is.
+    pub(super) identity: Identity,
+    /// The host is to be told that the agent is there again.
+    pub(super) call: Option<Call>,
 }
 
 impl Agent {
@@ -153,6 +179,9 @@ impl Agent {
             chores_finished: false,
             trimmed: false,
             stopping: false,
+            freeze: None,
+            identity: Identity::default(),
+            call: None,
         };
         agent.watch(&agent.signals, Kind::Signals, 0, Interest::READABLE)?;
         match &agent.door {
@@ -173,12 +202,13 @@ impl Agent {
         let mut connection = Connection::new(File::from(uplink));
         connection.connecting = !greeted;
         if !greeted {
-            connection.link.send(&greeting());
+            connection.link.send(&greeting(self.hello()));
         }
         self.adopt(connection);
     }
 
-    pub(super) fn adopt(&mut self, mut connection: Connection) {
+    /// Serves a connection; gives its number. One that cannot be watched is dropped.
+    pub(super) fn adopt(&mut self, mut connection: Connection) -> Option<u64> {
         let id = self.next_link;
         let both = Interest::READABLE | Interest::WRITABLE;
         match self.watch(connection.link.stream(), Kind::Link, id, both) {
@@ -186,9 +216,19 @@ impl Agent {
                 self.next_link += 1;
                 self.links.insert(id, connection);
                 self.busy_links.insert(id);
+                Some(id)
             }
-            Err(e) => report(&format!("a connection was dropped: {e}")),
+            Err(e) => {
+                report(&format!("a connection was dropped: {e}"));
+                None
+            }
         }
+    }
+
+    /// What this agent says about itself now.
+    pub(super) fn hello(&self) -> Fields {
+        let hello = hello();
+        if self.freeze.is_some() { hello.with("frozen", true) } else { hello }
     }
 
     /// Serves until the process is told to end.
@@ -258,6 +298,9 @@ impl Agent {
                     None if self.pid1 => report("programs have no cgroups"),
                     _ => {}
                 }
+                if self.pid1 {
+                    self.identity.introduce();
+                }
             }
             None => {}
         }
@@ -279,6 +322,7 @@ impl Agent {
             Kind::Listener => self.accept(),
             Kind::Signals => return self.take_signals(),
             Kind::Tasks => {}
+            Kind::Frozen => self.look_at_freeze(),
             Kind::Link => {
                 if let Some(connection) = self.links.get_mut(&number) {
                     connection.readable |= readable;
@@ -323,8 +367,10 @@ impl Agent {
                 }
                 Ok(Some(stream)) => {
                     let mut connection = Connection::new(stream);
-                    connection.link.send(&greeting());
+                    connection.link.send(&greeting(self.hello()));
                     self.adopt(connection);
+                    // The host came by itself.
+                    self.call = None;
                 }
                 Ok(None) => return,
                 Err(errno) => {
@@ -382,6 +428,8 @@ impl Agent {
                     }
                 }
                 Due::Port => self.accept(),
+                Due::Freeze => self.mark_freezers(),
+                Due::Call => self.call_again(),
                 Due::PowerOff => system::power_off(),
             }
         }

@@ -1,6 +1,9 @@
 //! One connection to the agent and the requests under way on it.
 
 use std::fs::File;
+use std::io;
+use std::sync::OnceLock;
+use std::time::Instant;
 
 use super::tasks::Task;
 use crate::wire::{Code, Error, Fields, Link, Message, PROTOCOL_VERSION};
@@ -19,6 +22,8 @@ pub(super) enum Job {
     ExecList(u64),
     /// A file operation, on a thread.
     Task(Task),
+    /// Until all programs stand still, or this time.
+    Freeze(Instant),
 }
 
 /// A tag and its request.
@@ -40,6 +45,8 @@ pub(super) struct Connection {
     pub connecting: bool,
     /// The stream has failed or was closed.
     pub broken: bool,
+    /// It did not end: it was taken away, as by a restore.
+    pub torn: bool,
     pub jobs: Vec<Slot>,
 }
 
@@ -52,8 +59,17 @@ impl Connection {
             writable: true,
             connecting: false,
             broken: false,
+            torn: false,
             jobs: Vec::new(),
         }
+    }
+
+    /// Notes that the stream failed with that error.
+    pub(super) fn fail_by(&mut self, error: &io::Error) {
+        self.broken = true;
+        // A peer that goes, or resets a connection, is the end of the stream (0 octets, EPIPE). A vsock says these two
+        // only when the whole transport was reset (vsock_connectible_recvmsg, virtio_vsock_reset_sock).
+        self.torn |= matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNRESET));
     }
 
     /// Where the request of this tag is among `jobs`.
@@ -93,12 +109,29 @@ impl Connection {
     }
 }
 
-/// What the agent says about itself, unasked at the start of each connection and as the answer to `hello`.
+/// What the agent says about itself, unasked at the start of each connection and as the answer to `hello`. `boot` is
+/// the same for as long as this agent lives, and in all that are made of its memory.
 pub(super) fn hello() -> Fields {
-    Fields::new().with("protocol", PROTOCOL_VERSION).with("agent", "burrow").with("version", env!("CARGO_PKG_VERSION"))
+    Fields::new()
+        .with("protocol", PROTOCOL_VERSION)
+        .with("agent", "burrow")
+        .with("version", env!("CARGO_PKG_VERSION"))
+        .with("boot", boot())
 }
 
-/// The first line of each connection.
-pub(super) fn greeting() -> Message {
-    Message::ok("hello", hello())
+/// The first line of a connection.
+pub(super) fn greeting(hello: Fields) -> Message {
+    Message::ok("hello", hello)
+}
+
+/// 16 hexadecimal digits, chosen when first asked for.
+fn boot() -> &'static str {
+    static BOOT: OnceLock<String> = OnceLock::new();
+    BOOT.get_or_init(|| {
+        let mut octets = [0; 8];
+        // SAFETY: getrandom writes at most as many octets as there are. It does not wait for the kernel's pool to be
+        // seeded, which early in a boot it may not be: the number is no secret.
+        unsafe { libc::getrandom(octets.as_mut_ptr().cast(), octets.len(), libc::GRND_INSECURE) };
+        format!("{:016x}", u64::from_ne_bytes(octets))
+    })
 }

@@ -14,6 +14,8 @@ mod children;
 mod connection;
 mod exec;
 mod files;
+mod freeze;
+mod identity;
 mod loopback;
 mod memory;
 mod network;
@@ -24,6 +26,7 @@ mod settings;
 mod socket;
 mod system;
 mod tasks;
+mod uplink;
 mod verbs;
 
 use std::io::Write;
@@ -34,7 +37,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use agent::{Agent, Door};
-use connection::greeting;
+use connection::{greeting, hello};
 use port::Port;
 
 use crate::wire::{Code, Error, Message};
@@ -63,7 +66,7 @@ pub fn main() -> ExitCode {
 
 /// The end of PID 1 is a kernel panic: the node sees it as the sandbox's end, and the serial log has the reason.
 fn serve_sandbox() -> ExitCode {
-    let booted = match boot::enter_root(&greeting().to_bytes()) {
+    let booted = match boot::enter_root(&greeting(hello()).to_bytes()) {
         Ok(booted) => booted,
         Err((sentence, booted)) => {
             report(&sentence);

@@ -61,10 +61,13 @@ impl Agent {
     pub(super) fn serve(&mut self, id: u64, connection: &mut Connection) -> bool {
         if connection.connecting {
             match socket::connected(connection.link.stream().as_fd()) {
-                Ok(true) => connection.connecting = false,
+                Ok(true) => {
+                    connection.connecting = false;
+                    self.answered(id);
+                }
                 Ok(false) => return false,
                 Err(_) => {
-                    // Nobody waits on the host: it will come to the listener when it wants.
+                    // Nobody waits on the host: it will come to the listener when it wants, or `bury` calls again.
                     connection.broken = true;
                     return false;
                 }
@@ -79,7 +82,7 @@ impl Agent {
                 match connection.link.flush() {
                     Ok(true) => progress = true,
                     Ok(false) => connection.writable = false,
-                    Err(_) => connection.broken = true,
+                    Err(e) => connection.fail_by(&e),
                 }
             }
             if connection.broken || !progress {
@@ -99,8 +102,12 @@ impl Agent {
                 connection.readable = false;
                 return false;
             }
-            Ok(Filled::Closed) | Err(_) => {
+            Ok(Filled::Closed) => {
                 connection.broken = true;
+                return false;
+            }
+            Err(e) => {
+                connection.fail_by(&e);
                 return false;
             }
         }
@@ -124,6 +131,8 @@ impl Agent {
         let mut progress = false;
         let mut failures = Vec::new();
         let mut cgroups = Vec::new();
+        let freeze = connection.jobs.iter().any(|slot| matches!(slot.job, Job::Freeze(_)));
+        let freeze = freeze.then(|| (self.freeze_is_decided(), self.freeze_fields()));
         let Connection { link, jobs, .. } = connection;
         let (execs, scratch) = (&mut self.execs, self.scratch.as_mut_slice());
         jobs.retain_mut(|slot| {
@@ -151,6 +160,13 @@ impl Agent {
                     task.pump(link.queued());
                     Visit::Idle
                 }
+                Job::Freeze(until) => match &freeze {
+                    Some((decided, fields)) if *decided || *until <= Instant::now() => {
+                        link.send(&Message::ok(&slot.tag, fields.clone()));
+                        Visit::Done
+                    }
+                    _ => Visit::Idle,
+                },
             };
             progress |= visit != Visit::Idle;
             visit != Visit::Done
@@ -188,7 +204,9 @@ impl Agent {
                 exec.attached = None;
             }
         }
+        let torn = connection.torn;
         drop(connection);
+        self.lost(id, torn);
         if let Door::Port(port) = &mut self.door {
             port.disconnected();
             self.due.insert((Instant::now() + port::PAUSE, Due::Port));

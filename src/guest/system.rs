@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::statvfs::statvfs;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
-use nix::unistd::{Pid, sethostname};
+use nix::unistd::{Pid, gethostname, sethostname};
 
 use super::network::Network;
 use super::report;
@@ -28,22 +28,14 @@ const ROOT_DISK: &str = "/dev/vda";
 ///
 /// Arguments are checked before the first of them takes effect.
 pub(super) fn configure(settings: &mut Settings, mut args: Args, pid1: bool) -> Result<Fields, Error> {
-    let hostname = args.text("hostname")?;
-    let clock_ns = args.number("clock_ns", 0..=i64::MAX as u64)?;
+    let hostname = host_name(&mut args)?;
+    let clock = clock(&mut args)?;
     let env = args.all("env");
     let user = args.text("user")?;
     let cwd = args.bytes("cwd")?;
     let grow = args.flag("grow")?;
     let network = Network::parse(&mut args)?;
     args.finish()?;
-    if let Some(name) = &hostname
-        && (name.is_empty()
-            || name.len() > 63
-            || !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.')))
-    {
-        return Err(Error::new(Code::BadArgument, format!("hostname={name} is not a host name of 1 to 63 octets"))
-            .with("argument", "hostname"));
-    }
     if env.iter().any(|variable| variable.iter().position(|&b| b == b'=').is_none_or(|at| at == 0)) {
         return Err(Error::new(Code::BadArgument, "env is not of the form NAME=value").with("argument", "env"));
     }
@@ -68,13 +60,11 @@ pub(super) fn configure(settings: &mut Settings, mut args: Args, pid1: bool) -> 
         // On a machine that is not a sandbox these are not the agent's.
         return Ok(Fields::new());
     }
-    if let Some(ns) = clock_ns {
-        let time = TimeSpec::from_duration(Duration::from_nanos(ns));
-        clock_settime(ClockId::CLOCK_REALTIME, time).map_err(|errno| failed("set the clock", errno))?;
+    if let Some(clock) = clock {
+        set_clock(clock)?;
     }
     if let Some(name) = hostname {
-        sethostname(&name).map_err(|errno| failed("set the host name", errno))?;
-        introduce(&name);
+        set_host_name(&name)?;
     }
     if let Some(network) = network {
         network.apply()?;
@@ -90,19 +80,71 @@ fn failed(what: &str, errno: Errno) -> Error {
     Error::new(Code::Internal, format!("cannot {what}: {}", errno.desc())).with("errno", format!("{errno:?}"))
 }
 
-/// Programs expect to find the address of their own host. A line that is there is left alone.
-fn introduce(name: &str) {
+/// `clock_ns=`: the time since 1970 in nanoseconds.
+pub(super) fn clock(args: &mut Args) -> Result<Option<Duration>, Error> {
+    Ok(args.number("clock_ns", 0..=i64::MAX as u64)?.map(Duration::from_nanos))
+}
+
+/// Sets CLOCK_REALTIME. Other clocks go on as they do.
+pub(super) fn set_clock(since_1970: Duration) -> Result<(), Error> {
+    let time = TimeSpec::from_duration(since_1970);
+    clock_settime(ClockId::CLOCK_REALTIME, time).map_err(|errno| failed("set the clock", errno))
+}
+
+/// `hostname=`
+pub(super) fn host_name(args: &mut Args) -> Result<Option<String>, Error> {
+    let Some(name) = args.text("hostname")? else { return Ok(None) };
+    let fits =
+        (1..=63).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.'));
+    if fits {
+        return Ok(Some(name));
+    }
+    Err(Error::new(Code::BadArgument, format!("hostname={name} is not a host name of 1 to 63 octets"))
+        .with("argument", "hostname"))
+}
+
+/// Sets the host's name.
+pub(super) fn set_host_name(name: &str) -> Result<(), Error> {
+    let previous = gethostname().unwrap_or_default();
+    sethostname(name).map_err(|errno| failed("set the host name", errno))?;
+    introduce(name, previous.as_encoded_bytes());
+    Ok(())
+}
+
+/// Programs expect to find the address of their own host. A line that is there is left alone, but for the one that was
+/// written here for the previous name.
+fn introduce(name: &str, previous: &[u8]) {
     let hosts = fs::read("/etc/hosts").unwrap_or_default();
+    let Some(text) = introduced(&hosts, name, previous) else { return };
+    // On a full disk what was there stays where it can.
+    let _ = match text.strip_prefix(hosts.as_slice()) {
+        Some(more) => {
+            let file = fs::OpenOptions::new().append(true).create(true).open("/etc/hosts");
+            file.and_then(|mut file| file.write_all(more))
+        }
+        None => fs::write("/etc/hosts", text),
+    };
+}
+
+/// /etc/hosts with the new name; `None` when it stays.
+fn introduced(hosts: &[u8], name: &str, previous: &[u8]) -> Option<Vec<u8>> {
     let is_known = hosts
         .split(|&b| b == b'\n')
         .any(|line| line.split(u8::is_ascii_whitespace).skip(1).any(|word| word == name.as_bytes()));
     if is_known {
-        return;
+        return None;
     }
-    if let Ok(mut file) = fs::OpenOptions::new().append(true).create(true).open("/etc/hosts") {
-        let first = if hosts.is_empty() { "127.0.0.1 localhost\n::1 localhost\n" } else { "" };
-        let _ = file.write_all(format!("{first}127.0.1.1 {name}\n").as_bytes());
+    if hosts.is_empty() {
+        return Some(format!("127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {name}\n").into_bytes());
     }
+    let (own, before) = (format!("127.0.1.1 {name}").into_bytes(), [b"127.0.1.1 ", previous].concat());
+    let mut lines: Vec<&[u8]> = hosts.split(|&b| b == b'\n').collect();
+    if let Some(line) = lines.iter_mut().find(|line| ***line == before) {
+        *line = &own;
+        return Some(lines.join(&b'\n'));
+    }
+    let break_before: &[u8] = if hosts.ends_with(b"\n") { b"" } else { b"\n" };
+    Some([hosts, break_before, &own, b"\n"].concat())
 }
 
 /// The working directory of programs is there and theirs, also where the template has none.
@@ -176,4 +218,22 @@ pub(super) fn power_off() -> ! {
     report(&format!("cannot power off: {errno}"));
     // The end of PID 1 is a kernel panic, which ends the machine too.
     std::process::exit(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_of_a_previous_name_becomes_that_of_the_new_one() {
+        let introduced = |hosts: &str, name: &str, previous: &str| {
+            introduced(hosts.as_bytes(), name, previous.as_bytes()).map(|text| String::from_utf8(text).unwrap())
+        };
+        assert_eq!(introduced("", "a", "").unwrap(), "127.0.0.1 localhost\n::1 localhost\n127.0.1.1 a\n");
+        assert_eq!(introduced("127.0.0.1 localhost\n", "a", "x").unwrap(), "127.0.0.1 localhost\n127.0.1.1 a\n");
+        assert_eq!(introduced("1.1.1.1 x", "a", "").unwrap(), "1.1.1.1 x\n127.0.1.1 a\n");
+        assert_eq!(introduced("127.0.1.1 a\n1.1.1.1 x\n", "b", "a").unwrap(), "127.0.1.1 b\n1.1.1.1 x\n");
+        assert_eq!(introduced("127.0.1.1 a alias\n", "b", "a").unwrap(), "127.0.1.1 a alias\n127.0.1.1 b\n");
+        assert_eq!(introduced("10.0.0.1 other a\n", "a", "b"), None);
+    }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use super::agent::{Agent, Due, EXEC_MAX};
-use super::connection::{Connection, Job, Slot, hello};
+use super::connection::{Connection, Job, Slot};
 use super::exec::{self, Attachment, Exec, Plan, Size};
 use super::files::{self, MODE_MAX, Writing};
 use super::settings::variable;
@@ -25,7 +25,8 @@ const ARGV_KEPT: usize = 4096;
 const TIMEOUT_MAX_MS: u64 = 30 * 24 * 3600 * 1000;
 
 /// How a request goes on.
-enum Begun {
+#[derive(Debug)]
+pub(super) enum Begun {
     /// It is answered at once.
     Done(Fields),
     /// It goes on; the job is entered under its tag.
@@ -69,13 +70,15 @@ impl Agent {
         match verb.as_str() {
             "hello" => {
                 args.finish()?;
-                Ok(Begun::Done(hello()))
+                Ok(Begun::Done(self.hello()))
             }
             "system.configure" => system::configure(&mut self.settings, args, self.pid1).map(Begun::Done),
             "system.stats" => {
                 args.finish()?;
                 Ok(Begun::Done(system::stats(self.execs.values().filter(|exec| exec.is_alive()).count())))
             }
+            "system.freeze" => self.freeze(args),
+            "system.thaw" => self.thaw(args).map(Begun::Done),
             "system.poweroff" => self.power_off(args),
             "exec.start" => self.exec_start(link, &tag, args),
             "exec.attach" => self.exec_attach(link, connection, &tag, args),

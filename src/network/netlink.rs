@@ -269,6 +269,8 @@ pub enum Family {
     Route,
     /// Packet policy and connections: nfnetlink.
     Netfilter,
+    /// Open sockets of the Internet protocols: sock_diag(7).
+    Sockets,
 }
 
 /// A netlink socket. Every request is answered before the next.
@@ -285,6 +287,7 @@ impl Socket {
         let protocol = match family {
             Family::Route => SockProtocol::NetlinkRoute,
             Family::Netfilter => SockProtocol::NetlinkNetFilter,
+            Family::Sockets => SockProtocol::NetlinkSockDiag,
         };
         let descriptor = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
         for option in [libc::NETLINK_EXT_ACK, libc::NETLINK_CAP_ACK] {

@@ -4,6 +4,7 @@
 
 mod client;
 mod files;
+mod freeze;
 
 use std::io::{BufRead, Write};
 use std::os::unix::fs::PermissionsExt;

@@ -2,8 +2,9 @@
 //! of CPU and memory is counted. Where there is no writable cgroup2 everything here is absent.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -41,6 +42,21 @@ impl Users {
         if let Some(most) = most {
             let _ = fs::write(self.path.join("pids.max"), (most / 4 * 3).max(64).to_string());
         }
+    }
+
+    /// Orders all programs to stand still, or to go on. Whether they do stand still, `are_frozen` tells.
+    pub(crate) fn order(&self, still: bool) -> io::Result<()> {
+        fs::write(self.path.join("cgroup.freeze"), if still { "1" } else { "0" })
+    }
+
+    /// A file for `are_frozen`, which is also announced as having priority data (poll(2)) when the answer changes.
+    pub(crate) fn events(&self) -> io::Result<File> {
+        File::open(self.path.join("cgroup.events"))
+    }
+
+    /// Tasks of all programs, threads counted each; `None` when the kernel does not count them.
+    pub(crate) fn tasks(&self) -> Option<u64> {
+        read_number(&self.path.join("pids.current"))
     }
 
     /// A fresh cgroup for one program.
@@ -84,6 +100,13 @@ impl Users {
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
     }
+}
+
+/// Whether everything in the group that `events` is of stands still.
+pub(crate) fn are_frozen(events: &File) -> bool {
+    let mut text = [0; 256];
+    let len = events.read_at(&mut text, 0).unwrap_or(0);
+    text.get(..len).unwrap_or_default().split(|&b| b == b'\n').any(|line| line == b"frozen 1")
 }
 
 /// Removes a cgroup unless processes are in it.

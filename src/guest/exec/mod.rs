@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 
-pub(super) use cgroup::{Cgroup, Users};
+pub(super) use cgroup::{Cgroup, Users, are_frozen};
 pub(super) use input::Input;
 pub(super) use output::{Held, Output};
 pub(super) use spawn::{Failure, Plan, Size, Spawned, Stage, spawn};
