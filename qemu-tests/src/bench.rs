@@ -83,6 +83,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("exec_true_ms", Target::AtMost(5.0)),
     ("jail_cost_ms", Target::AtMost(3.0)),
     ("supervisor_rss_kib", Target::AtMost(16.0 * 1024.0)),
+    // 0.1 % of a processor for 100 of them.
+    ("supervisor_idle_us", Target::AtMost(600.0)),
     ("worker_overhead_kib", Target::AtMost(3072.0)),
     ("binary_bytes", Target::AtMost(8.0 * 1024.0 * 1024.0)),
     ("host_boot_ms", Target::AtMost(2500.0)),

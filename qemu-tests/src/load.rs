@@ -42,6 +42,8 @@ pub struct Shared {
     stop: AtomicBool,
     /// Sandboxes asked for so far.
     turn: AtomicU64,
+    /// Answers and pieces of output that clients got so far.
+    heard: AtomicU64,
 }
 
 impl Shared {
@@ -78,6 +80,17 @@ impl Load {
         Self { shared, threads }
     }
 
+    /// Waits until the clients got so many more answers or pieces of output, or for as long as a node may be silent: who kills
+    /// by the clock alone kills a slow machine's creates and nothing else.
+    pub fn go_on(&self, answers: u64) {
+        let end = Instant::now() + timing::hang();
+        let heard = || self.shared.heard.load(Ordering::Relaxed);
+        let begin = heard();
+        while heard() < begin + answers && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Gives what the clients were told, once each is done with the sandbox that it has.
     ///
     /// # Panics
@@ -112,64 +125,76 @@ fn expected() -> Vec<u8> {
 /// How a request ended: its fields, or its error; and what came on standard output until then, also before an error.
 type Ended = (Result<Fields, Error>, Vec<u8>);
 
-/// Sends a request and gives its end.
-fn ask(connection: &mut Connection, mut request: Request) -> io::Result<Ended> {
-    request.tag = "t".to_string();
-    connection.send(&Message::Request(request))?;
-    let mut out = Vec::new();
-    loop {
-        match connection.receive()? {
-            Message::Ok { fields, .. } => return Ok((Ok(fields), out)),
-            // The bridge's word for the node's end.
-            Message::Err { error, .. } if error.message.contains("port was closed") => {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+/// A client's connection.
+struct Caller<'a> {
+    shared: &'a Shared,
+    connection: Connection,
+}
+
+impl Caller<'_> {
+    /// Sends a request and gives its end.
+    fn ask(&mut self, mut request: Request) -> io::Result<Ended> {
+        request.tag = "t".to_string();
+        self.connection.send(&Message::Request(request))?;
+        let mut out = Vec::new();
+        loop {
+            let message = self.connection.receive()?;
+            if !matches!(message, Message::Err { .. }) {
+                self.shared.heard.fetch_add(1, Ordering::Relaxed);
             }
-            Message::Err { error, .. } => return Ok((Err(error), out)),
-            Message::Data { tag, channel, payload } => {
-                connection.send(&Message::credit(&tag, &channel, payload.len() as u64))?;
-                if channel == "stdout" {
-                    out.extend(payload);
+            match message {
+                Message::Ok { fields, .. } => return Ok((Ok(fields), out)),
+                // The bridge's word for the node's end.
+                Message::Err { error, .. } if error.message.contains("port was closed") => {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
                 }
+                Message::Err { error, .. } => return Ok((Err(error), out)),
+                Message::Data { tag, channel, payload } => {
+                    self.connection.send(&Message::credit(&tag, &channel, payload.len() as u64))?;
+                    if channel == "stdout" {
+                        out.extend(payload);
+                    }
+                }
+                _ => {}
             }
-            _ => {}
         }
     }
-}
 
-/// Whether the sandbox that a request names does not run any more.
-fn is_gone(connection: &mut Connection, request: &Request) -> io::Result<bool> {
-    let named = request.args.iter().take(1).cloned().collect();
-    let inspect = Request { args: named, ..Request::new("", "sandbox.inspect") };
-    Ok(match ask(connection, inspect)?.0 {
-        Ok(fields) => fields.get("state") != Some("running"),
-        Err(error) => !error.is(Code::NodeRestarted),
-    })
-}
+    /// Whether the sandbox that a request names does not run any more.
+    fn is_gone(&mut self, request: &Request) -> io::Result<bool> {
+        let named = request.args.iter().take(1).cloned().collect();
+        let inspect = Request { args: named, ..Request::new("", "sandbox.inspect") };
+        Ok(match self.ask(inspect)?.0 {
+            Ok(fields) => fields.get("state") != Some("running"),
+            Err(error) => !error.is(Code::NodeRestarted),
+        })
+    }
 
-/// The same, again for as long as the supervisor was killed under it or has not reached the agent yet. `broken` is called
-/// with what had come each time.
-fn insist(connection: &mut Connection, request: &Request, mut broken: impl FnMut(Vec<u8>)) -> io::Result<Ended> {
-    let until = Instant::now() + timing::hang();
-    loop {
-        let (result, out) = ask(connection, request.clone())?;
-        match result {
-            Err(error) if error.is(Code::NodeRestarted) => broken(out),
-            Err(error) if error.is(Code::LinkLost) && Instant::now() < until && !is_gone(connection, request)? => {
-                broken(out);
-                std::thread::sleep(Duration::from_millis(100));
+    /// The same as `ask`, again for as long as the supervisor was killed under it or has not reached the agent yet. `broken` is
+    /// called with what had come each time.
+    fn insist(&mut self, request: &Request, mut broken: impl FnMut(Vec<u8>)) -> io::Result<Ended> {
+        let until = Instant::now() + timing::hang();
+        loop {
+            let (result, out) = self.ask(request.clone())?;
+            match result {
+                Err(error) if error.is(Code::NodeRestarted) => broken(out),
+                Err(error) if error.is(Code::LinkLost) && Instant::now() < until && !self.is_gone(request)? => {
+                    broken(out);
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                other => return Ok((other, out)),
             }
-            other => return Ok((other, out)),
         }
     }
 }
 
 fn work(shared: &Shared, socket: &Path) -> io::Result<()> {
-    let mut connection = Connection::open(socket)?;
-    connection.stream().set_read_timeout(Some(timing::hang()))?;
+    let mut client = Caller { shared, connection: Connection::open(socket)? };
+    client.connection.stream().set_read_timeout(Some(timing::hang()))?;
     while !shared.stop.load(Ordering::Relaxed) {
         let turn = shared.turn.fetch_add(1, Ordering::Relaxed);
         let network = if turn.is_multiple_of(2) { "on" } else { "off" };
-        let id = match ask(&mut connection, Sandbox::create_request(&[("network", network)]))?.0 {
+        let id = match client.ask(Sandbox::create_request(&[("network", network)]))?.0 {
             Ok(fields) => fields.get("id").unwrap_or_default().to_string(),
             // Its id was told to nobody; or its worker was killed before it ran.
             Err(error) if error.is(Code::NodeRestarted) || error.is(Code::VmFailed) => continue,
@@ -179,12 +204,12 @@ fn work(shared: &Shared, socket: &Path) -> io::Result<()> {
             }
         };
         shared.book().created.insert(id.clone());
-        use_it(shared, &mut connection, &id)?;
+        use_it(&mut client, &id)?;
         shared.book().leaving.insert(id.clone());
         let mut lost = false;
         let remove = Request::new("", "sandbox.remove").arg(&id).set("force", true);
         loop {
-            match ask(&mut connection, remove.clone())?.0 {
+            match client.ask(remove.clone())?.0 {
                 Ok(_) => break,
                 Err(error) if error.is(Code::NodeRestarted) => lost = true,
                 Err(error) if lost && error.is(Code::NotFound) => break,
@@ -200,14 +225,15 @@ fn work(shared: &Shared, socket: &Path) -> io::Result<()> {
 }
 
 /// Runs programs in a sandbox: one that writes for a while and is read again whenever its stream breaks, one that is short.
-fn use_it(shared: &Shared, connection: &mut Connection, id: &str) -> io::Result<()> {
+fn use_it(client: &mut Caller<'_>, id: &str) -> io::Result<()> {
+    let shared = client.shared;
     // Of a sandbox whose worker was killed nothing can be expected, but for the kind of error.
     let excused = |error: &Error| {
         let kinds = [Code::LinkLost, Code::BadState, Code::NotFound];
         shared.book().struck.contains(id) && kinds.iter().any(|code| error.is(*code))
     };
     let start = ["sh", "-c", &script()].iter().fold(Request::new("", "exec.start").arg(id), |r, arg| r.arg(arg));
-    let started = match insist(connection, &start.set("detach", true), |_| {})?.0 {
+    let started = match client.insist(&start.set("detach", true), |_| {})?.0 {
         Ok(fields) => fields.get("exec").unwrap_or_default().to_string(),
         Err(error) => {
             if !excused(&error) {
@@ -217,7 +243,7 @@ fn use_it(shared: &Shared, connection: &mut Connection, id: &str) -> io::Result<
         }
     };
     let echo = Request::new("", "exec.start").arg(id).arg("echo").arg("on");
-    match insist(connection, &echo, |_| {})? {
+    match client.insist(&echo, |_| {})? {
         (Ok(_), out) if out == b"on\n" => {}
         (Err(error), _) if excused(&error) => return Ok(()),
         other => shared.book().wrong.push(format!("echo in {id}: {other:?}")),
@@ -225,7 +251,7 @@ fn use_it(shared: &Shared, connection: &mut Connection, id: &str) -> io::Result<
     let expected = expected();
     let (mut seen, mut broken) = (Vec::new(), 0);
     let attach = Request::new("", "exec.attach").arg(id).set("exec", &started);
-    let (result, out) = insist(connection, &attach, |out| {
+    let (result, out) = client.insist(&attach, |out| {
         broken += 1;
         seen.push(out);
     })?;

@@ -163,7 +163,8 @@ fn a_worker_that_the_node_kills_for_want_of_memory_says_so_and_the_others_go_on(
         "mkdir -p /tmp/full && mount -t tmpfs -o size={taken}m none /tmp/full && \
          head -c {taken}m /dev/zero > /tmp/full/file 2>/dev/null || true"
     ));
-    begin(&sandbox, &["sh", "-c", "head -c 300m /dev/zero > /dev/shm/file"]);
+    // No zeroes: the node's kernel takes pages of nothing else back (mm/huge_memory.c, underused huge pages).
+    begin(&sandbox, &["sh", "-c", "while cat /usr/bin/busybox; do :; done >> /dev/shm/file"]);
     let row = fails(&sandbox);
     node.sh("umount /tmp/full && rmdir /tmp/full");
     assert!(text(&row, "reason").starts_with("host-oom: "), "{row:?}");

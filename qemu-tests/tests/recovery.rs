@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use qemu_tests::artefacts::Artefact;
 use qemu_tests::files::TempDir;
@@ -21,6 +21,9 @@ use warren::storage::state::State;
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
+
+/// Answers of the load between two kills, at most. A sandbox's life has about twenty.
+const ANSWERS: u64 = 30;
 
 /// Clients of a load.
 const CLIENTS: usize = 4;
@@ -75,7 +78,8 @@ fn kills_at_any_instant_lose_no_running_sandbox_and_leave_nothing() {
     let load = Load::on(&node, CLIENTS);
     let (mut supervisors, mut workers) = (0, 0);
     for _ in 0..kills {
-        std::thread::sleep(Duration::from_millis(random.below(2500)));
+        load.go_on(random.below(ANSWERS));
+        std::thread::sleep(Duration::from_millis(random.below(500)));
         if random.below(2) == 0 {
             let killed = node.supervisor();
             node.sh(&format!("kill -9 {killed}"));
@@ -240,8 +244,8 @@ fn power_cuts_under_load_leave_a_node_that_knows_what_it_said() {
         kept.sh("echo synced > /workspace/file; sync");
         let kept = kept.keep();
         let load = Load::on(&node, CLIENTS);
-        let end = Instant::now() + Duration::from_millis(1000 + random.below(5000));
-        std::thread::sleep(end.saturating_duration_since(Instant::now()));
+        load.go_on(2 * random.below(ANSWERS));
+        std::thread::sleep(Duration::from_millis(random.below(500)));
         let disk = node.power_cut().pop().expect("the data disk");
         let shared = load.end();
         let book = shared.book();
