@@ -163,3 +163,18 @@ fn what_breaks_while_it_is_ready_is_taken_out() {
     assert_eq!(pool.drain().len(), 1);
     assert_eq!(pool.wanted(now), None, "a drained pool is not filled again");
 }
+
+#[test]
+fn one_that_was_made_and_is_of_no_use_has_its_number_until_it_is_gone() {
+    let now = Instant::now();
+    let mut pool: Pool<(), char> = Pool::new(limits());
+    assert_eq!(pool.wanted(now), Some(0));
+    pool.spoiled("nobody watches it".to_string(), now);
+    let shown = pool.shown();
+    assert_eq!((shown.ready, shown.making, shown.in_use, shown.counters.failed), (0, 0, 1, 1));
+    assert_eq!(shown.problem.as_deref(), Some("nobody watches it"));
+    assert_eq!(pool.wanted(now), None, "it pauses");
+    assert_eq!(pool.wanted(now + SECOND), Some(1), "the place is not free yet");
+    pool.freed(0);
+    assert_eq!(pool.shown().in_use, 0);
+}
