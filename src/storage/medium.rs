@@ -1,14 +1,15 @@
 //! What stands behind a block device of a guest.
 
+use std::fs::File;
 use std::io;
 
-use super::overlay::{BLOCK, Overlay, Sink, Source};
+use super::overlay::{BLOCK, Overlay, OverlayError, Sink, Source};
 use super::raw::{RawDisk, SECTOR};
 
 /// One disk. Offsets and lengths are octets; everything beyond the disk's end is refused.
 #[derive(Debug)]
 pub enum Medium {
-    /// A private layer over a base that others share.
+    /// A private layer over layers and a base that others may share.
     Overlay(Overlay),
     /// A file or block device as it is.
     Raw(RawDisk),
@@ -78,5 +79,14 @@ impl Medium {
     /// Returns when everything written before is on the medium.
     pub fn flush(&mut self) -> io::Result<()> {
         either!(self, disk => disk.flush())
+    }
+
+    /// Freezes what was written and goes on with an empty layer (`Overlay::push`). A raw disk has no layers: it is
+    /// refused.
+    pub fn push(&mut self, new_top: File) -> Result<(), OverlayError> {
+        match self {
+            Self::Overlay(disk) => disk.push(new_top),
+            Self::Raw(_) => Err(OverlayError::NotAnOverlay),
+        }
     }
 }

@@ -8,6 +8,7 @@ use super::devices::net::{MAX_MTU, MIN_MTU, NetConfig};
 use super::devices::rate::{Limits, LimitsChange, Rate};
 use super::devices::{ExtraDisk, MAX_EXTRA_DISKS, ROOT};
 use super::memory::PAGE;
+use crate::storage::overlay::MAX_LAYERS;
 use crate::wire::{Args, Code, Error, Request};
 
 /// Most processors of a guest.
@@ -47,6 +48,8 @@ pub struct StartConfig {
     pub base: File,
     /// What the guest writes to its root disk.
     pub overlay: File,
+    /// Frozen layers between them, newest first, at most `MAX_LAYERS`.
+    pub layers: Vec<File>,
     /// Further disks, at most `MAX_EXTRA_DISKS`, in the guest's order; names are unique.
     pub disks: Vec<ExtraDisk>,
     /// Of all disks together.
@@ -76,6 +79,7 @@ impl StartConfig {
         let mut limit = |key| Ok::<_, Error>(args.number(key, 1..=u64::MAX)?.map(Rate::per_second));
         let disk_limits = Limits { operations: limit("disk_iops")?, bytes: limit("disk_bytes_per_s")? };
         let disks = take_disks(&mut args, &mut descriptors)?;
+        let layers = take_layers(&mut args, &mut descriptors)?;
         let net = take_net(&mut args, &mut descriptors)?;
         let mut take = |key| take_descriptor(&mut args, &mut descriptors, key);
         let config = Self {
@@ -89,6 +93,7 @@ impl StartConfig {
             serial: take("serial")?.into(),
             base: take("base")?.into(),
             overlay: take("overlay")?.into(),
+            layers,
             disks,
             disk_limits,
             net,
@@ -139,6 +144,17 @@ fn take_disks(args: &mut Args, descriptors: &mut [Option<OwnedFd>]) -> Result<Ve
         return Err(bad(format!("{} disks are over the limit of {MAX_EXTRA_DISKS}", disks.len())));
     }
     Ok(disks)
+}
+
+/// The frozen layers: `layer=fd:N` each, newest first.
+fn take_layers(args: &mut Args, descriptors: &mut [Option<OwnedFd>]) -> Result<Vec<File>, Error> {
+    let bad = |message: String| Error::new(Code::BadArgument, message).with("argument", "layer");
+    let named = args.all("layer");
+    if named.len() > MAX_LAYERS {
+        return Err(bad(format!("{} layers are over the limit of {MAX_LAYERS}", named.len())));
+    }
+    let text = |value| String::from_utf8(value).map_err(|_| bad("layer is not UTF-8".to_string()));
+    named.into_iter().map(|value| Ok(take_named(descriptors, "layer", &text(value)?)?.into())).collect()
 }
 
 /// The network, where `tap=fd:N` is given.
@@ -251,6 +267,26 @@ mod tests {
         let nine: Vec<&str> = nine.iter().map(String::as_str).collect();
         assert!(StartConfig::parse(with(&nine), descriptors(15)).is_err());
         assert_eq!(StartConfig::parse(with(&nine[..8]), descriptors(14)).unwrap().disks.len(), 8);
+    }
+
+    #[test]
+    fn layers_come_in_their_order_and_each_with_a_descriptor() {
+        let with = |layers: &[String]| layers.iter().fold(request(), |request, layer| request.set("layer", layer));
+        let named = |count: usize| (0..count).map(|n| format!("fd:{}", 6 + n)).collect::<Vec<_>>();
+        let config = StartConfig::parse(with(&named(MAX_LAYERS)), descriptors(6 + MAX_LAYERS)).unwrap();
+        assert_eq!(config.layers.len(), MAX_LAYERS);
+        assert!(StartConfig::parse(request(), descriptors(6)).unwrap().layers.is_empty());
+        let one_more = StartConfig::parse(with(&named(MAX_LAYERS + 1)), descriptors(7 + MAX_LAYERS));
+        assert_eq!(one_more.unwrap_err().fields.get("argument"), Some("layer"));
+        for bad in [vec!["fd:6".to_string(); 2], vec!["fd:5".to_string()], vec!["6".to_string()]] {
+            assert_eq!(StartConfig::parse(with(&bad), descriptors(7)).unwrap_err().code, "BAD_ARGUMENT");
+        }
+        let mut files = descriptors(7);
+        files.push(File::open("/proc/self/stat").unwrap().into());
+        let order = StartConfig::parse(with(&["fd:7".to_string(), "fd:6".to_string()]), files).unwrap().layers;
+        let is_null =
+            |file: &File| std::os::unix::fs::FileTypeExt::is_char_device(&file.metadata().unwrap().file_type());
+        assert_eq!(order.iter().map(is_null).collect::<Vec<_>>(), [false, true]);
     }
 
     #[test]

@@ -8,8 +8,9 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
 use crate::wire::{Decoded, Filled, Link, Message};
 
-/// Most descriptors that wait for the request that names them: `vm.start` has a few, and one for each further disk.
-const MAX_DESCRIPTORS: usize = 32;
+/// Most descriptors that wait for the request that names them: `vm.start` has a few, and one for each further disk and
+/// each frozen layer. The kernel sends no more than 253 at once.
+const MAX_DESCRIPTORS: usize = 96;
 
 /// Stream that keeps the descriptors it receives.
 #[derive(Debug)]

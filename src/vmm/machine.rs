@@ -135,8 +135,8 @@ impl Machine {
         F: Fn(End) + Send + Sync + 'static,
     {
         let memory = GuestMemory::new(config.memory_bytes)?;
-        let StartConfig { base, overlay, disks, disk_limits, net, serial, cid, .. } = config;
-        let devices = DeviceConfig { base, overlay, disks, disk_limits, net, serial, cid };
+        let StartConfig { base, overlay, layers, disks, disk_limits, net, serial, cid, .. } = config;
+        let devices = DeviceConfig { base, overlay, layers, disks, disk_limits, net, serial, cid };
         let devices = Arc::new(DeviceSet::new(&memory, devices)?);
         let windows = devices.windows();
         let places: Vec<MmioDevice> = windows.iter().map(|w| MmioDevice { addr: w.base, gsi: w.gsi }).collect();

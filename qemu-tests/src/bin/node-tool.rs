@@ -201,7 +201,7 @@ fn talk(socket: &str) -> io::Result<()> {
 fn disk(overlay: &str, base: &str) -> Result<(), Box<dyn Error>> {
     const PIECE: usize = 64 * 1024;
     let file = File::options().read(true).write(true).open(overlay)?;
-    let disk = Overlay::open(file, File::open(base)?)?;
+    let disk = Overlay::open(file, Vec::new(), File::open(base)?)?;
     let mut out = BufWriter::with_capacity(1 << 20, io::stdout().lock());
     let mut piece = vec![0; PIECE];
     let zeroes = vec![0; PIECE];

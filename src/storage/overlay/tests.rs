@@ -1,9 +1,10 @@
+use super::bitmap::BLOCKS_PER_PAGE;
 use super::*;
 use crate::vmm::devices::driver::Seed;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::cell::Cell;
 
-fn scratch(len: u64) -> File {
+pub(super) fn scratch(len: u64) -> File {
     let file = File::from(memfd_create(c"overlay-test", MFdFlags::MFD_CLOEXEC).unwrap());
     file.set_len(len).unwrap();
     file
@@ -16,11 +17,21 @@ fn base_of(octets: &[u8]) -> File {
 }
 
 fn open(file: &File, base: &File) -> Result<Overlay, OverlayError> {
-    Overlay::open(file.try_clone().unwrap(), base.try_clone().unwrap())
+    Overlay::open(file.try_clone().unwrap(), Vec::new(), base.try_clone().unwrap())
+}
+
+/// The same file, opened for reading only.
+pub(super) fn read_only(file: &File) -> File {
+    File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file))).unwrap()
+}
+
+pub(super) fn open_stack(top: &File, layers: &[File], base: &File) -> Result<Overlay, OverlayError> {
+    let clones = layers.iter().map(|layer| layer.try_clone().unwrap()).collect();
+    Overlay::open(top.try_clone().unwrap(), clones, base.try_clone().unwrap())
 }
 
 /// An overlay of `blocks` blocks over a base of 8 blocks that each hold their number.
-fn disk(blocks: u64) -> (File, File, Overlay) {
+pub(super) fn disk(blocks: u64) -> (File, File, Overlay) {
     let base = base_of(&(0..8).flat_map(|n| [n + 1; BLOCK as usize]).collect::<Vec<u8>>());
     let file = scratch(0);
     create(&file, blocks * BLOCK, 8 * BLOCK, [7; 32]).unwrap();
@@ -99,7 +110,7 @@ fn a_discarded_block_reads_as_zeroes_for_good_and_gives_its_space_back() {
 fn a_discard_hides_the_base_and_needs_no_bits_beyond_it() {
     let (file, base, mut overlay) = disk(16 * BLOCKS_PER_PAGE);
     overlay.discard(0, 16 * BLOCKS_PER_PAGE * BLOCK).unwrap();
-    assert_eq!(overlay.bitmap.pages.iter().flatten().count(), 1, "only the page of the base has bits");
+    assert_eq!(overlay.bitmap.pages(), 1, "only the page of the base has bits");
     overlay.flush().unwrap();
     let overlay = open(&file, &base).unwrap();
     let mut octets = vec![1; 10 * BLOCK as usize];
@@ -142,9 +153,9 @@ fn accesses_beyond_the_end_are_refused() {
 }
 
 /// Counts transfers.
-struct Counting<'a> {
-    octets: &'a mut [u8],
-    calls: &'a Cell<usize>,
+pub(super) struct Counting<'a> {
+    pub octets: &'a mut [u8],
+    pub calls: &'a Cell<usize>,
 }
 
 impl Sink for Counting<'_> {
@@ -240,7 +251,7 @@ fn a_huge_disk_costs_little() {
     overlay.write_at(MAX_DISK - 1, &[5]).unwrap();
     overlay.flush().unwrap();
     let overlay = open(&file, &base).unwrap();
-    assert_eq!(overlay.bitmap.pages.iter().flatten().count(), 1);
+    assert_eq!(overlay.bitmap.pages(), 1);
     let mut octet = [0];
     overlay.read_at(MAX_DISK - 1, &mut octet).unwrap();
     assert_eq!(octet, [5]);
@@ -252,8 +263,7 @@ fn after_a_failed_sync_nothing_is_promised_any_more() {
     // A file opened for reading: writes of the bitmap fail.
     overlay.write_at(0, &[1]).unwrap();
     overlay.file = base_of(&[]);
-    let read_only = File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&base))).unwrap();
-    overlay.file = read_only;
+    overlay.file = read_only(&base);
     assert!(overlay.flush().is_err());
     assert!(overlay.flush().is_err());
     assert!(overlay.write_at(0, &[1]).is_err());
@@ -263,8 +273,8 @@ fn after_a_failed_sync_nothing_is_promised_any_more() {
 /// Random reads, writes, flushes and crashes against a plain vector. A crash may lose what was not flushed,
 /// octet by octet of sectors, and nothing else.
 #[test]
-fn a_disk_is_what_a_vector_is_and_flushed_data_survives_a_crash() {
-    for seed in 0..16 {
+fn a_disk_of_any_layers_is_what_a_vector_is_and_flushed_data_survives_a_crash() {
+    for seed in 0..32 {
         let mut random = Seed(seed);
         let base_blocks = random.below(40);
         let blocks = base_blocks + 1 + random.below(40);
@@ -277,13 +287,15 @@ fn a_disk_is_what_a_vector_is_and_flushed_data_survives_a_crash() {
         let mut model = base_octets.clone();
         model.resize(size, 0);
         let mut flushed = model.clone();
+        // Newest first.
+        let (mut top, mut layers) = (file, Vec::<File>::new());
         // Written since the last flush: may be old or new after a crash.
         let mut in_doubt = vec![false; size];
         for step in 0..200 {
             let offset = random.below(size as u64) as usize;
             let most = if random.below(4) == 0 { size } else { 9000 };
             let len = random.below(most.min(size - offset) as u64 + 1) as usize;
-            match random.below(26) {
+            match random.below(30) {
                 0..8 => {
                     let new = random.octets(len);
                     overlay.write_at(offset as u64, &new).unwrap();
@@ -314,9 +326,29 @@ fn a_disk_is_what_a_vector_is_and_flushed_data_survives_a_crash() {
                         in_doubt[start..end].fill(true);
                     }
                 }
+                25 | 26 => {
+                    let new = scratch(0);
+                    create(&new, blocks * BLOCK, base_blocks * BLOCK, [1; 32]).unwrap();
+                    overlay.push(new.try_clone().unwrap()).unwrap();
+                    layers.insert(0, std::mem::replace(&mut top, new));
+                    flushed.clone_from(&model);
+                    in_doubt.fill(false);
+                }
+                27 if layers.len() > 1 => {
+                    // What was flushed must be there with any layers that follow each other made one.
+                    let from = random.below(layers.len() as u64) as usize;
+                    let to = from + random.below((layers.len() - from) as u64) as usize + 1;
+                    let merged = scratch(random.below(3) * BLOCK);
+                    merge(&layers[from..to].iter().collect::<Vec<_>>(), &merged).unwrap();
+                    layers.splice(from..to, [merged]);
+                    overlay.flush().unwrap();
+                    overlay = open_stack(&top, &layers, &base).unwrap();
+                    flushed.clone_from(&model);
+                    in_doubt.fill(false);
+                }
                 _ => {
                     drop(overlay);
-                    overlay = open(&file, &base).unwrap();
+                    overlay = open_stack(&top, &layers, &base).unwrap();
                     let mut octets = vec![0; size];
                     overlay.read_at(0, &mut octets).unwrap();
                     for (at, &octet) in octets.iter().enumerate() {
@@ -357,7 +389,7 @@ fn a_killed_owner() {
     let Ok(path) = std::env::var("WARREN_TEST_OVERLAY") else { return };
     let seed = std::env::var("WARREN_TEST_SEED").unwrap().parse().unwrap();
     let file = File::options().read(true).write(true).open(path).unwrap();
-    let mut overlay = Overlay::open(file, scratch(KILL_BLOCKS * BLOCK)).unwrap();
+    let mut overlay = Overlay::open(file, Vec::new(), scratch(KILL_BLOCKS * BLOCK)).unwrap();
     for step in 0.. {
         let (offset, octets) = killed_step(seed, step);
         if step % 3 == 2 {
@@ -404,7 +436,7 @@ fn a_killed_owner_loses_only_what_it_had_not_flushed() {
             model[offset..offset + octets.len()].copy_from_slice(&octets);
         }
         // Each octet is what was flushed, or what one of the later steps wrote.
-        let overlay = Overlay::open(file, scratch(KILL_BLOCKS * BLOCK)).unwrap();
+        let overlay = Overlay::open(file, Vec::new(), scratch(KILL_BLOCKS * BLOCK)).unwrap();
         let mut found = vec![0; model.len()];
         overlay.read_at(0, &mut found).unwrap();
         let later: Vec<_> = (flushed..flushed + STEPS_PER_FLUSH).map(|step| killed_step(seed, step)).collect();

@@ -49,6 +49,8 @@ pub struct DeviceConfig {
     pub base: File,
     /// The sandbox's overlay, readable and writable.
     pub overlay: File,
+    /// The frozen layers below it, readable, newest first; at most `MAX_LAYERS`.
+    pub layers: Vec<File>,
     /// Further disks, in the guest's order.
     pub disks: Vec<ExtraDisk>,
     /// For all disks together.
@@ -221,7 +223,7 @@ impl DeviceSet {
         if u64::from(config.cid) <= HOST_CID || config.cid == u32::MAX {
             return Err(DeviceError::Cid { cid: config.cid });
         }
-        let overlay = Overlay::open(config.overlay, config.base).map_err(DeviceError::Overlay)?;
+        let overlay = Overlay::open(config.overlay, config.layers, config.base).map_err(DeviceError::Overlay)?;
         let vsock = Vsock::new(u64::from(config.cid)).map_err(while_doing("making the vsock device"))?;
         let vsock_counters = vsock.counters();
         let transport = "making a virtio-mmio transport";
@@ -511,6 +513,20 @@ impl DeviceSet {
     /// later ones than before.
     pub fn request_memory_statistics(&self) -> bool {
         self.balloon.with_queues(Balloon::request_statistics) == Some(true)
+    }
+
+    // ---- Disks, from the device thread ----
+
+    /// Puts what was written to the root disk on its medium; shortly before `push_layer`, so that that is quick.
+    pub fn flush_root(&self, until: Instant) -> io::Result<()> {
+        self.disks.iter().take(1).try_for_each(|root| root.flush(until))
+    }
+
+    /// Freezes what the root disk's overlay has and goes on with the empty `new_top` (`Overlay::push`). It waits for
+    /// the request that is under way and for the medium, until `until` at most.
+    pub fn push_layer(&self, new_top: File, until: Instant) -> Result<(), OverlayError> {
+        // There is always one.
+        self.disks.first().map_or(Err(OverlayError::NotAnOverlay), |root| root.push(new_top, until))
     }
 
     // ---- The end ----

@@ -163,7 +163,7 @@ calls! {
     exit_group "DPKL" Rule::Any, "the end of the process, also by a panic";
     fallocate "K" Rule::Any, "a guest's discard and write-zeroes";
     fcntl "" OWN_FLAGS, "flags of descriptors that came with a request";
-    fdatasync "K" Rule::Any, "a guest's flush";
+    fdatasync "K" Rule::Any, "a guest's flush, a layer that is frozen";
     fstat "" Rule::Any, "sizes of files";
     ftruncate "L" Rule::Any, "the console's log begins anew";
     futex "DPKL" Rule::Any, "locks";
@@ -171,7 +171,7 @@ calls! {
     getrandom "DP" Rule::Any, "the guest's random device; seeds of hash tables";
     gettid "" Rule::Any, "the C library at the start of a thread";
     ioctl "DPK" Rule::Requests, "see below";
-    lseek "" Rule::Any, "sizes of block devices";
+    lseek "" Rule::Any, "sizes of files and block devices";
     madvise "DPKL" ADVICE, "memory that the guest or a thread gives back";
     mmap "DPKL" NO_CODE, "memory of the allocator";
     mprotect "" NO_CODE, "guard pages of threads' stacks";

@@ -5,6 +5,7 @@
 mod counters;
 mod request;
 
+use std::fs::File;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,6 +20,7 @@ use super::queue::{Chain, MAX_SIZE, QueueError};
 use super::rate::Limiter;
 use super::segments::Window;
 use crate::storage::medium::Medium;
+use crate::storage::overlay::OverlayError;
 use crate::storage::space;
 
 /// Longest name that `GET_ID` answers, in octets.
@@ -89,6 +91,12 @@ impl Block {
     /// Puts everything on the medium, for an orderly end.
     pub fn flush(&mut self) -> io::Result<()> {
         self.medium.flush()
+    }
+
+    /// Freezes what was written and goes on with an empty layer. Requests before it are in the frozen one, on the
+    /// medium; those after it are not.
+    pub fn push(&mut self, new_top: File) -> Result<(), OverlayError> {
+        self.medium.push(new_top)
     }
 
     /// Whether the next request has to wait for its limit; `wake` is then when it need not any more.

@@ -29,7 +29,7 @@ impl Guest {
     fn new(blocks: u64) -> Self {
         let memory = GuestMemory::new(4 << 20).unwrap();
         let (base, overlay) = disk(blocks);
-        let disk = Overlay::open(overlay.try_clone().unwrap(), base.try_clone().unwrap()).unwrap();
+        let disk = Overlay::open(overlay.try_clone().unwrap(), Vec::new(), base.try_clone().unwrap()).unwrap();
         let window = MmioTransport::new(memory.clone(), Block::new(Medium::Overlay(disk), "test-disk")).unwrap();
         let mut queues = driver::start(&window, driver::EVENT_IDX | driver::INDIRECT | 1 << 9, 1, 256, 0);
         let queue = queues.remove(0);
@@ -99,7 +99,7 @@ fn what_is_written_and_flushed_is_read_back_by_another_owner() {
     assert_eq!(guest.request(4, 0, &[]), (0, 1));
     assert_eq!(guest.request(0, 5, &[(DATA + (2 << 20), 1 << 20, true)]), (0, (1 << 20) + 1));
     assert!(guest.octets(DATA + (2 << 20), 1 << 20) == content);
-    let disk = Overlay::open(guest.overlay.try_clone().unwrap(), guest.base.try_clone().unwrap()).unwrap();
+    let disk = Overlay::open(guest.overlay.try_clone().unwrap(), Vec::new(), guest.base.try_clone().unwrap()).unwrap();
     let mut back = vec![0; 1 << 20];
     disk.read_at(5 * 512, &mut back).unwrap();
     assert!(back == content);
@@ -185,7 +185,7 @@ fn an_orderly_end_flushes() {
     guest.memory.write(DATA, &[9; 512]).unwrap();
     assert_eq!(guest.request(1, 8, &[(DATA, 512, false)]), (0, 1));
     guest.window.with_device(Block::flush).unwrap();
-    let disk = Overlay::open(guest.overlay.try_clone().unwrap(), guest.base.try_clone().unwrap()).unwrap();
+    let disk = Overlay::open(guest.overlay.try_clone().unwrap(), Vec::new(), guest.base.try_clone().unwrap()).unwrap();
     let mut octet = [0];
     disk.read_at(4096, &mut octet).unwrap();
     assert_eq!(octet, [9]);
@@ -288,7 +288,7 @@ fn requests_beyond_the_limit_wait_and_are_served_later() {
     let rate = Rate { per_second: 1000, burst: 3 };
     let limits = Limits { operations: Some(rate), bytes: None };
     let limiter = Arc::new(Mutex::new(Limiter::new(limits, Instant::now())));
-    let disk = Overlay::open(guest.overlay.try_clone().unwrap(), guest.base.try_clone().unwrap()).unwrap();
+    let disk = Overlay::open(guest.overlay.try_clone().unwrap(), Vec::new(), guest.base.try_clone().unwrap()).unwrap();
     let block = Block::new(Medium::Overlay(disk), "limited").limited(&limiter);
     guest.window = MmioTransport::new(guest.memory.clone(), block).unwrap();
     guest.queue = driver::start(&guest.window, driver::EVENT_IDX | driver::INDIRECT, 1, 256, 0).remove(0);

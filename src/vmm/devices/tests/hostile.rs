@@ -66,7 +66,7 @@ fn garbage_in_registers_and_rings_costs_at_most_the_device() {
     for seed in 0..40 {
         let memory = GuestMemory::new(RAM).unwrap();
         let (base, overlay) = disk(4);
-        let block = Block::new(Medium::Overlay(Overlay::open(overlay, base).unwrap()), "attacked");
+        let block = Block::new(Medium::Overlay(Overlay::open(overlay, Vec::new(), base).unwrap()), "attacked");
         attack(&memory, &MmioTransport::new(memory.clone(), block).unwrap(), features, 1, seed);
         attack(&memory, &MmioTransport::new(memory.clone(), Rng::new()).unwrap(), 0, 1, seed);
         let limits = Limits::default();

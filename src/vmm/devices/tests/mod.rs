@@ -18,7 +18,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use crate::storage::overlay::{self, BLOCK};
 
 /// An anonymous file of that length.
-fn scratch(len: u64) -> File {
+pub(in crate::vmm::devices) fn scratch(len: u64) -> File {
     let file = File::from(memfd_create(c"device-test", MFdFlags::MFD_CLOEXEC).unwrap());
     file.set_len(len).unwrap();
     file

@@ -15,6 +15,7 @@ fn set() -> (GuestMemory, DeviceSet) {
     let config = DeviceConfig {
         base,
         overlay,
+        layers: Vec::new(),
         disks: Vec::new(),
         disk_limits: Limits::default(),
         net: None,
@@ -62,6 +63,7 @@ fn a_corrupt_overlay_and_a_cid_of_the_host_are_refused() {
     let config = DeviceConfig {
         base,
         overlay: scratch(8192),
+        layers: Vec::new(),
         disks: Vec::new(),
         disk_limits: Limits::default(),
         net: None,
@@ -74,6 +76,7 @@ fn a_corrupt_overlay_and_a_cid_of_the_host_are_refused() {
         let config = DeviceConfig {
             base,
             overlay,
+            layers: Vec::new(),
             disks: Vec::new(),
             disk_limits: Limits::default(),
             net: None,
