@@ -106,19 +106,29 @@ fn killed_again_and_again_a_core_that_drops_repeats_has_every_sample() {
     let mut sentinel = Sentinel::new("");
     let core = Core::new(sentinel.scratch.path("samples"));
     let idle = format!("buffer.fsync = \"always\"\n{}", config(&core, "core"));
+    // What was accepted in this life, when all of it is.
+    let delivered = |sentinel: &Sentinel| {
+        let status = sentinel.status()?;
+        let accepted = status["buffer"]["accepted"].as_u64()?;
+        (status["targets"][0]["pending"] == 0).then_some(accepted)
+    };
     let mut accepted = 0;
     for _ in 0..4 {
-        // One life collects and delivers, the next has nothing to do but to deliver what the first did not tell.
-        for (config, least) in [(format!("{idle}{NODE}"), 100), (idle.clone(), 0)] {
-            sentinel.configure(&config);
-            sentinel.start();
-            accepted += until("everything delivered", || {
-                let status = sentinel.status()?;
-                let accepted = status["buffer"]["accepted"].as_u64()?;
-                (accepted >= least && status["targets"][0]["pending"] == 0).then_some(accepted)
-            });
-            sentinel.kill();
-        }
+        // One life collects and delivers more than it has told; the next has nothing to do but to deliver that once more.
+        sentinel.configure(&format!("{idle}{NODE}"));
+        sentinel.start();
+        until("a cursor", || {
+            let files = std::fs::read_dir(sentinel.data().join("buffer")).unwrap();
+            let mut names = files.map(|file| file.unwrap().file_name().into_string().unwrap());
+            names.any(|name| name.ends_with(".cursor")).then_some(())
+        });
+        let before = sentinel.accepted();
+        accepted += until("everything delivered", || delivered(&sentinel).filter(|accepted| *accepted > before + 100));
+        sentinel.kill();
+        sentinel.configure(&idle);
+        sentinel.start();
+        accepted += until("everything delivered", || delivered(&sentinel));
+        sentinel.kill();
     }
     let state = core.state("s1");
     assert!(state["samples"].as_u64() >= Some(accepted), "{} of {accepted}", state["samples"]);
