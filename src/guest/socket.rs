@@ -27,10 +27,31 @@ pub(super) fn listen_vsock() -> nix::Result<OwnedFd> {
 /// Starts to connect to `AGENT_PORT` of the host; the connection is there when the socket becomes writable.
 pub(super) fn connect_to_host() -> nix::Result<OwnedFd> {
     let uplink = vsock()?;
+    // Where it cannot be had, a call that nobody takes is merely made again later.
+    let _ = wait_as_long_as_the_host(&uplink);
     match connect(uplink.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_HOST, AGENT_PORT)) {
         Ok(()) | Err(Errno::EINPROGRESS) => Ok(uplink),
         Err(errno) => Err(errno),
     }
+}
+
+/// The host holds a call for some seconds before it turns it away (`HELD_PORT` of the worker's vsock device). One that is
+/// given up here before that, by default after 2 s, would be taken there and lead nowhere: the kernel does not take it back.
+fn wait_as_long_as_the_host(uplink: &OwnedFd) -> nix::Result<()> {
+    // <linux/vm_sockets.h>
+    const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 6;
+    let patience = libc::timeval { tv_sec: 60, tv_usec: 0 };
+    // SAFETY: the descriptor is open, and the option's value is a timeval that outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            uplink.as_raw_fd(),
+            libc::AF_VSOCK,
+            SO_VM_SOCKETS_CONNECT_TIMEOUT,
+            (&raw const patience).cast(),
+            size_of_val(&patience) as libc::socklen_t,
+        )
+    };
+    Errno::result(result).map(drop)
 }
 
 /// Takes the next connection, `None` when there is none for now.

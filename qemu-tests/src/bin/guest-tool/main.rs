@@ -3,9 +3,11 @@
 //! Each command is a function in a file of its own, entered in the table below. What it measured goes to standard
 //! output as lines of `key=value`; what does not hold goes to standard error, with exit code 1.
 
+mod clock;
 mod cpu;
 mod disk;
 mod memory;
+mod notice;
 mod tcp;
 mod udp;
 
@@ -20,6 +22,11 @@ type Outcome = Result<(), String>;
 type Command = (&'static str, fn(&Keys) -> Outcome, &'static str);
 
 const COMMANDS: &[Command] = &[
+    (
+        "clock",
+        clock::run,
+        "until=PATH: looks again and again, until that file is there, whether the monotonic clock ever went back; prints both",
+    ),
     ("cpu", cpu::run, "threads=1 rounds=N: each thread computes and prints its number and its result"),
     ("disk", disk::run, "device=PATH steps=N seed=1: random writes, discards, zeroes, checked reads of an empty disk"),
     (
@@ -28,6 +35,7 @@ const COMMANDS: &[Command] = &[
         "device=PATH flushed=STEP steps=N seed=1: what disk flushed at STEP is there, or something newer",
     ),
     ("memory", memory::run, "mib=N times=1 hold_ms=0: allocates, writes and checks every page, and frees, that often"),
+    ("moved-to", notice::run, "directory=PATH: says the name of the next file that is moved into that directory"),
     (
         "tcp-receive",
         tcp::receive,

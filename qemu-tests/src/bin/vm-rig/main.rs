@@ -6,6 +6,7 @@
 mod disks;
 mod frames;
 mod hostile;
+mod identity;
 mod internet;
 mod jail;
 mod net;
@@ -20,6 +21,7 @@ type Scenario = (&'static str, fn(&[&str]));
 const SCENARIOS: &[Scenario] = &[
     ("disks", disks::run),
     ("hostile", hostile::run),
+    ("identity", identity::run),
     ("internet", internet::run),
     ("jail", jail::run),
     ("net", net::run),
