@@ -284,6 +284,9 @@ impl Sandbox {
             started_ms: self.started_ms,
             ended_ms: self.ended_ms,
             pid: self.worker.as_ref().and_then(|worker| u32::try_from(worker.pid).ok()),
+            layer: None,
+            snapshot: None,
+            overlay: None,
         }
     }
 

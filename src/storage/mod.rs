@@ -1,13 +1,16 @@
-//! What the node keeps: overlays, templates, state database.
+//! What the node keeps: overlays, memory files, snapshots, templates, state database.
 
 pub mod audit;
 pub mod backup;
 pub mod block_devices;
 pub mod medium;
+pub mod memory_file;
 pub mod overlay;
 pub mod raw;
 mod schema;
+pub mod snapshots;
 pub mod space;
 pub mod state;
 pub mod template_disk;
 pub mod templates;
+pub mod verity;

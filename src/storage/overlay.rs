@@ -91,6 +91,20 @@ impl Source for Zeroes {
     }
 }
 
+/// Length of a layer's file of a disk of that size, in octets.
+pub fn file_bytes(disk_bytes: u64) -> Result<u64, OverlayError> {
+    let geometry = Geometry { disk_bytes, base_bytes: 0, base_sha256: [0; 32] };
+    geometry.check()?;
+    Ok(geometry.file_bytes())
+}
+
+/// Whether these files (newest first, readable, at least one) are frozen layers of one disk; gives its size, in octets, and the
+/// digest of the base that they were made over.
+pub fn check_layers(layers: &[&File]) -> Result<(u64, [u8; 32]), OverlayError> {
+    let (geometry, _) = Frozen::share(layers)?;
+    Ok((geometry.disk_bytes, geometry.base_sha256))
+}
+
 /// Open layers with their base: one disk. It has one owner and no locks.
 pub struct Overlay {
     /// The layer that is written.

@@ -6,6 +6,7 @@ use rusqlite::types::Type;
 use rusqlite::{Connection, Row, params};
 
 use super::audit::{self, AuditEnd, AuditRow};
+use super::snapshots::rows::{self as snapshots, LayerRow, SnapshotRow};
 use super::state::StateError;
 
 /// Version that this program writes: the number of migrations.
@@ -91,6 +92,7 @@ const MIGRATIONS: &[&str] = &[
         held       TEXT NOT NULL            -- words, as the ledger writes them
     ) STRICT, WITHOUT ROWID;
 ",
+    snapshots::MIGRATION,
 ];
 
 /// Rows that a table may bring at start: more than a node can ever have made is not read.
@@ -155,6 +157,12 @@ pub struct SandboxRow {
     pub ended_ms: Option<u64>,
     /// Its worker's process id; a hint only, for people.
     pub pid: Option<u32>,
+    /// The newest frozen layer under its own overlay; `None` over the base.
+    pub layer: Option<String>,
+    /// The snapshot that it is paused in, or whose memory file its worker maps.
+    pub snapshot: Option<String>,
+    /// Name of its own overlay in its directory; `None` for `overlay`.
+    pub overlay: Option<String>,
 }
 
 /// One imported template.
@@ -243,6 +251,33 @@ pub enum Change {
         /// Which; it need not be there.
         sandbox_id: String,
     },
+    /// Adds or replaces a snapshot.
+    PutSnapshot(Box<SnapshotRow>),
+    /// Forgets a snapshot.
+    RemoveSnapshot {
+        /// Which; it need not be there.
+        id: String,
+    },
+    /// Adds or replaces a frozen layer.
+    PutLayer(LayerRow),
+    /// Forgets a frozen layer.
+    RemoveLayer {
+        /// Which; it need not be there.
+        id: String,
+    },
+    /// Only where a sandbox's disk and memory are in frozen files changes; its row must be there.
+    Rebase {
+        /// Which sandbox.
+        id: String,
+        /// As in its row.
+        layer: Option<String>,
+        /// As in its row.
+        snapshot: Option<String>,
+        /// As in its row.
+        overlay: Option<String>,
+    },
+    /// All of these or none.
+    Together(Vec<Change>),
     /// The node is being drained, until the inner time where there is one (Unix, milliseconds); or not any more.
     Drain(Option<Option<u64>>),
     /// A request was taken.
@@ -290,7 +325,7 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
         connection,
         "SELECT id, name, template, template_sha256, state, reason, vcpus, memory_mib, disk_mib, env, labels,
                 created_ms, started_ms, ended_ms, pid, disks, disk_iops, disk_mbps, network, net_allow, net_deny,
-                net_mbps, net_address, owner, cpu_quota, restart, restarts, restarts_in_row
+                net_mbps, net_address, owner, cpu_quota, restart, restarts, restarts_in_row, layer, snapshot, overlay
            FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
         |row| {
             Ok(SandboxRow {
@@ -322,6 +357,9 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
                 restart: row.get(25)?,
                 restarts: row.get(26)?,
                 restarts_in_row: row.get(27)?,
+                layer: row.get(28)?,
+                snapshot: row.get(29)?,
+                overlay: row.get(30)?,
             })
         },
     )
@@ -382,9 +420,10 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 "INSERT INTO sandboxes (id, name, template, template_sha256, state, reason, vcpus, memory_mib,
                                         disk_mib, env, labels, created_ms, started_ms, ended_ms, pid, disks,
                                         disk_iops, disk_mbps, network, net_allow, net_deny, net_mbps, net_address,
-                                        owner, cpu_quota, restart, restarts, restarts_in_row)
+                                        owner, cpu_quota, restart, restarts, restarts_in_row, layer, snapshot,
+                                        overlay)
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20,
-                         ?21, ?22, ?23, ?24, ?25, ?26, ?27, ?28)
+                         ?21, ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31)
                  ON CONFLICT (id) DO UPDATE SET
                      name = excluded.name, template = excluded.template, template_sha256 = excluded.template_sha256,
                      state = excluded.state, reason = excluded.reason, vcpus = excluded.vcpus,
@@ -395,7 +434,8 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                      net_allow = excluded.net_allow, net_deny = excluded.net_deny, net_mbps = excluded.net_mbps,
                      net_address = excluded.net_address, owner = excluded.owner,
                      cpu_quota = excluded.cpu_quota, restart = excluded.restart, restarts = excluded.restarts,
-                     restarts_in_row = excluded.restarts_in_row",
+                     restarts_in_row = excluded.restarts_in_row, layer = excluded.layer,
+                     snapshot = excluded.snapshot, overlay = excluded.overlay",
             )?
             .execute(params![
                 row.id,
@@ -426,6 +466,9 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 row.restart,
                 row.restarts,
                 row.restarts_in_row,
+                row.layer,
+                row.snapshot,
+                row.overlay,
             ])?,
         Change::RemoveSandbox { id } => connection.prepare("DELETE FROM sandboxes WHERE id = ?1")?.execute([id])?,
         Change::PutTemplate(row) => connection
@@ -477,13 +520,29 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
             return set_meta(connection, super::state::DRAIN, &until);
         }
         Change::Drain(None) => connection.execute("DELETE FROM meta WHERE key = ?1", [super::state::DRAIN])?,
+        Change::PutSnapshot(row) => return snapshots::put_snapshot(connection, row),
+        Change::RemoveSnapshot { id } => return snapshots::remove_snapshot(connection, id),
+        Change::PutLayer(row) => return snapshots::put_layer(connection, row),
+        Change::RemoveLayer { id } => return snapshots::remove_layer(connection, id),
+        Change::Rebase { id, layer, snapshot, overlay } => {
+            let changed = connection
+                .prepare("UPDATE sandboxes SET layer = ?2, snapshot = ?3, overlay = ?4 WHERE id = ?1")?
+                .execute(params![id, layer, snapshot, overlay])?;
+            if changed == 0 {
+                return Err(StateError::Conflict(format!("there is no sandbox {id}")));
+            }
+            changed
+        }
+        // The caller's savepoint makes them one.
+        Change::Together(changes) => return changes.iter().try_for_each(|change| apply(connection, change)),
         Change::BeginAudit(row) => return audit::begin(connection, row),
         Change::EndAudit(end) => return audit::end(connection, end),
     };
     Ok(())
 }
 
-fn rows<T>(
+/// Reads a table; `sql` takes the greatest number of rows as its one parameter.
+pub(super) fn rows<T>(
     connection: &Connection,
     sql: &str,
     read: impl FnMut(&Row<'_>) -> rusqlite::Result<T>,

@@ -20,6 +20,8 @@ use super::audit::{self, AuditQuery, AuditRow};
 use super::backup;
 use super::schema;
 pub use super::schema::{AllocationRow, Change, ExecutionRow, SCHEMA_VERSION, SandboxRow, TemplateRow};
+use super::snapshots::rows as snapshots;
+pub use super::snapshots::rows::{LayerRow, SnapshotKind, SnapshotRow, SnapshotState};
 
 /// Changes in one transaction at most: bounds how long a durable change waits for others.
 const MAX_BATCH: usize = 1024;
@@ -120,6 +122,10 @@ pub struct Snapshot {
     pub executions: Vec<ExecutionRow>,
     /// By sandbox.
     pub allocations: Vec<AllocationRow>,
+    /// Oldest first.
+    pub snapshots: Vec<SnapshotRow>,
+    /// By id.
+    pub layers: Vec<LayerRow>,
     /// Number of the next row of the audit log.
     pub next_audit: u64,
     /// Where the node is being drained: by when, Unix time in milliseconds, or none.
@@ -428,6 +434,8 @@ pub(super) fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateErro
         templates: schema::templates(&connection)?,
         executions: schema::executions(&connection)?,
         allocations: schema::allocations(&connection)?,
+        snapshots: snapshots::snapshots(&connection)?,
+        layers: snapshots::layers(&connection)?,
         next_audit: audit::take_up(&connection)?,
         drain: schema::meta(&connection, DRAIN)?.map(|deadline| deadline.parse().ok()),
     };

@@ -64,6 +64,32 @@ fn sandbox(id: &str) -> SandboxRow {
         started_ms: Some(1_700_000_000_500),
         ended_ms: None,
         pid: Some(4_194_303),
+        layer: Some("layer".into()),
+        snapshot: Some("snapshot".into()),
+        overlay: Some("overlay-2".into()),
+    }
+}
+
+fn snapshot(id: &str) -> SnapshotRow {
+    SnapshotRow {
+        id: id.to_string(),
+        name: Some(format!("name-{id}")),
+        owner: "ann".to_string(),
+        sandbox: Some("a".to_string()),
+        template: "base".to_string(),
+        template_sha256: "ab".repeat(32),
+        created_ms: 1_700_000_000_000,
+        vcpus: 2,
+        memory_bytes: 128 << 20,
+        disk_bytes: 1 << 40,
+        kind: SnapshotKind::Template,
+        state: SnapshotState::Ready,
+        memory_below: Some("other".to_string()),
+        memory_seal: Some("cd".repeat(32)),
+        layer: Some("l1".to_string()),
+        next_overlay: Some("overlay-3".to_string()),
+        bytes: 4096,
+        settings: "{\"quotes\": \"' and \n lines\"}".to_string(),
     }
 }
 
@@ -452,4 +478,69 @@ fn a_database_that_ends_writes_what_is_queued_and_names_what_it_could_not() {
     assert_eq!(state.refused().0, 2);
     drop(state);
     assert_eq!(folder.open().1.sandboxes.len(), 200);
+}
+
+#[test]
+fn snapshots_and_layers_are_kept_as_they_were_put() {
+    let folder = Folder::new("snapshots");
+    let (mut state, _) = folder.open();
+    let bare = SnapshotRow { id: "bare".into(), kind: SnapshotKind::Pause, ..SnapshotRow::default() };
+    let layer = |id: &str, below: Option<&str>| LayerRow { id: id.into(), below: below.map(Into::into), bytes: 7 };
+    for change in [
+        Change::PutSnapshot(Box::new(SnapshotRow { bytes: 1, ..snapshot("s1") })),
+        Change::PutSnapshot(Box::new(snapshot("s1"))),
+        Change::PutSnapshot(Box::new(bare.clone())),
+        Change::PutSnapshot(Box::new(SnapshotRow { name: None, ..snapshot("gone") })),
+        Change::RemoveSnapshot { id: "gone".into() },
+        Change::PutLayer(layer("l1", None)),
+        Change::PutLayer(layer("l2", Some("l1"))),
+        Change::PutLayer(layer("l3", Some("l2"))),
+        Change::RemoveLayer { id: "l3".into() },
+    ] {
+        state.submit(change);
+    }
+    assert!(state.close().iter().all(|(_, result)| result.is_ok()));
+    let (_state, found) = folder.open();
+    assert_eq!(found.snapshots, [bare, snapshot("s1")]);
+    assert_eq!(found.layers, [layer("l1", None), layer("l2", Some("l1"))]);
+}
+
+#[test]
+fn a_name_is_its_owners_until_its_snapshot_is_being_removed() {
+    let folder = Folder::new("names");
+    let (mut state, _) = folder.open();
+    let named = |id: &str, owner: &str, state| {
+        let row = SnapshotRow { name: Some("x".into()), owner: owner.into(), state, ..snapshot(id) };
+        Change::PutSnapshot(Box::new(row))
+    };
+    let expected = [
+        (named("s1", "ann", SnapshotState::Making), true),
+        (named("s2", "ann", SnapshotState::Ready), false),
+        (named("s2", "bob", SnapshotState::Ready), true),
+        (named("s1", "ann", SnapshotState::Removing), true),
+        (named("s3", "ann", SnapshotState::Ready), true),
+    ];
+    for (change, _) in &expected {
+        state.submit(change.clone());
+    }
+    let results: Vec<bool> = state.close().iter().map(|(_, result)| result.is_ok()).collect();
+    assert_eq!(results, expected.map(|(_, fine)| fine));
+}
+
+#[test]
+fn changes_that_belong_together_are_made_together_or_not_at_all() {
+    let folder = Folder::new("together");
+    let (mut state, _) = folder.open();
+    state.submit(put(sandbox("a")));
+    let rebase = |id: &str| Change::Rebase { id: id.into(), layer: Some("l9".into()), snapshot: None, overlay: None };
+    let layer = |id: &str| Change::PutLayer(LayerRow { id: id.into(), ..LayerRow::default() });
+    state.submit(Change::Together(vec![layer("l8"), rebase("nobody")]));
+    state.submit(Change::Together(vec![layer("l9"), rebase("a"), Change::PutSnapshot(Box::new(snapshot("s1")))]));
+    let results: Vec<bool> = state.close().iter().map(|(_, result)| result.is_ok()).collect();
+    assert_eq!(results, [true, false, true]);
+    let (_state, found) = folder.open();
+    let row = SandboxRow { layer: Some("l9".into()), snapshot: None, overlay: None, ..sandbox("a") };
+    assert_eq!(found.sandboxes, [row]);
+    assert_eq!(found.layers.iter().map(|layer| layer.id.as_str()).collect::<Vec<_>>(), ["l9"]);
+    assert_eq!(found.snapshots.len(), 1);
 }

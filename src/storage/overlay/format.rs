@@ -117,7 +117,7 @@ pub(super) struct Geometry {
 }
 
 impl Geometry {
-    fn check(&self) -> Result<(), OverlayError> {
+    pub fn check(&self) -> Result<(), OverlayError> {
         let (disk, base) = (self.disk_bytes, self.base_bytes);
         if disk == 0 || disk % BLOCK != 0 || disk > MAX_DISK {
             let expected = format!("a multiple of {BLOCK} up to {MAX_DISK}");

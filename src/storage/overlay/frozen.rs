@@ -4,10 +4,11 @@
 //! octets a run, however many layers there are, and a lookup is one binary search. Runs are as long as they can be.
 
 use std::fs::File;
+use std::io;
 
 use super::MAX_LAYERS;
 use super::bitmap::Bitmap;
-use super::format::{Geometry, OverlayError, read};
+use super::format::{Geometry, OverlayError, read, while_doing};
 
 /// Owner of the blocks that no frozen layer has.
 const BASE: u8 = 0;
@@ -82,6 +83,16 @@ impl Frozen {
             frozen.add(file, &bitmap, geometry)?;
         }
         Ok(frozen)
+    }
+
+    /// The same of files that stay the caller's; the oldest says what the others have to agree with.
+    pub fn share(newest_first: &[&File]) -> Result<(Geometry, Self), OverlayError> {
+        let Some(oldest) = newest_first.last() else { return Err(OverlayError::NotAnOverlay) };
+        let blame = |cause| OverlayError::Layer { index: newest_first.len() - 1, cause: Box::new(cause) };
+        let (geometry, _) = read(oldest).map_err(blame)?;
+        let clones: io::Result<Vec<File>> = newest_first.iter().map(|layer| layer.try_clone()).collect();
+        let frozen = Self::open(clones.map_err(while_doing("sharing a layer"))?, &geometry)?;
+        Ok((geometry, frozen))
     }
 
     /// Puts a layer on top of the others.

@@ -4,7 +4,7 @@ use std::fs::File;
 
 use super::OverlayError;
 use super::bitmap::Bitmap;
-use super::format::{self, BLOCK, Geometry, create, while_doing};
+use super::format::{BLOCK, Geometry, create, while_doing};
 use super::frozen::Frozen;
 use crate::storage::space::{copy, data_extents};
 
@@ -15,11 +15,7 @@ use crate::storage::space::{copy, data_extents};
 ///
 /// Blocks for as long as the copying takes.
 pub fn merge(layers: &[&File], out: &File) -> Result<(), OverlayError> {
-    let Some(oldest) = layers.last() else { return Err(OverlayError::NotAnOverlay) };
-    let blame = |cause| OverlayError::Layer { index: layers.len() - 1, cause: Box::new(cause) };
-    let (geometry, _) = format::read(oldest).map_err(blame)?;
-    let clones: Result<Vec<File>, _> = layers.iter().map(|layer| layer.try_clone()).collect();
-    let frozen = Frozen::open(clones.map_err(while_doing("sharing a layer"))?, &geometry)?;
+    let (geometry, frozen) = Frozen::share(layers)?;
     let Geometry { disk_bytes, base_bytes, base_sha256 } = geometry;
     create(out, disk_bytes, base_bytes, base_sha256)?;
     let mut bitmap = Bitmap::new(geometry.blocks());

@@ -5,6 +5,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -36,6 +37,8 @@ pub struct Disk {
     /// What the thread is asked to do, and what wakes it up for that.
     orders: Sender<Order>,
     ordered: Arc<EventFd>,
+    /// Layers that the thread has frozen.
+    pushed: Arc<AtomicU64>,
     /// How the last flush went, once the thread has ended.
     end: Mutex<Receiver<io::Result<()>>>,
 }
@@ -65,7 +68,15 @@ impl Disk {
             let _ = tell.send(serve(poll, &served, &taken));
             drop(told);
         })?;
-        Ok(Self { name: name.to_string(), window, counters, orders, ordered, end: Mutex::new(end) })
+        Ok(Self {
+            name: name.to_string(),
+            window,
+            counters,
+            orders,
+            ordered,
+            pushed: Arc::default(),
+            end: Mutex::new(end),
+        })
     }
 
     /// As the supervisor named it.
@@ -91,8 +102,18 @@ impl Disk {
     /// Freezes what was written and goes on with an empty layer (`Overlay::push`). The thread does it after the request
     /// under way. Where it does not answer until then, whether it comes to it later is not known: the disk is lost.
     pub fn push(&self, new_top: File, until: Instant) -> Result<(), OverlayError> {
-        let asked = self.ask(until, move |block| block.push(new_top));
+        let pushed = self.pushed.clone();
+        let asked = self.ask(until, move |block| {
+            block.push(new_top)?;
+            pushed.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        });
         asked.unwrap_or_else(|cause| Err(OverlayError::Io { doing: "freezing the disk's layer", cause }))
+    }
+
+    /// How often `push` was done, also where it was given up before. Never waits.
+    pub fn pushed(&self) -> u64 {
+        self.pushed.load(Ordering::Relaxed)
     }
 
     fn ask<R: Send + 'static>(
@@ -277,6 +298,7 @@ mod tests {
         assert!(disk.push(blank(5), until()).unwrap_err().is_corrupt());
         disk.push(blank(4), until()).unwrap();
         disk.flush(until()).unwrap();
+        assert_eq!(disk.pushed(), 2);
         assert!(disk.window.with_device(|block| format!("{block:?}")).contains("frozen: 2"));
         flush(&memory, &disk, &mut queue);
         wait_for("no request was served", || memory.read_u16(queue.device + 2).unwrap() != 0);

@@ -529,6 +529,11 @@ impl DeviceSet {
         self.disks.first().map_or(Err(OverlayError::NotAnOverlay), |root| root.push(new_top, until))
     }
 
+    /// How often the root disk's overlay was frozen since the guest was started. Never waits.
+    pub fn layers_pushed(&self) -> u64 {
+        self.disks.first().map_or(0, Disk::pushed)
+    }
+
     // ---- The end ----
 
     /// The processors are told to stop: none of them waits for a device any more.
