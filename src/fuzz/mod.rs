@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)] // a failure is the finding
 
 mod block;
+mod bundle;
 mod elf;
 mod exposition;
 mod http_response;
@@ -22,6 +23,7 @@ mod vsock;
 mod wire;
 
 pub use block::block;
+pub use bundle::bundle;
 pub use elf::elf;
 pub use exposition::exposition;
 pub use http_response::http_response;
@@ -77,8 +79,9 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 17] = [
+    const TARGETS: [Target; 18] = [
         ("block", block),
+        ("bundle", bundle),
         ("elf", elf),
         ("exposition", exposition),
         ("http_response", http_response),
