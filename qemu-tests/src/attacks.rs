@@ -79,7 +79,7 @@ attacks! {
     "unshare-user" Refused(&[libc::ENOSPC, libc::EPERM]), libc::syscall(libc::SYS_unshare, libc::CLONE_NEWUSER | libc::CLONE_NEWNS);
     "unshare-mounts" NO_RIGHT, libc::syscall(libc::SYS_unshare, libc::CLONE_NEWNS);
     "setns" Refused(&[libc::EBADF]), libc::syscall(libc::SYS_setns, 99, 0);
-    "fork" List, libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0);
+    "fork-sharing" List, libc::syscall(libc::SYS_clone, libc::SIGCHLD | libc::CLONE_FILES, 0, 0, 0, 0);
     "exec" Refused(&[libc::ENOENT, libc::EACCES]), libc::syscall(libc::SYS_execve, c"/bin/sh".as_ptr(), NULL, NULL);
     "exec-empty" Refused(&[libc::EACCES, libc::EBADF, libc::ENOEXEC]), libc::syscall(libc::SYS_execveat, 4, c"".as_ptr(), NULL, NULL, libc::AT_EMPTY_PATH);
     "bpf" Refused(&[libc::EPERM, libc::EINVAL]), libc::syscall(libc::SYS_bpf, 0, NULL, 0);

@@ -25,6 +25,27 @@ const MIN_CID: u64 = 3;
 /// MTU of Ethernet, where none is given.
 const DEFAULT_MTU: u64 = 1500;
 
+/// What a guest starts from.
+#[derive(Debug)]
+pub enum Source {
+    /// A cold boot.
+    Kernel {
+        /// Guest kernel, an uncompressed ELF.
+        kernel: File,
+        /// Guest initramfs.
+        initramfs: File,
+        /// Kernel parameters after the worker's own.
+        command_line: String,
+    },
+    /// A snapshot: it goes on where that was taken. Its network is closed until `vm.open`.
+    Snapshot {
+        /// Devices and processors.
+        state: File,
+        /// RAM without its hole; never changes.
+        memory: File,
+    },
+}
+
 /// What a microVM is started with.
 #[derive(Debug)]
 pub struct StartConfig {
@@ -32,16 +53,12 @@ pub struct StartConfig {
     pub vcpus: u8,
     /// Memory in octets, a multiple of a page.
     pub memory_bytes: u64,
-    /// Kernel parameters after the worker's own.
-    pub command_line: String,
     /// Guest's vsock address.
     pub cid: u32,
     /// /dev/kvm.
     pub kvm: OwnedFd,
-    /// Guest kernel, an uncompressed ELF.
-    pub kernel: File,
-    /// Guest initramfs.
-    pub initramfs: File,
+    /// What the guest starts from.
+    pub source: Source,
     /// Where the serial port's output goes.
     pub serial: File,
     /// Read-only image under the root disk.
@@ -59,11 +76,11 @@ pub struct StartConfig {
 }
 
 impl StartConfig {
-    /// Length of the longest file that it writes to, in octets.
+    /// Length of the longest file that it may write to, in octets: a disk, or a snapshot of its memory.
     pub fn longest_file(&self) -> u64 {
         let disks = self.disks.iter().filter(|disk| !disk.read_only).map(|disk| &disk.file);
         let lengths = disks.chain([&self.overlay]).map(|file| file.metadata().map_or(0, |meta| meta.len()));
-        lengths.max().unwrap_or(0)
+        lengths.max().unwrap_or(0).max(self.memory_bytes)
     }
 
     /// Checks a `vm.start` request; `descriptors` are those that came with it. What it does not name is closed.
@@ -74,32 +91,73 @@ impl StartConfig {
         let memory_mib = needed("memory_mib", args.number("memory_mib", MIN_MEMORY_MIB..=MAX_MEMORY_MIB)?)?;
         let memory_bytes = memory_mib << 20;
         debug_assert_eq!(memory_bytes % PAGE, 0);
-        let command_line = args.text("cmdline")?.unwrap_or_default();
         let cid = needed("cid", args.number("cid", MIN_CID..=u64::from(u32::MAX) - 1)?)? as u32;
         let mut limit = |key| Ok::<_, Error>(args.number(key, 1..=u64::MAX)?.map(Rate::per_second));
         let disk_limits = Limits { operations: limit("disk_iops")?, bytes: limit("disk_bytes_per_s")? };
         let disks = take_disks(&mut args, &mut descriptors)?;
         let layers = take_layers(&mut args, &mut descriptors)?;
         let net = take_net(&mut args, &mut descriptors)?;
+        let state = args.text("state")?;
+        let command_line = if state.is_none() { args.text("cmdline")?.unwrap_or_default() } else { String::new() };
         let mut take = |key| take_descriptor(&mut args, &mut descriptors, key);
         let config = Self {
             vcpus,
             memory_bytes,
-            command_line,
             cid,
             kvm: take("kvm")?,
-            kernel: take("kernel")?.into(),
-            initramfs: take("initramfs")?.into(),
             serial: take("serial")?.into(),
             base: take("base")?.into(),
             overlay: take("overlay")?.into(),
             layers,
+            source: match state {
+                None => Source::Kernel {
+                    kernel: take("kernel")?.into(),
+                    initramfs: take("initramfs")?.into(),
+                    command_line,
+                },
+                Some(state) => Source::Snapshot {
+                    memory: take("memory")?.into(),
+                    state: take_named(&mut descriptors, "state", &state)?.into(),
+                },
+            },
             disks,
             disk_limits,
             net,
         };
         args.finish()?;
         Ok(config)
+    }
+}
+
+/// The arguments of `vm.capture`.
+#[derive(Debug)]
+pub struct CaptureConfig {
+    /// Where the state goes, an empty file.
+    pub state: File,
+    /// Where the memory goes, as long as the guest's memory and without data.
+    pub memory: File,
+    /// /proc/PID/pagemap of this process; without it all of the memory is written.
+    pub page_map: Option<File>,
+    /// Gets `Done` when both are written; the supervisor has the other end.
+    pub done: File,
+    /// The guest stands still afterwards, until `vm.resume`.
+    pub hold: bool,
+}
+
+impl CaptureConfig {
+    /// Checks a `vm.capture` request; `descriptors` are those that came with it.
+    pub fn parse(request: Request, descriptors: Vec<OwnedFd>) -> Result<Self, Error> {
+        let mut args = Args::of(request);
+        let mut descriptors: Vec<Option<OwnedFd>> = descriptors.into_iter().map(Some).collect();
+        let hold = args.flag("hold")?;
+        let page_map = match args.text("page_map")? {
+            Some(given) => Some(take_named(&mut descriptors, "page_map", &given)?.into()),
+            None => None,
+        };
+        let mut take = |key| take_descriptor(&mut args, &mut descriptors, key);
+        let (state, memory, done) = (take("state")?.into(), take("memory")?.into(), take("done")?.into());
+        args.finish()?;
+        Ok(Self { state, memory, page_map, done, hold })
     }
 }
 
@@ -236,7 +294,7 @@ mod tests {
     fn a_full_request_is_taken() {
         let config = StartConfig::parse(request().set("cmdline", "a b"), descriptors(6)).unwrap();
         assert_eq!((config.vcpus, config.memory_bytes, config.cid), (1, 128 << 20, 3));
-        assert_eq!(config.command_line, "a b");
+        assert!(matches!(config.source, Source::Kernel { command_line, .. } if command_line == "a b"));
     }
 
     #[test]
@@ -287,6 +345,21 @@ mod tests {
         let is_null =
             |file: &File| std::os::unix::fs::FileTypeExt::is_char_device(&file.metadata().unwrap().file_type());
         assert_eq!(order.iter().map(is_null).collect::<Vec<_>>(), [false, true]);
+    }
+
+    #[test]
+    fn a_snapshot_takes_the_kernels_place() {
+        let mut request = replace("kernel", "fd:0");
+        request.args.retain(|a| !matches!(a, crate::wire::Arg::Named(k, _) if k == "kernel" || k == "initramfs"));
+        let from = request.set("state", "fd:1").set("memory", "fd:2").set("kvm", "fd:0");
+        let from = |set: &[(&str, &str)]| set.iter().fold(from.clone(), |r, (k, v)| r.set(k, v));
+        let mut whole = from(&[]);
+        whole.args.remove(2);
+        let config = StartConfig::parse(whole.clone(), descriptors(6)).unwrap();
+        assert!(matches!(config.source, Source::Snapshot { .. }));
+        assert_eq!(config.longest_file(), 128 << 20);
+        assert_eq!(code(whole.clone().set("cmdline", "a")), "UNKNOWN_ARGUMENT", "it has booted long ago");
+        assert_eq!(code(whole.set("kernel", "fd:0")), "UNKNOWN_ARGUMENT");
     }
 
     #[test]

@@ -1,23 +1,28 @@
 //! One microVM from its parts: memory, devices, KVM, boot. What `vm.start` makes and the end takes apart.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::boot::acpi::MmioDevice;
 use super::boot::{self, BootError, BootSource, layout};
 use mio::Registry;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::config::{MIN_TARGET_MIB, StartConfig};
+use super::config::{CaptureConfig, MIN_TARGET_MIB, Source, StartConfig};
 use super::devices::{DeviceConfig, DeviceError, DeviceSet, QUEUE_NOTIFY};
 use super::generation;
 use super::jail::{self, lists::Kind};
-use super::kvm::{Bus, ExitCounts, KvmError, Processors, Vm};
+use super::kvm::{Bus, ExitCounts, KvmError, PauseError, Processors, Vm};
 use super::last_words::End;
 use super::memory::{GuestMemory, MemoryError};
+use super::snapshot::memory::Plan;
+use super::snapshot::{Saved, SavedError, saved};
 use crate::wire::{Code, Error, Fields};
 
 /// Why a microVM could not be started.
@@ -35,6 +40,12 @@ pub enum StartError {
     Boot(BootError),
     /// KVM.
     Kvm(KvmError),
+    /// The state of a snapshot.
+    Saved(SavedError),
+    /// A file of a snapshot cannot be read.
+    Snapshot(io::Error),
+    /// The host has no random numbers for a new generation identifier.
+    Renew(io::Error),
     /// The list of system calls cannot be put in force.
     Jail(io::Error),
 }
@@ -48,6 +59,9 @@ impl fmt::Display for StartError {
             Self::Watch(e) => write!(f, "the devices cannot be watched: {e}"),
             Self::Boot(e) => e.fmt(f),
             Self::Kvm(e) => e.fmt(f),
+            Self::Saved(e) => e.fmt(f),
+            Self::Snapshot(e) => write!(f, "the snapshot cannot be read: {e}"),
+            Self::Renew(e) => write!(f, "no new generation identifier: {e}"),
             Self::Jail(e) => write!(f, "the jail cannot be closed: {e}"),
         }
     }
@@ -75,7 +89,16 @@ impl From<BootError> for StartError {
 
 impl From<KvmError> for StartError {
     fn from(e: KvmError) -> Self {
-        Self::Kvm(e)
+        match e {
+            KvmError::Saved(e) => Self::Saved(e),
+            e => Self::Kvm(e),
+        }
+    }
+}
+
+impl From<SavedError> for StartError {
+    fn from(e: SavedError) -> Self {
+        Self::Saved(e)
     }
 }
 
@@ -83,10 +106,13 @@ impl StartError {
     /// As the supervisor is told.
     pub fn to_wire(&self) -> Error {
         let code = match self {
+            Self::Saved(_) | Self::Memory(MemoryError::File { .. }) => Code::Corrupt,
             Self::Memory(_) | Self::Event(_) => Code::NoCapacity,
             Self::Devices(DeviceError::Overlay(e)) if e.is_corrupt() => Code::Corrupt,
             Self::Boot(e) => e.code(),
-            Self::Devices(_) | Self::Watch(_) | Self::Kvm(_) | Self::Jail(_) => Code::VmFailed,
+            Self::Devices(_) | Self::Watch(_) | Self::Kvm(_) | Self::Snapshot(_) | Self::Renew(_) | Self::Jail(_) => {
+                Code::VmFailed
+            }
         };
         Error::new(code, self.to_string())
     }
@@ -114,6 +140,45 @@ impl Bus for DeviceSet {
     }
 }
 
+/// Reads the state of a snapshot that is to become a microVM of that shape.
+fn read_state(file: &File, vcpus: u8, memory_bytes: u64) -> Result<Saved, StartError> {
+    let len = file.metadata().map_err(StartError::Snapshot)?.len();
+    if len > saved::MAX_BYTES as u64 {
+        return Err(SavedError::TooLong { bytes: usize::try_from(len).unwrap_or(usize::MAX) }.into());
+    }
+    let mut octets = vec![0; len as usize];
+    file.read_exact_at(&mut octets, 0).map_err(StartError::Snapshot)?;
+    let state = Saved::decode(&octets)?;
+    let shape = state.shape()?;
+    if shape != (vcpus, memory_bytes) {
+        let (had, of) = shape;
+        let why = format!("it is of {had} processors and {of} octets of memory, not of {vcpus} and {memory_bytes}");
+        return Err(SavedError::NotSaved(why).into());
+    }
+    Ok(state)
+}
+
+/// Does `work` in a copy of this process, where memory stays as it is now, and tells `done` its `errno`, 0 when all went
+/// well. Other threads are not there, and may have held any lock: `work` allocates nothing and takes no lock.
+fn in_child(done: &File, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    // SAFETY: a plain copy of the process: no flags, no stack, no pointers. The child makes system calls only, as the
+    // caller promises, and ends without running anything of the C library's. Nobody waits for it: SIGCHLD is ignored.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if pid == 0 {
+        let errno = work().map_or_else(|e| e.raw_os_error().unwrap_or(libc::EIO), |()| 0);
+        let octets = errno.to_le_bytes();
+        // SAFETY: writes octets that are alive; `exit_group` does not come back.
+        unsafe {
+            libc::write(done.as_raw_fd(), octets.as_ptr().cast(), octets.len());
+            libc::syscall(libc::SYS_exit_group, 0);
+        }
+    }
+    Ok(())
+}
+
 /// A running microVM.
 pub struct Machine {
     memory_bytes: u64,
@@ -123,8 +188,26 @@ pub struct Machine {
     memory: GuestMemory,
     /// Makes the guest's kernel look at its generation identifier.
     generation: EventFd,
+    /// The guest stands still, and nothing of it changes.
+    held: bool,
     /// Closed last: its memory slots and event descriptors are in use by the above.
-    _vm: Vm,
+    vm: Vm,
+}
+
+/// How long processors and devices have to come to rest for a snapshot, each.
+const REST: Duration = Duration::from_secs(2);
+
+/// What a capture was.
+#[derive(Debug, Clone, Copy)]
+pub struct Captured {
+    /// Octets of state.
+    pub state_bytes: u64,
+    /// Octets of memory that are looked at, zero pages among them.
+    pub memory_bytes: u64,
+    /// The memory file has only what differs from the one that the guest was restored from.
+    pub is_diff: bool,
+    /// How long the guest stood still; so far, where it still does.
+    pub stopped: Duration,
 }
 
 impl Machine {
@@ -134,23 +217,39 @@ impl Machine {
     where
         F: Fn(End) + Send + Sync + 'static,
     {
-        let memory = GuestMemory::new(config.memory_bytes)?;
-        let StartConfig { base, overlay, layers, disks, disk_limits, net, serial, cid, .. } = config;
+        let StartConfig {
+            vcpus,
+            memory_bytes,
+            kvm,
+            source,
+            base,
+            overlay,
+            layers,
+            disks,
+            disk_limits,
+            net,
+            serial,
+            cid,
+        } = config;
+        let (memory, saved) = match &source {
+            Source::Kernel { .. } => (GuestMemory::new(memory_bytes)?, None),
+            Source::Snapshot { state, memory } => {
+                let saved = read_state(state, vcpus, memory_bytes)?;
+                (GuestMemory::restored(memory, memory_bytes)?, Some(saved))
+            }
+        };
         let devices = DeviceConfig { base, overlay, layers, disks, disk_limits, net, serial, cid };
         let devices = Arc::new(DeviceSet::new(&memory, devices)?);
         let windows = devices.windows();
-        let places: Vec<MmioDevice> = windows.iter().map(|w| MmioDevice { addr: w.base, gsi: w.gsi }).collect();
-
-        let source = BootSource {
-            kernel: &config.kernel,
-            initramfs: &config.initramfs,
-            command_line: &config.command_line,
-            vcpus: config.vcpus,
-            devices: &places,
+        let entry = match &source {
+            Source::Kernel { kernel, initramfs, command_line } => {
+                let places: Vec<MmioDevice> = windows.iter().map(|w| MmioDevice { addr: w.base, gsi: w.gsi }).collect();
+                boot::load(&memory, &BootSource { kernel, initramfs, command_line, vcpus, devices: &places })?
+            }
+            Source::Snapshot { .. } => 0,
         };
-        let entry = boot::load(&memory, &source)?;
 
-        let vm = Vm::new(config.kvm, memory.clone())?;
+        let vm = Vm::new(kvm, memory.clone())?;
         vm.wire_interrupt(devices.serial_interrupt(), layout::COM1_GSI)?;
         let generation = EventFd::new(EFD_NONBLOCK).map_err(StartError::Event)?;
         vm.wire_interrupt(&generation, layout::GENERATION_GSI)?;
@@ -162,14 +261,93 @@ impl Machine {
         }
         drop(windows);
         devices.register(registry, first_token).map_err(StartError::Watch)?;
-        let vcpus = vm.create_vcpus(config.vcpus, entry)?;
+        let vcpus = match &saved {
+            None => vm.create_vcpus(vcpus, entry)?,
+            Some(saved) => {
+                let restored = vm.restore(vcpus, saved)?;
+                // Last: they may raise interrupts into the controllers that were put back just now.
+                devices.close_net(true);
+                devices.restore(saved)?;
+                restored
+            }
+        };
         let exits = Arc::new(ExitCounts::default());
         let processors = Processors::start(vcpus, devices.clone(), exits.clone(), ended)?;
         // Before the guest's first instruction every thread is under its last list.
         jail::all_entered();
         jail::enter(Kind::Device).map_err(StartError::Jail)?;
-        processors.run();
-        Ok(Self { memory_bytes: config.memory_bytes, processors, exits, devices, memory, generation, _vm: vm })
+        let machine = Self { memory_bytes, processors, exits, devices, memory, generation, held: false, vm };
+        if saved.is_some() {
+            machine.renew().map_err(StartError::Renew)?;
+        }
+        machine.processors.run();
+        Ok(machine)
+    }
+
+    /// Whether the guest stands still.
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+
+    /// Makes the guest stand still, if it does not, and has a child of this process write its state and memory. The
+    /// child tells `done` how that went: `errno` as four octets, or nothing and the end where it was killed.
+    pub fn capture(&mut self, to: &CaptureConfig) -> Result<Captured, Error> {
+        let began = Instant::now();
+        self.hold()?;
+        let captured = self.write(to).map(|captured| Captured { stopped: began.elapsed(), ..captured });
+        if !to.hold || captured.is_err() {
+            self.resume();
+        }
+        captured
+    }
+
+    fn hold(&mut self) -> Result<(), Error> {
+        if self.held {
+            return Ok(());
+        }
+        self.processors.pause(REST).map_err(|e| match e {
+            PauseError::Ended => Error::new(Code::BadState, "the guest has ended"),
+            PauseError::Timeout => {
+                Error::new(Code::GuestTimeout, format!("a processor did not stand still within {REST:?}"))
+            }
+        })?;
+        if !self.devices.pause(REST) {
+            self.processors.run();
+            return Err(Error::new(Code::GuestTimeout, format!("a device did not come to rest within {REST:?}")));
+        }
+        self.held = true;
+        Ok(())
+    }
+
+    /// The guest goes on.
+    pub fn resume(&mut self) {
+        if std::mem::take(&mut self.held) {
+            self.devices.resume();
+            self.processors.run();
+        }
+    }
+
+    fn write(&self, to: &CaptureConfig) -> Result<Captured, Error> {
+        let failed = |what: &'static str| {
+            move |e: io::Error| Error::new(Code::VmFailed, format!("the snapshot cannot be taken: {what}: {e}"))
+        };
+        let mut saved = Saved::new(self.processors.count(), self.memory_bytes);
+        self.devices.save(&mut saved);
+        self.vm.save(&self.processors, &mut saved).map_err(|e| Error::new(Code::VmFailed, e.to_string()))?;
+        let state = saved.encode();
+        let plan = Plan::new(&self.memory, to.page_map.as_ref()).map_err(failed("its pages"))?;
+        let mut buffer = Plan::buffer();
+        let work = || {
+            to.state.write_all_at(&state, 0)?;
+            plan.write(&self.memory, &to.memory, &mut buffer)
+        };
+        in_child(&to.done, work).map_err(failed("a process for it"))?;
+        Ok(Captured {
+            state_bytes: state.len() as u64,
+            memory_bytes: plan.bytes(),
+            is_diff: plan.is_diff,
+            stopped: Duration::ZERO,
+        })
     }
 
     /// The devices, for events and streams.
@@ -229,9 +407,8 @@ impl Machine {
 
     /// Tells the guest that it is another machine from now on than the one whose memory it has: its kernel reseeds its
     /// random pool, and its vsock connections are gone. After a restore, before the processors run.
-    pub fn renew(&self) -> Result<(), Error> {
-        let drawn = generation::draw(&self.memory);
-        drawn.map_err(|e| Error::new(Code::VmFailed, format!("no new generation identifier: {e}")))?;
+    pub fn renew(&self) -> io::Result<()> {
+        generation::draw(&self.memory)?;
         self.devices.vsock_transport_reset();
         // Fails only when the counter is full: then an interrupt is pending anyway.
         let _ = self.generation.write(1);

@@ -6,14 +6,16 @@
 //!
 //! Layout: RAM from 0 up to the MMIO gap at 3 GiB, the rest from 4 GiB on.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Start of the hole in RAM that holds MMIO windows, IOAPIC and LAPIC.
 pub const GAP_START: u64 = 3 << 30;
@@ -44,6 +46,13 @@ pub enum MemoryError {
         /// The host's reason.
         cause: io::Error,
     },
+    /// A snapshot's memory file is not as long as the guest's memory.
+    File {
+        /// As found, in octets.
+        len: u64,
+        /// What was asked for, in octets.
+        bytes: u64,
+    },
     /// The range is not wholly inside one region of RAM.
     OutOfRange {
         /// Guest-physical start.
@@ -65,6 +74,7 @@ impl fmt::Display for MemoryError {
                 write!(f, "guest memory of {bytes} octets: must be a multiple of {PAGE}, from {PAGE} to {MAX_BYTES}")
             }
             Self::Map { bytes, cause } => write!(f, "guest memory of {bytes} octets cannot be mapped: {cause}"),
+            Self::File { len, bytes } => write!(f, "a memory file of {len} octets is not one of a guest with {bytes}"),
             Self::OutOfRange { addr, len } => write!(f, "guest range {addr:#x}+{len:#x} is outside of RAM"),
             Self::Unaligned { addr } => write!(f, "guest address {addr:#x} is not aligned"),
         }
@@ -84,7 +94,7 @@ pub struct Region {
     pub host_addr: u64,
 }
 
-/// An owned anonymous mapping.
+/// An owned private mapping: anonymous memory, or a restored guest's on top of its file.
 struct Mapping {
     start: *mut libc::c_void,
     len: usize,
@@ -135,6 +145,29 @@ impl Mapping {
         unsafe { libc::madvise(aligned, len, libc::MADV_HUGEPAGE) };
         Ok(Self { start: aligned, len })
     }
+
+    /// The same over a file from `offset` (a multiple of a page) on: what is written stays in this process.
+    fn of_file(len: usize, file: &File, offset: u64) -> io::Result<Self> {
+        let mapping = Self::new(len)?;
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: replaces our own mapping, whole, to which nothing points yet; `Drop` unmaps what is there then.
+        let mapped = unsafe {
+            libc::mmap(
+                mapping.start,
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                file.as_fd().as_raw_fd(),
+                offset,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the range is our own mapping. Best effort, as above.
+        unsafe { libc::madvise(mapping.start, len, libc::MADV_DONTDUMP) };
+        Ok(mapping)
+    }
 }
 
 impl Drop for Mapping {
@@ -149,6 +182,9 @@ struct Inner {
     regions: Vec<Region>,
     /// Keeps the regions mapped; in the order of `regions`.
     _mappings: Vec<Mapping>,
+    /// Of a restored guest: host addresses, start and end, of what it gave up. A restored page that is given up is no
+    /// longer the file's. At most as many as the kernel lets a process have mappings.
+    given_up: Option<Mutex<BTreeMap<u64, u64>>>,
 }
 
 /// A handle to the guest's memory. Clones share the same memory; it is unmapped with the last one.
@@ -167,6 +203,21 @@ impl GuestMemory {
     /// Maps `bytes` (a multiple of `PAGE`, 1 page to `MAX_BYTES`) of zeroed memory. Pages are taken from the
     /// host when they are first touched.
     pub fn new(bytes: u64) -> Result<Self, MemoryError> {
+        Self::map(bytes, None)
+    }
+
+    /// The memory of a snapshot: `file` has RAM without its hole, `bytes` long. The file never changes through it, and
+    /// must not change otherwise.
+    pub fn restored(file: &File, bytes: u64) -> Result<Self, MemoryError> {
+        let len = file.metadata().map_err(|cause| MemoryError::Map { bytes, cause })?.len();
+        // A page beyond the file's end would kill the process.
+        if len != bytes {
+            return Err(MemoryError::File { len, bytes });
+        }
+        Self::map(bytes, Some(file))
+    }
+
+    fn map(bytes: u64, file: Option<&File>) -> Result<Self, MemoryError> {
         if bytes == 0 || !bytes.is_multiple_of(PAGE) || bytes > MAX_BYTES {
             return Err(MemoryError::Size { bytes });
         }
@@ -177,11 +228,30 @@ impl GuestMemory {
             if size == 0 {
                 continue;
             }
-            let mapping = Mapping::new(size as usize).map_err(|cause| MemoryError::Map { bytes, cause })?;
+            let offset = regions.iter().map(|region: &Region| region.size).sum();
+            let mapping = match file {
+                None => Mapping::new(size as usize),
+                Some(file) => Mapping::of_file(size as usize, file, offset),
+            };
+            let mapping = mapping.map_err(|cause| MemoryError::Map { bytes, cause })?;
             regions.push(Region { guest_addr, size, host_addr: mapping.start as u64 });
             mappings.push(mapping);
         }
-        Ok(Self { inner: Arc::new(Inner { regions, _mappings: mappings }) })
+        let given_up = file.map(|_| Mutex::default());
+        Ok(Self { inner: Arc::new(Inner { regions, _mappings: mappings, given_up }) })
+    }
+
+    /// Whether it came from a file.
+    pub fn is_restored(&self) -> bool {
+        self.inner.given_up.is_some()
+    }
+
+    /// What a restored guest gave up of a region so far: host addresses, start and end. In ascending order.
+    pub fn given_up(&self, region: &Region) -> Vec<(u64, u64)> {
+        let Some(ranges) = &self.inner.given_up else { return Vec::new() };
+        let ranges = ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_region = ranges.range(region.host_addr..region.host_addr + region.size);
+        of_region.map(|(start, end)| (*start, *end)).collect()
     }
 
     /// The ranges of RAM, in ascending order; one or two.
@@ -243,9 +313,8 @@ impl GuestMemory {
     /// writes meanwhile may be lost, until this returns. From then on it is ordinary memory again that reads as zeroes
     /// until it is written. An error leaves every octet as it was.
     ///
-    /// All memory is private and anonymous so far, so that dropping pages makes zeroes. A private mapping of a file
-    /// (a restored snapshot) would show the file's octets again: there, fresh anonymous memory is to be mapped
-    /// over the range.
+    /// Dropping pages of anonymous memory makes zeroes. A private mapping of a file would show the file's octets again:
+    /// there, fresh anonymous memory is mapped over the range.
     pub fn discard(&self, slice: GuestSlice<'_>) -> io::Result<usize> {
         let start = slice.iovec.iov_base as usize;
         // Inside of a mapping, so that no end is near the end of the address space.
@@ -254,6 +323,11 @@ impl GuestMemory {
             return Ok(0);
         }
         let base = slice.iovec.iov_base.wrapping_byte_add(from - start);
+        if let Some(ranges) = &self.inner.given_up {
+            replace(base, to - from)?;
+            remember(&mut ranges.lock().unwrap_or_else(PoisonError::into_inner), from as u64, to as u64);
+            return Ok(to - from);
+        }
         // SAFETY: whole pages of a checked range of a private anonymous mapping that the slice's borrow keeps alive. No
         // reference to its octets exists, and their change is what every accessor here expects of guest memory.
         if unsafe { libc::madvise(base, to - from, libc::MADV_DONTNEED) } < 0 {
@@ -321,6 +395,30 @@ impl GuestMemory {
         }
         Ok(self.host_pointer(addr, 2)?.cast())
     }
+}
+
+/// Puts fresh memory in the place of a range, whole pages of guest memory.
+fn replace(base: *mut libc::c_void, len: usize) -> io::Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: the caller has whole pages of a checked range of one of our mappings, which `Drop` unmaps whatever it
+    // consists of. No reference to its octets exists, and their change is what every accessor here expects.
+    if unsafe { libc::mmap(base, len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) } == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the range is our own mapping. Best effort: it changes no behaviour.
+    unsafe { libc::madvise(base, len, libc::MADV_DONTDUMP) };
+    Ok(())
+}
+
+/// Adds a range to a set of them, which are apart from each other.
+fn remember(ranges: &mut BTreeMap<u64, u64>, mut start: u64, mut end: u64) {
+    while let Some((&other, &other_end)) = ranges.range(..=end).next_back()
+        && other_end >= start
+    {
+        ranges.remove(&other);
+        (start, end) = (start.min(other), end.max(other_end));
+    }
+    ranges.insert(start, end);
 }
 
 /// A checked range of guest memory, laid out as a `struct iovec`. It borrows the memory, so it cannot

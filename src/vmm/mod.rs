@@ -11,6 +11,7 @@
 //! | `platform` | power-off, reset and panic registers |
 //! | `memory` | the guest's RAM |
 //! | `jail` | what the process gives up before it reads a request |
+//! | `snapshot` | a paused microVM as files |
 //! | `last_words` | why it ended |
 //!
 //! Threads: the main one runs the loop and the devices; each processor and each disk has its own.
@@ -26,6 +27,7 @@ mod link;
 mod machine;
 pub mod memory;
 mod platform;
+pub mod snapshot;
 mod worker;
 
 pub use worker::main;

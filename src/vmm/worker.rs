@@ -16,7 +16,7 @@ use mio::event::Event;
 use mio::net::UnixListener;
 use mio::{Events, Interest, Poll, Token, Waker};
 
-use super::config::{MAX_MEMORY_MIB, MIN_TARGET_MIB, StartConfig, parse_limits};
+use super::config::{CaptureConfig, MAX_MEMORY_MIB, MIN_TARGET_MIB, StartConfig, parse_limits};
 use super::jail;
 use super::last_words::{End, LastWords, Reason, say};
 use super::link::{Connection, RawStream};
@@ -45,6 +45,9 @@ pub fn main() -> ExitCode {
     let explains = std::env::args_os().nth(2).is_some_and(|argument| argument == "explain");
     let breach = if explains { jail::Breach::Explain } else { jail::Breach::Kill };
     let last_words = LastWords::take_over();
+    // Children write snapshots and tell how that went by a pipe: nobody waits for them.
+    // SAFETY: sets how a signal is taken, before there is another thread.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
     if let Err(e) = jail::close(breach) {
         let end = End::new(Reason::StartFailed, e.to_string());
         last_words.write(&end);
@@ -268,7 +271,9 @@ impl Worker {
             "hello" => {
                 Args::of(request).finish()?;
                 let greeting = Fields::new().with("protocol", PROTOCOL_VERSION).with("link", WORKER_LINK);
-                Ok(Outcome::Done(greeting.with("role", "worker")))
+                let greeting = greeting.with("role", "worker");
+                let is_held = self.machine.as_ref().is_some_and(Machine::is_held);
+                Ok(Outcome::Done(if is_held { greeting.with("held", true) } else { greeting }))
             }
             "vm.start" => self.start(token, request),
             "vm.watch" => {
@@ -294,7 +299,8 @@ impl Worker {
             }
             "vm.renew" => {
                 Args::of(request).finish()?;
-                self.machine.as_ref().ok_or_else(not_running)?.renew()?;
+                let renewed = self.machine.as_ref().ok_or_else(not_running)?.renew();
+                renewed.map_err(|e| Error::new(Code::VmFailed, format!("no new generation identifier: {e}")))?;
                 Ok(Outcome::Done(Fields::new()))
             }
             "vm.limits" => {
@@ -303,6 +309,17 @@ impl Worker {
                 if !machine.devices().change_limits(disks, net) {
                     return Err(Error::new(Code::BadState, "the guest has no network device"));
                 }
+                Ok(Outcome::Done(Fields::new()))
+            }
+            "vm.capture" => self.capture(token, request),
+            "vm.resume" => {
+                Args::of(request).finish()?;
+                self.machine.as_mut().ok_or_else(not_running)?.resume();
+                Ok(Outcome::Done(Fields::new()))
+            }
+            "vm.open" => {
+                Args::of(request).finish()?;
+                self.machine.as_ref().ok_or_else(not_running)?.devices().close_net(false);
                 Ok(Outcome::Done(Fields::new()))
             }
             "serial.input" => {
@@ -388,6 +405,19 @@ impl Worker {
             machine.devices().vsock_accept(port, stream, &tag, read_ahead);
         }
         Ok(())
+    }
+
+    /// Begins a snapshot; its files are whole when the pipe that came with the request says so.
+    fn capture(&mut self, token: Token, request: Request) -> Result<Outcome, Error> {
+        let descriptors = self.connections.get_mut(&token).map(Connection::take_descriptors).unwrap_or_default();
+        let to = CaptureConfig::parse(request, descriptors)?;
+        let captured = self.machine.as_mut().ok_or_else(not_running)?.capture(&to)?;
+        let fields = Fields::new()
+            .with("state_bytes", captured.state_bytes)
+            .with("memory_bytes", captured.memory_bytes)
+            .with("diff", captured.is_diff)
+            .with("stopped_us", captured.stopped.as_micros());
+        Ok(Outcome::Done(fields))
     }
 
     fn start(&mut self, token: Token, request: Request) -> Result<Outcome, Error> {

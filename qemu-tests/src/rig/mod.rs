@@ -15,8 +15,9 @@ mod process;
 mod tap;
 
 use std::fs::{self, File};
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -51,6 +52,8 @@ pub struct Setup {
     memory_mib: u64,
     command_line: String,
     keys: Vec<(String, String)>,
+    /// State, memory and overlay of a snapshot, instead of a kernel.
+    snapshot: Option<(File, File, PathBuf)>,
     /// Key, what stands before `fd:N` in its value, descriptor.
     descriptors: Vec<(String, String, OwnedFd)>,
 }
@@ -75,8 +78,17 @@ impl Setup {
             memory_mib: 128,
             command_line: String::new(),
             keys: Vec::new(),
+            snapshot: None,
             descriptors: Vec::new(),
         }
+    }
+
+    /// What that snapshot was taken of, going on where it stood, with a copy of its disk.
+    pub fn restored(mut self, snapshot: &Snapshot) -> Self {
+        (self.vcpus, self.memory_mib) = (snapshot.vcpus, snapshot.memory_mib);
+        let path = |name: &str| snapshot.home.path().join(name);
+        self.snapshot = Some((open(&path("state")), open(&path("memory")), path("overlay")));
+        self
     }
 
     /// With that many processors.
@@ -164,7 +176,11 @@ impl Setup {
         // Of a block device as well.
         let base_bytes = (&base).seek(SeekFrom::End(0)).expect("a base has a size");
         let overlay = create("overlay");
-        overlay::create(&overlay, self.disk_mib * MIB, base_bytes, [0; 32]).expect("an overlay can be made");
+        if let Some((.., frozen)) = &self.snapshot {
+            io::copy(&mut open(frozen), &mut &overlay).expect("an overlay can be copied");
+        } else {
+            overlay::create(&overlay, self.disk_mib * MIB, base_bytes, [0; 32]).expect("an overlay can be made");
+        }
         create("serial");
         let serial = File::options().read(true).append(true).open(path("serial")).expect("it was just made");
         let listener = UnixListener::bind(path("socket")).expect("a socket can be bound");
@@ -173,22 +189,20 @@ impl Setup {
         let process = Worker::spawn(&listener, &last_words, &path("log"));
 
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("the node has KVM");
-        let mut descriptors: Vec<(String, String, OwnedFd)> = [
-            ("kvm", kvm),
-            ("kernel", open(&self.kernel)),
-            ("initramfs", open(&self.initramfs)),
-            ("serial", serial),
-            ("base", base),
-            ("overlay", overlay),
-        ]
-        .map(|(key, file)| (key.to_string(), String::new(), file.into()))
-        .into();
+        let mut request =
+            Request::new("start", "vm.start").set("vcpus", self.vcpus).set("memory_mib", self.memory_mib).set("cid", 3);
+        let source = match self.snapshot {
+            Some((state, memory, _)) => [("state", state), ("memory", memory)],
+            None => {
+                request = request.set("cmdline", &self.command_line);
+                [("kernel", open(&self.kernel)), ("initramfs", open(&self.initramfs))]
+            }
+        };
+        let own = [("kvm", kvm), ("serial", serial), ("base", base), ("overlay", overlay)];
+        let own = own.into_iter().chain(source);
+        let mut descriptors: Vec<(String, String, OwnedFd)> =
+            own.map(|(key, file)| (key.to_string(), String::new(), file.into())).collect();
         descriptors.extend(self.descriptors);
-        let mut request = Request::new("start", "vm.start")
-            .set("vcpus", self.vcpus)
-            .set("memory_mib", self.memory_mib)
-            .set("cid", 3)
-            .set("cmdline", &self.command_line);
         for (index, (key, prefix, _)) in descriptors.iter().enumerate() {
             request = request.set(key, format!("{prefix}fd:{index}"));
         }
@@ -202,7 +216,14 @@ impl Setup {
         // Open until a worker that refused is told to stop: it ends when nobody is left who could start it.
         let mut connection = Connection::over(stream);
         let answer = connection.receive();
-        let vm = Vm { home, process, control: OnceLock::new(), agent: OnceLock::new(), next_exec: AtomicU64::new(1) };
+        let vm = Vm {
+            home,
+            process,
+            shape: (self.vcpus, self.memory_mib),
+            control: OnceLock::new(),
+            agent: OnceLock::new(),
+            next_exec: AtomicU64::new(1),
+        };
         match answer.unwrap_or_else(|e| panic!("no answer to vm.start ({e}); the worker's log: {}", vm.log())) {
             Message::Ok { .. } => Ok(vm),
             // A request that it does not understand leaves the worker waiting for another one.
@@ -248,10 +269,34 @@ pub struct Ended {
     pub log: String,
 }
 
+/// A snapshot: the files that `Setup::restored` takes.
+#[derive(Debug)]
+pub struct Snapshot {
+    home: TempDir,
+    vcpus: u8,
+    memory_mib: u64,
+    /// What the worker had written to its standard error.
+    pub log: String,
+}
+
+impl Snapshot {
+    /// One of its files: `state`, `memory` or `overlay`.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.home.path().join(name)
+    }
+
+    /// What its memory takes on the medium, in octets.
+    pub fn memory_bytes(&self) -> u64 {
+        fs::metadata(self.path("memory")).expect("it has memory").blocks() * 512
+    }
+}
+
 /// A running microVM. Dropping it kills its worker.
 #[derive(Debug)]
 pub struct Vm {
     process: Worker,
+    /// Processors and MiB of memory.
+    shape: (u8, u64),
     control: OnceLock<Client>,
     agent: OnceLock<Client>,
     next_exec: AtomicU64,
@@ -300,6 +345,69 @@ impl Vm {
             let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
             let configure = Request::new("", "system.configure").set("hostname", "rig").set("clock_ns", clock);
             link.ok(configure.set("grow", true));
+            link
+        })
+    }
+
+    /// Takes a snapshot and ends it. `page_map` says whether its worker is told which pages it has: without, all of its
+    /// memory is written.
+    pub fn freeze(self, page_map: bool) -> Snapshot {
+        let (snapshot, captured) = self.capture(page_map, true);
+        assert!(snapshot.memory_bytes() > 0, "{captured:?}");
+        self.end_frozen(snapshot)
+    }
+
+    /// Ends it, held as it is, and takes its disk as the snapshot's.
+    pub fn end_frozen(self, mut snapshot: Snapshot) -> Snapshot {
+        let overlay = self.home.path().join("overlay");
+        // Its file is gone with its directory.
+        let kept = open(&overlay);
+        let end = self.stop();
+        assert_eq!(end.reason, "stopped", "{end:?}");
+        let copy = File::create_new(snapshot.home.path().join("overlay")).expect("a file can be made");
+        io::copy(&mut &kept, &mut &copy).expect("an overlay can be copied");
+        snapshot.log = end.log;
+        snapshot
+    }
+
+    /// Takes a snapshot; with `hold` the guest stands still afterwards. The reply to `vm.capture` comes with it.
+    pub fn capture(&self, page_map: bool, hold: bool) -> (Snapshot, Fields) {
+        let home = TempDir::new().expect("a directory can be made");
+        let create = |name: &str| {
+            let file = File::options().read(true).write(true).create_new(true).open(home.path().join(name));
+            file.expect("a file can be made")
+        };
+        let (vcpus, memory_mib) = self.shape;
+        let (state, memory) = (create("state"), create("memory"));
+        memory.set_len(memory_mib * MIB).expect("a file can be made longer");
+        let (mut read, write) = io::pipe().expect("a pipe can be made");
+        let mut descriptors: Vec<OwnedFd> = vec![state.into(), memory.into(), write.into()];
+        let mut request = Request::new("capture", "vm.capture").set("state", "fd:0").set("memory", "fd:1");
+        request = request.set("done", "fd:2").set("hold", hold);
+        if page_map {
+            descriptors.push(open(Path::new(&format!("/proc/{}/pagemap", self.process.pid()))).into());
+            request = request.set("page_map", "fd:3");
+        }
+        let stream = UnixStream::connect(self.home.path().join("socket")).expect("the worker's socket exists");
+        stream.set_read_timeout(Some(timing::hang())).expect("a socket takes a time limit");
+        let raw: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        send_with_descriptors(&stream, request, &raw).expect("vm.capture can be sent");
+        drop(descriptors);
+        let captured = match Connection::over(stream).receive() {
+            Ok(Message::Ok { fields, .. }) => fields,
+            other => panic!("vm.capture gave {other:?}; the worker's log: {}", self.log()),
+        };
+        let mut done = Vec::new();
+        read.read_to_end(&mut done).expect("a pipe can be read");
+        assert_eq!(done, [0; 4], "the child says so when all is written");
+        (Snapshot { home, vcpus, memory_mib, log: String::new() }, captured)
+    }
+
+    /// The link to a restored guest's agent.
+    pub fn restored_agent(&self) -> &Client {
+        self.agent.get_or_init(|| {
+            let link = self.connect();
+            link.ok(Request::new("", "vsock.connect").set("port", AGENT_PORT));
             link
         })
     }

@@ -16,6 +16,7 @@ use super::device::{Context, Device, Progress};
 use super::queue::{Chain, QueueError};
 use super::segments::Segments;
 use crate::vmm::memory::{GuestMemory, PAGE};
+use crate::vmm::snapshot::saved::{Part, SavedError};
 
 const F_STATS_VQ: u64 = 1 << 1;
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
@@ -310,6 +311,24 @@ impl Device for Balloon {
         }
         context.interrupt_for(index)?;
         Ok(Progress::More)
+    }
+
+    fn save(&self, part: Part) -> Part {
+        let part = part.with("target", self.target).with("actual", self.actual).with("poison", self.poison);
+        self.held.iter().fold(part, |part, head| part.with("held", head))
+    }
+
+    /// Statistics come anew.
+    fn restore(&mut self, part: &Part) -> Result<(), SavedError> {
+        let pages = u64::from(self.pages);
+        self.target = part.number("target", pages, 0)? as u32;
+        self.actual = part.number("actual", pages, 0)? as u32;
+        self.poison = part.number("poison", u64::from(u32::MAX), 0)? as u32;
+        self.held = match part.get("held") {
+            Some(_) => Some(part.number("held", u64::from(u16::MAX), 0)? as u16),
+            None => None,
+        };
+        Ok(())
     }
 
     fn reset(&mut self) {

@@ -7,6 +7,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::queue::{Queue, QueueError};
 use crate::vmm::memory::GuestMemory;
+use crate::vmm::snapshot::saved::{Part, SavedError};
 
 /// A virtio device behind its transport. Methods run under the transport's device lock: the device's thread
 /// calls `queue_notified`, a vCPU thread calls `reset`.
@@ -30,6 +31,14 @@ pub trait Device: Send + 'static {
     fn queue_notified(&mut self, context: &mut Context<'_>, index: usize) -> Result<Progress, QueueError>;
     /// The driver is gone, or broke the rules: forget everything about it.
     fn reset(&mut self);
+    /// Adds to a snapshot what `restore` needs beside features and rings.
+    fn save(&self, part: Part) -> Part {
+        part
+    }
+    /// Takes it back, after `activate` where the driver was there.
+    fn restore(&mut self, _part: &Part) -> Result<(), SavedError> {
+        Ok(())
+    }
 }
 
 /// How a piece of work ended.
@@ -109,6 +118,15 @@ impl Interrupt {
         self.needs_reset.store(true, Ordering::SeqCst);
         if tell {
             self.raise(Self::CONFIGURATION);
+        }
+    }
+
+    /// As it was saved. What was raised and may have been on its way is raised again: to a driver that had it, an
+    /// interrupt without a reason is nothing.
+    pub(super) fn restore(&self, status: u32, needs_reset: bool) {
+        self.needs_reset.store(needs_reset, Ordering::SeqCst);
+        if status != 0 {
+            self.raise(status);
         }
     }
 

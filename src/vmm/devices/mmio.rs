@@ -9,13 +9,14 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{Context, Device, Interrupt, Progress};
 use super::queue::{Layout, Queue, QueueError};
 use crate::vmm::memory::GuestMemory;
+use crate::vmm::snapshot::saved::{Part, SavedError};
 
 /// Size of a window, in octets.
 pub const WINDOW: u64 = 0x1000;
@@ -97,6 +98,8 @@ struct Backend<D> {
     device: D,
     /// The queues while the driver is active.
     queues: Option<Vec<Queue>>,
+    /// The guest stands still: nothing of it may change.
+    paused: bool,
 }
 
 /// The transport with its device. Shared by all threads of the worker.
@@ -127,7 +130,7 @@ impl<D: Device> MmioTransport<D> {
             registers: Mutex::new(Registers::new(D::QUEUES.len())),
             config: Mutex::new(device.config()),
             generation: AtomicU32::new(0),
-            backend: Mutex::new(Backend { device, queues: None }),
+            backend: Mutex::new(Backend { device, queues: None, paused: false }),
             interrupt: Interrupt::new()?,
             queue_events,
             faults: AtomicU32::new(0),
@@ -178,10 +181,11 @@ impl<D: Device> MmioTransport<D> {
         }
     }
 
-    /// Runs `f` on the device with its queues, if its driver is active. An error stops the device.
+    /// Runs `f` on the device with its queues, if its driver is active and the guest does not stand still. An error stops
+    /// the device.
     pub fn with_queues<R>(&self, f: impl FnOnce(&mut D, &mut Context<'_>) -> Result<R, QueueError>) -> Option<R> {
         let mut backend = lock(&self.backend);
-        let Backend { device, queues } = &mut *backend;
+        let Backend { device, queues, paused: false } = &mut *backend else { return None };
         let queues = queues.as_mut()?;
         let mut context = Context { memory: &self.memory, queues, interrupt: &self.interrupt };
         match f(device, &mut context) {
@@ -387,6 +391,104 @@ impl<D: Device> MmioTransport<D> {
     }
 }
 
+/// A queue's registers and how far it has been served, as numbers in a text.
+fn write_queue(queue: &QueueRegisters, progress: Option<[u16; 3]>) -> String {
+    let Layout { size, descriptors, driver, device } = queue.layout;
+    let [avail, used, decided] = progress.unwrap_or_default();
+    format!("{size} {descriptors} {driver} {device} {} {avail} {used} {decided}", u8::from(queue.ready))
+}
+
+fn read_queue(part: &Part, key: &str) -> Option<(QueueRegisters, [u16; 3])> {
+    let numbers: Vec<u64> = part.get(key)?.split(' ').map(str::parse).collect::<Result<_, _>>().ok()?;
+    let [size, descriptors, driver, device, ready @ 0..=1, avail, used, decided] = numbers[..] else { return None };
+    let layout = Layout { size: u32::try_from(size).ok()?, descriptors, driver, device };
+    let progress = [u16::try_from(avail).ok()?, u16::try_from(used).ok()?, u16::try_from(decided).ok()?];
+    Some((QueueRegisters { layout, ready: ready == 1 }, progress))
+}
+
+/// Keys of the queues of a device; none has more.
+const QUEUE_KEYS: [&str; 4] = ["queue0", "queue1", "queue2", "queue3"];
+
+impl<D: Device> MmioTransport<D> {
+    fn saved(&self, index: u64) -> Part {
+        let registers = lock(&self.registers);
+        let backend = lock(&self.backend);
+        let mut part = Part::new(PART, index)
+            .with("type", D::TYPE)
+            .with("status", registers.status)
+            .with("device_features_select", registers.device_features_select)
+            .with("driver_features_select", registers.driver_features_select)
+            .with("driver_features", registers.driver_features)
+            .with("queue_select", registers.queue_select)
+            .with("generation", self.generation.load(Ordering::SeqCst))
+            .with("interrupt", self.interrupt.status())
+            .with("needs_reset", u8::from(self.interrupt.needs_reset()))
+            .with("active", u8::from(backend.queues.is_some()));
+        for (at, (key, queue)) in QUEUE_KEYS.iter().zip(&registers.queues).enumerate() {
+            let progress = backend.queues.as_ref().and_then(|queues| queues.get(at)?.progress());
+            part = part.with(key, write_queue(queue, progress));
+        }
+        backend.device.save(part)
+    }
+
+    fn restored(&self, part: &Part) -> Result<(), SavedError> {
+        let number = |key, max: u32| part.number(key, u64::from(max), 0).map(|n| n as u32);
+        if number("type", u32::MAX)? != D::TYPE {
+            return Err(part.wrong("type", format!("is another device than {} here", D::TYPE)));
+        }
+        let status = number("status", u32::MAX)?;
+        if !STEPS.contains(&(status & !status::FAILED)) {
+            return Err(part.wrong("status", format!("is {status}")));
+        }
+        let driver_features = part.number("driver_features", u64::MAX, 0)?;
+        let active = number("active", 1)? == 1;
+        if active && driver_features & !self.features != 0 {
+            let lacking = driver_features & !self.features;
+            return Err(part.wrong("driver_features", format!("has {lacking:#x}, which this node does not offer")));
+        }
+        let mut queues = Vec::with_capacity(D::QUEUES.len());
+        let mut rings = Vec::with_capacity(D::QUEUES.len());
+        for (key, &max) in QUEUE_KEYS.into_iter().zip(D::QUEUES) {
+            let (queue, progress) =
+                read_queue(part, key).ok_or_else(|| part.wrong(key, "is missing or no queue's numbers"))?;
+            let ring = if active && queue.ready {
+                let (event_index, indirect) =
+                    (driver_features & F_EVENT_IDX != 0, driver_features & F_INDIRECT_DESC != 0);
+                let ring = Queue::new(&self.memory, queue.layout, max, event_index, indirect);
+                ring.map_err(|error| part.wrong(key, format!("cannot be: {error}")))?.resumed(progress)
+            } else {
+                Queue::default()
+            };
+            queues.push(queue);
+            rings.push(ring);
+        }
+        *lock(&self.registers) = Registers {
+            status,
+            device_features_select: number("device_features_select", u32::MAX)?,
+            driver_features_select: number("driver_features_select", u32::MAX)?,
+            driver_features,
+            queue_select: number("queue_select", u32::MAX)?,
+            queues,
+        };
+        let mut backend = lock(&self.backend);
+        if active {
+            backend.device.activate(driver_features);
+            backend.queues = Some(rings);
+        }
+        backend.device.restore(part)?;
+        *lock(&self.config) = backend.device.config();
+        drop(backend);
+        self.generation.store(number("generation", u32::MAX)?, Ordering::SeqCst);
+        self.interrupt.restore(number("interrupt", u32::MAX)?, number("needs_reset", 1)? == 1);
+        // What the driver had asked for and was not served yet.
+        (0..D::QUEUES.len()).for_each(|index| self.kick(index));
+        Ok(())
+    }
+}
+
+/// Name of a device's part of a microVM's state.
+pub const PART: &str = "device";
+
 /// A window on the bus, whatever its device.
 pub trait Window: Send + Sync {
     /// A guest's read at `offset` of the window; fills `into` whatever happens.
@@ -404,6 +506,13 @@ pub trait Window: Send + Sync {
     fn serve(&self, index: usize);
     /// The guest is at its end: a processor that waits in a register write goes on, whatever the device does.
     fn let_go(&self);
+    /// With `true`: the work under way is ended and no other begun, so that nothing of the guest changes; `false` when
+    /// that did not come true in time. With `false`: goes on.
+    fn pause(&self, paused: bool, until: Instant) -> bool;
+    /// The device's state, while it is paused; `index` is its number in the guest.
+    fn save(&self, index: u64) -> Part;
+    /// Makes a fresh device the saved one.
+    fn restore(&self, part: &Part) -> Result<(), SavedError>;
 }
 
 impl<D: Device> Window for MmioTransport<D> {
@@ -439,6 +548,34 @@ impl<D: Device> Window for MmioTransport<D> {
 
     fn let_go(&self) {
         self.ending.store(true, Ordering::SeqCst);
+    }
+
+    fn pause(&self, paused: bool, until: Instant) -> bool {
+        loop {
+            match self.backend.try_lock() {
+                Ok(mut backend) => {
+                    backend.paused = paused;
+                    break;
+                }
+                // A panic ends the worker.
+                Err(TryLockError::Poisoned(_)) => return false,
+                Err(TryLockError::WouldBlock) if paused && Instant::now() >= until => return false,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(RESET_LOOK),
+            }
+        }
+        if !paused {
+            // Events that came meanwhile were for nobody.
+            (0..D::QUEUES.len()).for_each(|index| self.kick(index));
+        }
+        true
+    }
+
+    fn save(&self, index: u64) -> Part {
+        self.saved(index)
+    }
+
+    fn restore(&self, part: &Part) -> Result<(), SavedError> {
+        self.restored(part)
     }
 
     fn serve(&self, index: usize) {

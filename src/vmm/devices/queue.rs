@@ -218,6 +218,21 @@ impl Queue {
         })
     }
 
+    /// How far the ring has been served, for `resumed`: next entry to take, next to give back, and the used index at the
+    /// last decision about an interrupt. Between two pieces of work nothing else is known of it.
+    pub fn progress(&self) -> Option<[u16; 3]> {
+        self.ring.as_ref().map(|ring| [ring.next_avail, ring.next_used, ring.decided_used])
+    }
+
+    /// The same ring, served so far.
+    pub fn resumed(mut self, [next_avail, next_used, decided_used]: [u16; 3]) -> Self {
+        if let Some(ring) = &mut self.ring {
+            (ring.next_avail, ring.seen_avail) = (next_avail, next_avail);
+            (ring.next_used, ring.decided_used) = (next_used, decided_used);
+        }
+        self
+    }
+
     /// Takes the next chain, if there is one.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemory, chain: &mut Chain<'m>) -> Result<bool, QueueError> {
         match &mut self.ring {

@@ -16,6 +16,10 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::console::ConsoleLog;
+use crate::vmm::snapshot::saved::{Part, SavedError};
+
+/// Name of the port's part of a microVM's state.
+pub const PART: &str = "serial";
 
 /// Octets that wait for the guest at most.
 pub const INPUT_BYTES: usize = 4096;
@@ -231,6 +235,40 @@ impl Serial {
     /// Octets of output that came too fast to be logged, so far.
     pub fn output_dropped(&self) -> u64 {
         self.log.dropped()
+    }
+
+    /// The registers' state, for a snapshot. What waits for the guest to read it goes with it.
+    pub fn save(&self) -> Part {
+        let registers = &mut *self.lock();
+        Part::new(PART, 0)
+            .with_bytes("input", registers.input.make_contiguous())
+            .with("interrupt_enable", registers.interrupt_enable)
+            .with("line_control", registers.line_control)
+            .with("modem_control", registers.modem_control)
+            .with("scratch", registers.scratch)
+            .with("divisor_low", registers.divisor[0])
+            .with("divisor_high", registers.divisor[1])
+            .with("fifo", u8::from(registers.fifo))
+            .with("transmitter_pending", u8::from(registers.transmitter_pending))
+            .with("overrun", u8::from(registers.overrun))
+    }
+
+    /// Makes a fresh port the saved one. An interrupt that was on its way is raised again.
+    pub fn restore(&self, part: &Part) -> Result<(), SavedError> {
+        let octet = |key, default| part.number(key, 255, default).map(|n| n as u8);
+        let registers = &mut *self.lock();
+        registers.interrupt_enable = octet("interrupt_enable", 0)? & IER_MASK;
+        registers.line_control = octet("line_control", 0x03)?;
+        registers.modem_control = octet("modem_control", 0x08)? & MCR_MASK;
+        registers.scratch = octet("scratch", 0)?;
+        registers.divisor = [octet("divisor_low", 12)?, octet("divisor_high", 0)?];
+        registers.fifo = octet("fifo", 0)? == 1;
+        registers.transmitter_pending = octet("transmitter_pending", 0)? == 1;
+        registers.overrun = octet("overrun", 0)? == 1;
+        registers.input = part.bytes("input").unwrap_or_default().iter().copied().take(INPUT_BYTES).collect();
+        let transmitter = registers.transmitter_pending && registers.interrupt_enable & IER_TRANSMITTER != 0;
+        self.interrupt_if(transmitter || registers.receiver_interrupts());
+        Ok(())
     }
 
     fn interrupt_if(&self, condition: bool) {

@@ -18,17 +18,18 @@ use super::balloon::{Balloon, BalloonCounters, MemoryStatistics};
 use super::block::{Block, BlockCounters};
 use super::device::Progress;
 use super::disk::Disk;
-use super::mmio::{MmioTransport, WINDOW, Window};
+use super::mmio::{self, MmioTransport, WINDOW, Window};
 use super::net::{self, Net, NetConfig, NetCounters, Tap};
 use super::rate::{Limiter, Limits, LimitsChange};
 use super::rng::Rng;
-use super::serial::Serial;
+use super::serial::{self, Serial};
 use super::timer::Timer;
 use super::vsock::{HOST_CID, Vsock, VsockCounters};
 use crate::storage::medium::Medium;
 use crate::storage::overlay::{Overlay, OverlayError};
 use crate::storage::raw::RawDisk;
 use crate::vmm::memory::GuestMemory;
+use crate::vmm::snapshot::{Saved, SavedError};
 use crate::wire::Fields;
 
 /// Guest-physical start of the first virtio-mmio window; the others follow.
@@ -532,6 +533,57 @@ impl DeviceSet {
     /// How often the root disk's overlay was frozen since the guest was started. Never waits.
     pub fn layers_pushed(&self) -> u64 {
         self.disks.first().map_or(0, Disk::pushed)
+    }
+
+    // ---- Snapshots, from the device thread, while the processors stand still ----
+
+    /// Ends the work under way and begins no other; `false`, and all go on, where a device did not come to rest in time.
+    pub fn pause(&self, wait: Duration) -> bool {
+        let until = Instant::now() + wait;
+        let paused = self.windows.iter().all(|window| window.pause(true, until));
+        if !paused {
+            self.resume();
+        }
+        paused
+    }
+
+    /// The devices go on.
+    pub fn resume(&self) {
+        self.windows.iter().for_each(|window| {
+            window.pause(false, Instant::now());
+        });
+    }
+
+    /// Adds all devices, which are paused, to a microVM's state.
+    pub fn save(&self, saved: &mut Saved) {
+        for (index, window) in (0..).zip(&self.windows) {
+            saved.push(window.save(index));
+        }
+        saved.push(self.serial.save());
+    }
+
+    /// Makes fresh devices the saved ones: as many, of the same kinds in the same order.
+    pub fn restore(&self, saved: &Saved) -> Result<(), SavedError> {
+        if saved.count(mmio::PART) > self.windows.len() {
+            return Err(SavedError::NotSaved(format!(
+                "it has {} devices, this microVM {}",
+                saved.count(mmio::PART),
+                self.windows.len()
+            )));
+        }
+        for (index, window) in (0..).zip(&self.windows) {
+            window.restore(saved.find(mmio::PART, index)?)?;
+        }
+        saved.get(serial::PART, 0).map_or(Ok(()), |part| self.serial.restore(part))
+    }
+
+    /// Lets no frames pass to and from the guest, or lets them again.
+    pub fn close_net(&self, closed: bool) {
+        if let Some(net) = &self.net {
+            net.with_device(|net| net.set_closed(closed));
+            net.kick(net::TX);
+            net.kick(net::RX);
+        }
     }
 
     // ---- The end ----

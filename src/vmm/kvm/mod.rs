@@ -8,26 +8,30 @@ mod cpuid;
 mod msr;
 mod registers;
 mod run;
+mod state;
 mod stats;
 mod vcpu;
 
-pub use run::{Bus, ExitCounts, Processors};
+pub use run::{Bus, ExitCounts, PauseError, Processors};
+pub use state::VcpuState;
 pub use stats::GuestExits;
 pub use vcpu::Vcpu;
 
 use std::fmt;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_NOTIFY_VMEXIT, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE,
     KVM_X86_NOTIFY_VMEXIT_ENABLED, kvm_enable_cap, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::boot::layout;
 use super::memory::GuestMemory;
+use super::snapshot::{Saved, SavedError};
 
 /// What KVM must be able to do, with the name of it for people.
 const NEEDED: [(Cap, &str); 6] = [
@@ -56,6 +60,8 @@ pub enum KvmError {
     Lacks(String),
     /// A thread of a processor cannot be started.
     Thread(std::io::Error),
+    /// The saved state of a processor or of the machine cannot be.
+    Saved(SavedError),
 }
 
 impl fmt::Display for KvmError {
@@ -63,12 +69,19 @@ impl fmt::Display for KvmError {
         match self {
             Self::Refused { what, cause } => write!(f, "KVM refused {what}: {cause}"),
             Self::Lacks(what) => write!(f, "the host's KVM lacks {what}"),
+            Self::Saved(cause) => cause.fmt(f),
             Self::Thread(cause) => write!(f, "a processor's thread cannot be started: {cause}"),
         }
     }
 }
 
 impl std::error::Error for KvmError {}
+
+impl From<SavedError> for KvmError {
+    fn from(cause: SavedError) -> Self {
+        Self::Saved(cause)
+    }
+}
 
 /// For `map_err`: names what was refused.
 fn refused(what: impl Into<String>) -> impl FnOnce(errno::Error) -> KvmError {
@@ -85,6 +98,8 @@ pub struct Vm {
     /// What KVM and this host's processor offer.
     offer: cpuid::Offer,
     has_tsc_deadline: bool,
+    /// MSRs that KVM keeps for a processor.
+    msrs: Arc<[u32]>,
 }
 
 impl Vm {
@@ -101,6 +116,7 @@ impl Vm {
         let has_tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("the supported CPUID"))?;
         let offer = cpuid::Offer::new(supported.as_slice().to_vec());
+        let msrs = kvm.get_msr_index_list().map_err(refused("the list of MSRs"))?.as_slice().into();
 
         let fd = create(&kvm)?;
         // Both are outside of RAM; Intel processors without unrestricted guest mode use them (api.rst 4.35, 4.33).
@@ -129,7 +145,7 @@ impl Vm {
             wish.args[0] = arguments;
             let _ = fd.enable_cap(&wish);
         }
-        Ok(Self { fd, _memory: memory, offer, has_tsc_deadline })
+        Ok(Self { fd, _memory: memory, offer, has_tsc_deadline, msrs })
     }
 
     /// Lets writes to `event` raise a global system interrupt.
@@ -148,6 +164,30 @@ impl Vm {
     /// To be called once, after the interrupt controller is there (KVM asks for that order).
     pub fn create_vcpus(&self, count: u8, entry: u64) -> Result<Vec<Vcpu>, KvmError> {
         (0..count).map(|id| Vcpu::new(self, id, count, entry)).collect()
+    }
+
+    /// Makes all processors as they were saved, and then the interrupt controllers and the clock. To be called once.
+    pub fn restore(&self, count: u8, saved: &Saved) -> Result<Vec<Vcpu>, KvmError> {
+        let fds = (0..count).map(|id| self.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
+        let now = state::moment();
+        for (id, fd) in (0..).zip(&fds) {
+            state::restore(fd, id, saved, now)?;
+        }
+        state::restore_vm(&self.fd, saved)?;
+        Ok((0..).zip(fds).map(|(id, fd)| Vcpu::of(self, fd, id)).collect())
+    }
+
+    fn create_vcpu(&self, id: u8) -> Result<VcpuFd, KvmError> {
+        self.fd.create_vcpu(u64::from(id)).map_err(refused(format!("processor {id}")))
+    }
+
+    /// Adds processors, which stand still, interrupt controllers and clock to a microVM's state. Devices raise no
+    /// interrupts any more.
+    pub fn save(&self, processors: &Processors, saved: &mut Saved) -> Result<(), KvmError> {
+        for state in processors.save(state::moment())? {
+            state.put(saved);
+        }
+        state::save_vm(&self.fd, saved)
     }
 }
 

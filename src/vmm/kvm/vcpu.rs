@@ -1,9 +1,12 @@
 //! One processor: its CPUID, boot MSRs and the registers of the PVH entry.
 
+use std::sync::Arc;
+
 use kvm_bindings::{CpuId, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 
 use super::cpuid::Processor;
+use super::state::{self, VcpuState};
 use super::stats::Counters;
 use super::{KvmError, Vm, msr, refused};
 use crate::vmm::boot::layout::START_INFO;
@@ -20,11 +23,13 @@ pub struct Vcpu {
     pub(super) id: u8,
     /// KVM's counters, where it has them.
     pub(super) counters: Option<Counters>,
+    /// MSRs that KVM keeps.
+    msrs: Arc<[u32]>,
 }
 
 impl Vcpu {
     pub(super) fn new(vm: &Vm, id: u8, count: u8, entry: u64) -> Result<Self, KvmError> {
-        let fd = vm.fd.create_vcpu(u64::from(id)).map_err(refused(format!("processor {id}")))?;
+        let fd = vm.create_vcpu(id)?;
         // Unknown on hosts with an unstable TSC: then the guest is not told a frequency.
         let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
         let processor = Processor { id, count, has_tsc_deadline: vm.has_tsc_deadline, tsc_khz };
@@ -38,8 +43,17 @@ impl Vcpu {
         if id == 0 {
             set_entry(&fd, entry)?;
         }
+        Ok(Self::of(vm, fd, id))
+    }
+
+    pub(super) fn of(vm: &Vm, fd: VcpuFd, id: u8) -> Self {
         let counters = Counters::open(&fd);
-        Ok(Self { fd, id, counters })
+        Self { fd, id, counters, msrs: vm.msrs.clone() }
+    }
+
+    /// Its state, while it stands still. `at` is the host's TSC that all processors are read against.
+    pub(super) fn save(&self, at: u64) -> Result<VcpuState, KvmError> {
+        state::save(&self.fd, self.id, &self.msrs, at)
     }
 }
 

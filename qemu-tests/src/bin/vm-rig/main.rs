@@ -12,6 +12,7 @@ mod jail;
 mod net;
 mod network;
 mod smoke;
+mod snapshot;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,7 @@ const SCENARIOS: &[Scenario] = &[
     ("net", net::run),
     ("network", network::run),
     ("smoke", smoke::run),
+    ("snapshot", snapshot::run),
 ];
 
 fn main() -> ExitCode {

@@ -148,6 +148,8 @@ pub struct Net {
     counters: Arc<NetCounters>,
     /// The TAP device failed, and the log says so.
     failed: bool,
+    /// Frames wait, each way: the guest is a clone that is not told yet who it is.
+    closed: bool,
 }
 
 impl Net {
@@ -177,6 +179,7 @@ impl Net {
             kept: 0,
             counters: Arc::default(),
             failed: false,
+            closed: false,
         })
     }
 
@@ -191,6 +194,11 @@ impl Net {
         self.rx_limiter.change(rx, now);
         self.tx_limiter.change(tx, now);
         self.timer.arm(now, now);
+    }
+
+    /// Lets no frames pass any more, or again; then `receive` and `transmit` are to be called.
+    pub fn set_closed(&mut self, closed: bool) {
+        self.closed = closed;
     }
 
     /// Readable when frames have come: then `receive`.
@@ -223,6 +231,9 @@ impl Net {
 
     /// Gives the guest the frames that have come, as long as it has buffers.
     pub fn receive(&mut self, context: &mut Context<'_>) -> Result<Progress, QueueError> {
+        if self.closed {
+            return Ok(Progress::Idle);
+        }
         let mut room = Room::default();
         let progress = self.fill(context, &mut room)?;
         room.put_back(&mut context.queues[RX]);
@@ -333,6 +344,9 @@ impl Net {
 
     /// Takes frames of the guest.
     pub fn transmit(&mut self, context: &mut Context<'_>) -> Result<Progress, QueueError> {
+        if self.closed {
+            return Ok(Progress::Idle);
+        }
         let memory = context.memory;
         let notified = Instant::now();
         let now = self.tx_limiter.is_limited().then_some(notified);

@@ -6,8 +6,9 @@ use mio::{Events, Poll};
 
 use super::{disk, scratch};
 use crate::vmm::devices::rate::Limits;
-use crate::vmm::devices::{DeviceConfig, DeviceError, DeviceSet, MMIO_BASE, SERIAL_PORT, WINDOW};
+use crate::vmm::devices::{DeviceConfig, DeviceError, DeviceSet, MMIO_BASE, SERIAL_PORT, WINDOW, mmio};
 use crate::vmm::memory::GuestMemory;
+use crate::vmm::snapshot::saved::{Part, SavedError};
 
 fn set() -> (GuestMemory, DeviceSet) {
     let memory = GuestMemory::new(1 << 20).unwrap();
@@ -155,7 +156,7 @@ struct Bus<'a> {
     base: u64,
 }
 
-impl crate::vmm::devices::mmio::Window for Bus<'_> {
+impl mmio::Window for Bus<'_> {
     fn read(&self, offset: u64, into: &mut [u8]) {
         assert!(self.set.mmio_read(self.base + offset, into));
     }
@@ -170,6 +171,15 @@ impl crate::vmm::devices::mmio::Window for Bus<'_> {
     }
     fn serve(&self, _: usize) {}
     fn let_go(&self) {}
+    fn pause(&self, _: bool, _: Instant) -> bool {
+        true
+    }
+    fn save(&self, index: u64) -> Part {
+        Part::new(mmio::PART, index)
+    }
+    fn restore(&self, _: &Part) -> Result<(), SavedError> {
+        Ok(())
+    }
 }
 
 #[test]
