@@ -142,6 +142,8 @@ pub struct CaptureConfig {
     pub done: File,
     /// The guest stands still afterwards, until `vm.resume`.
     pub hold: bool,
+    /// Of a restored guest's memory only what differs from its file is written.
+    pub diff: bool,
 }
 
 impl CaptureConfig {
@@ -149,7 +151,7 @@ impl CaptureConfig {
     pub fn parse(request: Request, descriptors: Vec<OwnedFd>) -> Result<Self, Error> {
         let mut args = Args::of(request);
         let mut descriptors: Vec<Option<OwnedFd>> = descriptors.into_iter().map(Some).collect();
-        let hold = args.flag("hold")?;
+        let (hold, diff) = (args.flag("hold")?, args.flag("diff")?);
         let page_map = match args.text("page_map")? {
             Some(given) => Some(take_named(&mut descriptors, "page_map", &given)?.into()),
             None => None,
@@ -157,7 +159,7 @@ impl CaptureConfig {
         let mut take = |key| take_descriptor(&mut args, &mut descriptors, key);
         let (state, memory, done) = (take("state")?.into(), take("memory")?.into(), take("done")?.into());
         args.finish()?;
-        Ok(Self { state, memory, page_map, done, hold })
+        Ok(Self { state, memory, page_map, done, hold, diff })
     }
 }
 

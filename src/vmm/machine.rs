@@ -335,7 +335,7 @@ impl Machine {
         self.devices.save(&mut saved);
         self.vm.save(&self.processors, &mut saved).map_err(|e| Error::new(Code::VmFailed, e.to_string()))?;
         let state = saved.encode();
-        let plan = Plan::new(&self.memory, to.page_map.as_ref()).map_err(failed("its pages"))?;
+        let plan = Plan::new(&self.memory, to.page_map.as_ref(), to.diff).map_err(failed("its pages"))?;
         let mut buffer = Plan::buffer();
         let work = || {
             to.state.write_all_at(&state, 0)?;

@@ -182,9 +182,16 @@ struct Inner {
     regions: Vec<Region>,
     /// Keeps the regions mapped; in the order of `regions`.
     _mappings: Vec<Mapping>,
-    /// Of a restored guest: host addresses, start and end, of what it gave up. A restored page that is given up is no
-    /// longer the file's. At most as many as the kernel lets a process have mappings.
-    given_up: Option<Mutex<BTreeMap<u64, u64>>>,
+    restored: Option<Restored>,
+}
+
+/// What is known of a restored guest's memory beside its mappings.
+struct Restored {
+    /// Where its file has data: offsets, start and end, in ascending order.
+    data: Vec<(u64, u64)>,
+    /// Host addresses, start and end, of what the guest gave up: such a page is no longer the file's. At most as many as
+    /// the kernel lets a process have mappings.
+    given_up: Mutex<BTreeMap<u64, u64>>,
 }
 
 /// A handle to the guest's memory. Clones share the same memory; it is unmapped with the last one.
@@ -237,19 +244,30 @@ impl GuestMemory {
             regions.push(Region { guest_addr, size, host_addr: mapping.start as u64 });
             mappings.push(mapping);
         }
-        let given_up = file.map(|_| Mutex::default());
-        Ok(Self { inner: Arc::new(Inner { regions, _mappings: mappings, given_up }) })
+        let restored = match file {
+            Some(file) => {
+                let data = data_of(file, bytes).map_err(|cause| MemoryError::Map { bytes, cause })?;
+                Some(Restored { data, given_up: Mutex::default() })
+            }
+            None => None,
+        };
+        Ok(Self { inner: Arc::new(Inner { regions, _mappings: mappings, restored }) })
     }
 
     /// Whether it came from a file.
     pub fn is_restored(&self) -> bool {
-        self.inner.given_up.is_some()
+        self.inner.restored.is_some()
+    }
+
+    /// Where the file of a restored guest has data: offsets, start and end, in ascending order.
+    pub fn file_data(&self) -> &[(u64, u64)] {
+        self.inner.restored.as_ref().map_or(&[], |restored| &restored.data)
     }
 
     /// What a restored guest gave up of a region so far: host addresses, start and end. In ascending order.
     pub fn given_up(&self, region: &Region) -> Vec<(u64, u64)> {
-        let Some(ranges) = &self.inner.given_up else { return Vec::new() };
-        let ranges = ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Restored { given_up, .. }) = &self.inner.restored else { return Vec::new() };
+        let ranges = given_up.lock().unwrap_or_else(PoisonError::into_inner);
         let of_region = ranges.range(region.host_addr..region.host_addr + region.size);
         of_region.map(|(start, end)| (*start, *end)).collect()
     }
@@ -323,9 +341,9 @@ impl GuestMemory {
             return Ok(0);
         }
         let base = slice.iovec.iov_base.wrapping_byte_add(from - start);
-        if let Some(ranges) = &self.inner.given_up {
+        if let Some(Restored { given_up, .. }) = &self.inner.restored {
             replace(base, to - from)?;
-            remember(&mut ranges.lock().unwrap_or_else(PoisonError::into_inner), from as u64, to as u64);
+            remember(&mut given_up.lock().unwrap_or_else(PoisonError::into_inner), from as u64, to as u64);
             return Ok(to - from);
         }
         // SAFETY: whole pages of a checked range of a private anonymous mapping that the slice's borrow keeps alive. No
@@ -395,6 +413,28 @@ impl GuestMemory {
         }
         Ok(self.host_pointer(addr, 2)?.cast())
     }
+}
+
+/// Where the first `bytes` octets of a file have data (lseek(2), SEEK_DATA), rounded outwards to pages.
+fn data_of(file: &File, bytes: u64) -> io::Result<Vec<(u64, u64)>> {
+    let seek = |from: u64, whence| -> io::Result<u64> {
+        let from = libc::off_t::try_from(from).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: takes plain numbers.
+        let at = unsafe { libc::lseek(file.as_raw_fd(), from, whence) };
+        u64::try_from(at).map_err(|_| io::Error::last_os_error())
+    };
+    let (mut found, mut at) = (Vec::new(), 0);
+    while at < bytes {
+        let start = match seek(at, libc::SEEK_DATA) {
+            Ok(start) => start,
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => break,
+            Err(e) => return Err(e),
+        };
+        let end = seek(start, libc::SEEK_HOLE)?;
+        found.push((start / PAGE * PAGE, end.next_multiple_of(PAGE).min(bytes)));
+        at = end.max(start + 1);
+    }
+    Ok(found)
 }
 
 /// Puts fresh memory in the place of a range, whole pages of guest memory.

@@ -16,7 +16,7 @@ mod tap;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -255,10 +255,13 @@ fn copy_sparse(from: &File, to: &File) {
     to.set_len(len).expect("a file can be made longer");
     let mut page = vec![0; 64 << 10];
     let mut at = 0;
-    while let Ok(data) = nix::unistd::lseek(from, at as i64, nix::unistd::Whence::SeekData) {
-        let count = from.read_at(&mut page, data as u64).expect("a file can be read");
-        to.write_all_at(&page[..count], data as u64).expect("a file can be copied");
-        at = data as u64 + count as u64;
+    loop {
+        // SAFETY: takes plain numbers; -1 where there is no more data.
+        let data = unsafe { libc::lseek(from.as_fd().as_raw_fd(), at as i64, libc::SEEK_DATA) };
+        let Ok(data) = u64::try_from(data) else { return };
+        let count = from.read_at(&mut page, data).expect("a file can be read");
+        to.write_all_at(&page[..count], data).expect("a file can be copied");
+        at = data + count as u64;
     }
 }
 
@@ -361,9 +364,9 @@ impl Vm {
     }
 
     /// Takes a snapshot and ends it. `page_map` says whether its worker is told which pages it has: without, all of its
-    /// memory is written.
+    /// memory is looked at.
     pub fn freeze(self, page_map: bool) -> Snapshot {
-        let (snapshot, captured) = self.capture(page_map, true);
+        let (snapshot, captured) = self.capture(page_map, true, false);
         assert!(snapshot.memory_bytes() > 0, "{captured:?}");
         self.end_frozen(snapshot)
     }
@@ -381,8 +384,9 @@ impl Vm {
         snapshot
     }
 
-    /// Takes a snapshot; with `hold` the guest stands still afterwards. The reply to `vm.capture` comes with it.
-    pub fn capture(&self, page_map: bool, hold: bool) -> (Snapshot, Fields) {
+    /// Takes a snapshot; with `hold` the guest stands still afterwards, with `diff` the memory is what differs from what
+    /// it was restored from. The reply to `vm.capture` comes with it.
+    pub fn capture(&self, page_map: bool, hold: bool, diff: bool) -> (Snapshot, Fields) {
         let home = TempDir::new().expect("a directory can be made");
         let create = |name: &str| {
             let file = File::options().read(true).write(true).create_new(true).open(home.path().join(name));
@@ -394,7 +398,7 @@ impl Vm {
         let (mut read, write) = io::pipe().expect("a pipe can be made");
         let mut descriptors: Vec<OwnedFd> = vec![state.into(), memory.into(), write.into()];
         let mut request = Request::new("capture", "vm.capture").set("state", "fd:0").set("memory", "fd:1");
-        request = request.set("done", "fd:2").set("hold", hold);
+        request = request.set("done", "fd:2").set("hold", hold).set("diff", diff);
         if page_map {
             descriptors.push(open(Path::new(&format!("/proc/{}/pagemap", self.process.pid()))).into());
             request = request.set("page_map", "fd:3");

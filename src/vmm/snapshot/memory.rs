@@ -61,18 +61,27 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Looks which pages there are. Without a page map everything is written, which is right and slower.
-    pub fn new(memory: &GuestMemory, page_map: Option<&File>) -> io::Result<Self> {
-        let whole = |region: &Region, offset| vec![(region.guest_addr, offset, region.size)];
+    /// Looks which pages there are. Without a page map everything is written, which is right and slower. With `diff`, only
+    /// what differs from the file that the guest was restored from.
+    pub fn new(memory: &GuestMemory, page_map: Option<&File>, diff: bool) -> io::Result<Self> {
+        let is_diff = diff && memory.is_restored() && page_map.is_some();
         let (mut ranges, mut offset) = (Vec::new(), 0);
         for region in memory.regions() {
-            ranges.extend(match page_map {
-                Some(page_map) => scan(memory, region, offset, page_map)?,
-                None => whole(region, offset),
-            });
+            let mut found = match page_map {
+                Some(page_map) => scan(memory, region, page_map)?,
+                None => vec![(0, region.size)],
+            };
+            if !is_diff {
+                let inside = |at: u64| at.clamp(offset, offset + region.size) - offset;
+                let data = memory.file_data().iter().map(|(start, end)| (inside(*start), inside(*end)));
+                found.extend(data.filter(|(start, end)| start < end));
+            }
+            ranges.extend(
+                merged(found).into_iter().map(|(start, end)| (region.guest_addr + start, offset + start, end - start)),
+            );
             offset += region.size;
         }
-        Ok(Self { ranges, is_diff: memory.is_restored() && page_map.is_some() })
+        Ok(Self { ranges, is_diff })
     }
 
     /// Octets that `write` looks at.
@@ -129,8 +138,8 @@ fn is_zero(page: &[u8]) -> bool {
     words.iter().all(|word| u64::from_ne_bytes(*word) == 0) && rest.iter().all(|octet| *octet == 0)
 }
 
-/// The pages of a region that are this process' own, and those that the guest gave up.
-fn scan(memory: &GuestMemory, region: &Region, offset: u64, page_map: &File) -> io::Result<Vec<(u64, u64, u64)>> {
+/// The pages of a region that are this process' own, and those that the guest gave up: start and end in the region.
+fn scan(memory: &GuestMemory, region: &Region, page_map: &File) -> io::Result<Vec<(u64, u64)>> {
     let mut found: Vec<(u64, u64)> = Vec::new();
     let end = region.host_addr + region.size;
     let mut at = region.host_addr;
@@ -159,19 +168,20 @@ fn scan(memory: &GuestMemory, region: &Region, offset: u64, page_map: &File) -> 
         at = arg.walk_end;
     }
     found.extend(memory.given_up(region));
-    found.sort_unstable();
-    let mut ranges: Vec<(u64, u64, u64)> = Vec::new();
-    for (start, end) in found {
-        let start = start - region.host_addr;
-        let end = end - region.host_addr;
-        match ranges.last_mut() {
-            Some((addr, _, len)) if *addr - region.guest_addr + *len >= start => {
-                *len = (*len).max(end - (*addr - region.guest_addr));
-            }
-            _ => ranges.push((region.guest_addr + start, offset + start, end - start)),
+    Ok(found.into_iter().map(|(start, end)| (start - region.host_addr, end - region.host_addr)).collect())
+}
+
+/// The same ranges, in ascending order and apart from each other.
+fn merged(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    ranges.sort_unstable();
+    let mut merged: Vec<(u64, u64)> = Vec::with_capacity(ranges.len());
+    for (start, end) in ranges {
+        match merged.last_mut() {
+            Some((_, last)) if *last >= start => *last = (*last).max(end),
+            _ => merged.push((start, end)),
         }
     }
-    Ok(ranges)
+    merged
 }
 
 #[cfg(test)]
@@ -190,7 +200,7 @@ mod tests {
     }
 
     fn has_scan() -> bool {
-        Plan::new(&GuestMemory::new(PAGE).unwrap(), Some(&page_map())).is_ok()
+        Plan::new(&GuestMemory::new(PAGE).unwrap(), Some(&page_map()), true).is_ok()
     }
 
     fn contents(file: &File) -> Vec<u8> {
@@ -206,7 +216,7 @@ mod tests {
         memory.write(5 * PAGE + 100, b"here").unwrap();
         memory.write(len - 1, b"z").unwrap();
         for page_map in [None, has_scan().then(page_map)] {
-            let plan = Plan::new(&memory, page_map.as_ref()).unwrap();
+            let plan = Plan::new(&memory, page_map.as_ref(), true).unwrap();
             assert!(!plan.is_diff);
             let saved = file(len);
             plan.write(&memory, &saved, &mut Plan::buffer()).unwrap();
@@ -236,7 +246,7 @@ mod tests {
         memory.read(30 * PAGE, &mut octet).unwrap();
         assert_eq!(octet, [0], "the file's octets must not show again");
         memory.write(31 * PAGE, b"again").unwrap();
-        let plan = Plan::new(&memory, Some(&page_map())).unwrap();
+        let plan = Plan::new(&memory, Some(&page_map()), true).unwrap();
         assert!(plan.is_diff);
         assert_eq!(plan.bytes(), 5 * PAGE);
         let diff = file(len);
@@ -246,5 +256,11 @@ mod tests {
         assert_eq!(octets[2 * PAGE as usize + 3], 7, "whole pages");
         assert_eq!(&octets[31 * PAGE as usize..][..5], b"again");
         assert_eq!(contents(&below), vec![7; len as usize], "the file below is as it was");
+        let mut whole = vec![7; len as usize];
+        memory.read(0, &mut whole).unwrap();
+        let plan = Plan::new(&memory, Some(&page_map()), false).unwrap();
+        let flat = file(len);
+        plan.write(&memory, &flat, &mut Plan::buffer()).unwrap();
+        assert!(!plan.is_diff && contents(&flat) == whole, "a flat file needs no other");
     }
 }

@@ -43,8 +43,7 @@ fn again_and_again() {
     start_counter(&vm);
     for round in 0..5 {
         let from = counter(&vm);
-        // What a page map tells of a restored guest is what differs, which is not enough to start from.
-        let snapshot = vm.freeze(round == 0);
+        let snapshot = vm.freeze(round % 2 == 0);
         println!("round={round} memory_kib={}", snapshot.memory_bytes() >> 10);
         vm = Setup::new().restored(&snapshot).start();
         vm.restored_agent();
@@ -90,7 +89,7 @@ fn running() {
     let vm = Setup::new().start();
     start_counter(&vm);
     vm.sh("echo before > /run/word; sync");
-    let (snapshot, captured) = vm.capture(true, true);
+    let (snapshot, captured) = vm.capture(true, true, true);
     println!(
         "stopped_us={} memory_bytes={}",
         captured.get("stopped_us").unwrap_or("?"),
@@ -101,7 +100,7 @@ fn running() {
     vm.control().ok(Request::new("", "vm.resume"));
     let at = counter(&vm);
     goes_on(&vm, at);
-    let (second, captured) = vm.capture(true, false);
+    let (second, captured) = vm.capture(true, false, true);
     assert_eq!(captured.get("diff"), Some("false"));
     goes_on(&vm, counter(&vm));
     drop(second);
@@ -117,7 +116,7 @@ fn running() {
         assert_eq!(clone.sh("cat /run/word"), format!("{n}\n"), "clones have nothing in common");
     }
     // What a clone's snapshot has is what it changed.
-    let (diff, captured) = clones[0].capture(true, false);
+    let (diff, captured) = clones[0].capture(true, false, true);
     assert_eq!(captured.get("diff"), Some("true"));
     let changed = diff.memory_bytes();
     println!("diff_kib={} of {}", changed >> 10, snapshot.memory_bytes() >> 10);
