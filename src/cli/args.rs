@@ -90,6 +90,18 @@ pub enum Verb {
         #[arg(short, long, value_name = "TIME", value_parser = parse_duration)]
         time: Option<Duration>,
     },
+    /// Pause sandboxes: their memory goes to disk, and is free
+    Pause {
+        /// Ids or names
+        #[arg(required = true, value_name = "SANDBOX")]
+        ids: Vec<String>,
+    },
+    /// Let paused sandboxes go on where they were
+    Resume {
+        /// Ids or names
+        #[arg(required = true, value_name = "SANDBOX")]
+        ids: Vec<String>,
+    },
     /// Remove sandboxes and their disks
     Rm {
         /// Ids or names

@@ -105,6 +105,8 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
             show::update(&mut connect()?, id, *memory_target, network, limits, cli.json)
         }
         Verb::Stop { ids, time } => show::stop(&mut connect()?, ids, *time, cli.json),
+        Verb::Pause { ids } => show::change_each(&mut connect()?, "sandbox.pause", ids, cli.json),
+        Verb::Resume { ids } => show::change_each(&mut connect()?, "sandbox.resume", ids, cli.json),
         Verb::Rm { ids, force } => show::rm(&mut connect()?, ids, *force, cli.json),
         Verb::Logs { id, follow } => show::logs(&mut connect()?, id, *follow),
         Verb::Cp { source, target } => copy::cp(&connect, source, target),

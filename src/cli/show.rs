@@ -167,6 +167,11 @@ pub fn stop(client: &mut Client, ids: &[String], time: Option<Duration>, json: b
     })
 }
 
+/// `warren pause`, `warren resume`.
+pub fn change_each(client: &mut Client, verb: &str, ids: &[String], json: bool) -> Result<u8, Failure> {
+    change(client, ids, json, |id| Request::new("", verb).arg(id))
+}
+
 /// `warren rm`.
 pub fn rm(client: &mut Client, ids: &[String], force: bool, json: bool) -> Result<u8, Failure> {
     change(client, ids, json, |id| {

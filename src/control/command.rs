@@ -69,6 +69,10 @@ pub enum Command {
         /// How long the guest may take; the node's default when not said.
         timeout: Option<Duration>,
     },
+    /// Puts a running sandbox on disk, without a worker.
+    SandboxPause(String),
+    /// Lets a paused sandbox go on.
+    SandboxResume(String),
     /// Takes a sandbox away for good.
     SandboxRemove {
         /// Id, name or unique prefix.
@@ -205,6 +209,14 @@ verbs! {
         done(args, Command::SandboxInspect(sandbox))
     };
     "sandbox.stop", "SANDBOX [timeout_ms=0..600000]", "shut a sandbox down, by force after the timeout", sandbox_stop;
+    "sandbox.pause", "SANDBOX", "put a running sandbox on disk and free its memory", |_, mut args, _| {
+        let sandbox = sandbox(&mut args)?;
+        done(args, Command::SandboxPause(sandbox))
+    };
+    "sandbox.resume", "SANDBOX", "let a paused sandbox go on where it was", |_, mut args, _| {
+        let sandbox = sandbox(&mut args)?;
+        done(args, Command::SandboxResume(sandbox))
+    };
     "sandbox.remove", "SANDBOX [force=true]", "take a sandbox and its disk away", sandbox_remove;
     "sandbox.stats", "SANDBOX", "what a running sandbox uses", |_, mut args, _| {
         let sandbox = sandbox(&mut args)?;

@@ -39,14 +39,28 @@ enum Fate {
     Keep,
     /// It runs: its worker is taken over.
     Adopt,
+    /// It is paused as it was, and what is left of a worker goes.
+    Paused,
     /// It was not there yet when the supervisor died, and nobody waits for it any more.
     Discard,
     /// It has ended.
     Ended(State, String),
 }
 
-fn fate(state: State, alive: bool, fresh_boot: bool, words: Option<&LastWords>, why: impl FnOnce() -> String) -> Fate {
+/// `has_paused`: the files of a pause are whole and count.
+fn fate(
+    state: State,
+    alive: bool,
+    has_paused: bool,
+    fresh_boot: bool,
+    words: Option<&LastWords>,
+    why: impl FnOnce() -> String,
+) -> Fate {
     match state {
+        // Its programs stand still as long as the files count.
+        State::Resuming if has_paused => Fate::Paused,
+        // The worker put its disks on their media before it said so.
+        State::Pausing if has_paused && !alive && words.is_some_and(|words| words.reason == "stopped") => Fate::Paused,
         State::Stopped | State::Error | State::Paused => Fate::Keep,
         State::Pending | State::Scheduling | State::Creating | State::Starting => Fate::Discard,
         State::Stopping if !alive => Fate::Ended(State::Stopped, "stopped".to_string()),
@@ -82,7 +96,8 @@ impl Supervisor {
             }
             let console = || sandbox.home.console_tail(death::CONSOLE_TAIL);
             let why = || death::reason(words.as_ref(), None, oom, &console());
-            match fate(sandbox.state, !processes.is_empty(), fresh_boot, words.as_ref(), why) {
+            match fate(sandbox.state, !processes.is_empty(), sandbox.home.has_paused(), fresh_boot, words.as_ref(), why)
+            {
                 Fate::Keep => {
                     let holds = sandbox.home.holds_worker();
                     self.sandboxes.insert(id.clone(), sandbox);
@@ -91,6 +106,13 @@ impl Supervisor {
                         self.let_go(&id, true);
                     }
                     self.restart_later(&id);
+                }
+                Fate::Paused => {
+                    sandbox.state = State::Paused;
+                    self.sandboxes.insert(id.clone(), sandbox);
+                    self.take_over_account(&id, recorded.remove(&id).as_ref(), false);
+                    self.record(&id);
+                    self.let_go(&id, true);
                 }
                 Fate::Discard => discarded.push(sandbox.home),
                 Fate::Ended(state, reason) => {
@@ -361,14 +383,17 @@ mod tests {
 
     #[test]
     fn a_running_sandbox_is_adopted_only_with_its_worker() {
-        assert_eq!(fate(State::Running, true, false, None, dead), Fate::Adopt);
-        assert_eq!(fate(State::Running, false, true, None, dead), Fate::Ended(State::Error, "node lost power".into()));
+        assert_eq!(fate(State::Running, true, false, false, None, dead), Fate::Adopt);
+        assert_eq!(
+            fate(State::Running, false, false, true, None, dead),
+            Fate::Ended(State::Error, "node lost power".into())
+        );
         let off = LastWords { reason: "guest-poweroff".into(), detail: String::new() };
         assert_eq!(
-            fate(State::Running, false, false, Some(&off), dead),
+            fate(State::Running, false, false, false, Some(&off), dead),
             Fate::Ended(State::Stopped, "the guest powered off".into())
         );
-        assert!(matches!(fate(State::Running, false, false, None, dead), Fate::Ended(State::Error, _)));
+        assert!(matches!(fate(State::Running, false, false, false, None, dead), Fate::Ended(State::Error, _)));
     }
 
     #[test]
@@ -391,13 +416,33 @@ mod tests {
     }
 
     #[test]
+    fn a_pause_or_resume_that_was_cut_short_leaves_the_old_or_the_new() {
+        let off = LastWords { reason: "stopped".into(), detail: String::new() };
+        let pausing = |alive, files, words: Option<&LastWords>| fate(State::Pausing, alive, files, false, words, dead);
+        assert_eq!(pausing(true, false, None), Fate::Adopt, "it runs on");
+        assert_eq!(pausing(true, true, None), Fate::Adopt, "its disks may not be on their media");
+        assert_eq!(pausing(false, true, Some(&off)), Fate::Paused);
+        assert!(matches!(pausing(false, true, None), Fate::Ended(State::Error, _)));
+        assert!(matches!(pausing(false, false, Some(&off)), Fate::Ended(State::Error, _)));
+        for (alive, fresh_boot) in [(true, false), (false, false), (false, true)] {
+            assert_eq!(fate(State::Resuming, alive, true, fresh_boot, None, dead), Fate::Paused);
+        }
+        assert_eq!(fate(State::Resuming, true, false, false, None, dead), Fate::Adopt, "its programs may run already");
+        assert!(matches!(fate(State::Resuming, false, false, true, None, dead), Fate::Ended(State::Error, _)));
+        assert_eq!(fate(State::Paused, false, true, true, None, dead), Fate::Keep);
+    }
+
+    #[test]
     fn a_sandbox_that_never_ran_is_discarded_and_one_that_ended_is_kept() {
         for state in [State::Pending, State::Scheduling, State::Creating, State::Starting] {
-            assert_eq!(fate(state, true, false, None, dead), Fate::Discard);
+            assert_eq!(fate(state, true, false, false, None, dead), Fate::Discard);
         }
         for state in [State::Stopped, State::Error] {
-            assert_eq!(fate(state, false, true, None, dead), Fate::Keep);
+            assert_eq!(fate(state, false, false, true, None, dead), Fate::Keep);
         }
-        assert_eq!(fate(State::Stopping, false, true, None, dead), Fate::Ended(State::Stopped, "stopped".into()));
+        assert_eq!(
+            fate(State::Stopping, false, false, true, None, dead),
+            Fate::Ended(State::Stopped, "stopped".into())
+        );
     }
 }

@@ -61,6 +61,11 @@ impl Supervisor {
         let Some(worker) = &mut sandbox.worker else { return };
         match spoken {
             Ok(()) => {
+                if sandbox.state == State::Pausing {
+                    // Its guest may stand still, and would not hear.
+                    worker.link.send(&Message::Request(Request::new("resume", "vm.resume")));
+                    self.touched_sandboxes.insert(id.clone());
+                }
                 worker.agent.join(Approach::Connect);
                 if sandbox.state == State::Running {
                     sandbox.reason.clear();
@@ -169,6 +174,10 @@ impl Supervisor {
                 _ => {}
             },
             Route::Probe => worker.probe.answered(),
+            Route::Freeze => {
+                let frozen = matches!(&message, Message::Ok { fields, .. } if fields.get("frozen") == Some("true"));
+                self.frozen(id, frozen);
+            }
             Route::PowerOff | Route::Unheeded => {}
             Route::Survey => self.surveyed(id, &message),
             Route::Exec(number) => self.take_exec_answer(id, number, message),

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::agents::no_room;
 use super::components::Progress;
 use super::instance::{Awaited, Route, Worker};
+use super::pause::Pausing;
 use super::start::with_console;
 use super::supervisor::{Done, Source, Stopping, Supervisor, Timer, now_ms};
 use crate::init::StopMode;
@@ -37,6 +38,7 @@ impl Supervisor {
         match sandbox.state {
             State::Error => return self.stop_restarting(id),
             State::Stopped | State::Stopping => return Ok(()),
+            State::Paused => return self.stop_paused(id),
             State::Pending | State::Scheduling => {
                 self.fail_start(id, Error::new(Code::Cancelled, "the sandbox was stopped before it started"));
                 return Ok(());
@@ -53,6 +55,36 @@ impl Supervisor {
             self.stop_expired(id);
         }
         self.record(id);
+        Ok(())
+    }
+
+    /// A paused sandbox is stopped: its disk is kept as a power cut would leave it.
+    fn stop_paused(&mut self, id: &SandboxId) -> Result<(), Error> {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
+        sandbox.state.become_(State::Stopping)?;
+        sandbox.state.become_(State::Stopped)?;
+        sandbox.reason = "stopped".to_string();
+        sandbox.ended_ms = Some(now_ms());
+        let running: Vec<u64> = sandbox.execs.values().filter(|e| e.outcome.is_none()).map(|e| e.number).collect();
+        for number in running {
+            self.exec_ended(id, number, Err(Error::new(Code::LinkLost, "the sandbox was stopped")));
+        }
+        // Its row first: paused without files it could be nothing.
+        let writing = self.record(id);
+        if let Some(sandbox) = self.sandboxes.get_mut(id) {
+            sandbox.writing = writing;
+            let home = sandbox.home.clone();
+            let owned = id.clone();
+            sandbox.releasing = true;
+            let started = self.background.run("release", move || {
+                home.drop_paused();
+                Done::Released { sandbox: owned, gone: false, result: Ok(()) }
+            });
+            if let Err(e) = started {
+                log::error!("sandbox {id}: no thread to take its files down: {e}");
+                sandbox.releasing = false;
+            }
+        }
         Ok(())
     }
 
@@ -112,14 +144,18 @@ impl Supervisor {
         let cause = cause.unwrap_or_else(|| death::reason(words.as_ref(), worker.status, oom, &console()));
         let (refusal, disk_full) = (worker.refusal.clone(), worker.disk_full);
         let pid = worker.pid;
-        self.close_worker(id, worker, &cause);
+        let in_order =
+            words.as_ref().is_some_and(|words| matches!(words.reason.as_str(), "guest-poweroff" | "stopped"));
+        // What runs in it is on disk with it, or still is.
+        let paused = in_order && sandbox.pausing == Some(Pausing::Ending)
+            || sandbox.state == State::Resuming && sandbox.home.has_paused();
+        self.close_worker(id, worker, &cause, paused);
 
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.ended_ms = Some(now_ms());
-        let in_order =
-            words.as_ref().is_some_and(|words| matches!(words.reason.as_str(), "guest-poweroff" | "stopped"));
         self.ledger.worker_ended(id, in_order);
         sandbox.hung_ms = None;
+        let pausing = sandbox.pausing.take();
         match sandbox.state {
             State::Starting | State::Error
                 if !sandbox.removing && (sandbox.restarting || sandbox.state == State::Starting) =>
@@ -131,6 +167,13 @@ impl Supervisor {
                 });
                 let error = if disk_full { no_room(&error.message) } else { error };
                 self.fail_start(id, error);
+                return;
+            }
+            State::Pausing if paused && pausing.is_some() => sandbox.state = State::Paused,
+            State::Resuming if !sandbox.removing => {
+                let error =
+                    refusal.unwrap_or_else(|| Error::new(Code::VmFailed, format!("the machine ended: {cause}")));
+                self.resume_failed(id, &error);
                 return;
             }
             State::Running if in_order => {
@@ -145,8 +188,16 @@ impl Supervisor {
                 sandbox.reason = cause;
             }
         }
+        let state = self.sandboxes.get(id).map(|sandbox| sandbox.state);
         if self.sandboxes.get(id).is_some_and(|sandbox| sandbox.removing) {
             self.release(id, Extent::Everything);
+        } else if state == Some(State::Paused) {
+            self.release(id, Extent::Worker);
+            let writing = self.record(id);
+            if let Some(sandbox) = self.sandboxes.get_mut(id) {
+                sandbox.writing = writing;
+            }
+            return;
         } else if self.sandboxes.get(id).is_some_and(|sandbox| sandbox.state == State::Error) {
             self.after_failure(id);
         } else {
@@ -156,7 +207,7 @@ impl Supervisor {
     }
 
     /// Lets go of a worker: nobody hears from it any more.
-    fn close_worker(&mut self, id: &SandboxId, worker: Worker, cause: &str) {
+    fn close_worker(&mut self, id: &SandboxId, worker: Worker, cause: &str, paused: bool) {
         for token in worker.tokens {
             self.unwatch(token);
         }
@@ -164,6 +215,11 @@ impl Supervisor {
         for inquiry in worker.inquiries.into_values() {
             let error = Error::new(Code::LinkLost, format!("sandbox {id}: {cause}"));
             self.finish(inquiry.client, &Message::err(&inquiry.tag, error));
+        }
+        if paused {
+            let execs = self.sandboxes.get_mut(id).into_iter().flat_map(|sandbox| sandbox.execs.values_mut());
+            execs.for_each(|exec| exec.route = None);
+            return;
         }
         let running: Vec<u64> = match self.sandboxes.get(id) {
             Some(sandbox) => sandbox.execs.values().filter(|e| e.outcome.is_none()).map(|e| e.number).collect(),
@@ -374,8 +430,13 @@ impl Supervisor {
         stopping.waiters.extend(waiter);
         let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
         for id in ids {
-            if self.stop(&id, None).is_err() {
-                self.remove(&id);
+            let state = self.sandboxes.get(&id).map(|sandbox| sandbox.state);
+            match state {
+                // On disk, or on the way there: it outlasts the node's end.
+                Some(State::Paused | State::Pausing) => {}
+                Some(State::Resuming) => self.fail_start(&id, Error::new(Code::Stopping, "the node is stopping")),
+                _ if self.stop(&id, None).is_err() => self.remove(&id),
+                _ => {}
             }
         }
     }

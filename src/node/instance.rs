@@ -9,6 +9,7 @@ use mio::net::UnixStream;
 
 use super::finish::Extent;
 use super::health::Probe;
+use super::pause::Pausing;
 use super::pools::Held;
 use super::stats::Inquiry;
 use crate::init::ChildStatus;
@@ -45,6 +46,8 @@ pub enum Route {
     },
     /// Whether it is there.
     Probe,
+    /// `system.freeze` before a pause.
+    Freeze,
     /// Nobody waits for the answer.
     Unheeded,
 }
@@ -111,6 +114,10 @@ pub enum Awaited {
     Stopped,
     /// The sandbox is gone.
     Removed,
+    /// The sandbox is paused, and its worker gone.
+    Paused,
+    /// The sandbox runs again.
+    Resumed,
 }
 
 /// A sandbox the node knows.
@@ -130,6 +137,8 @@ pub struct Sandbox {
     pub reason: String,
     /// It is in error and is being started again.
     pub restarting: bool,
+    /// How far its pause is, while it is being paused.
+    pub pausing: Option<Pausing>,
     /// When it will be, in Unix milliseconds.
     pub restart_at_ms: Option<u64>,
     /// How often it was, and how often since it ran well.
@@ -187,6 +196,7 @@ impl Sandbox {
             state: State::Pending,
             reason: String::new(),
             restarting: false,
+            pausing: None,
             restart_at_ms: None,
             restarts: 0,
             restarts_in_row: 0,
@@ -214,7 +224,12 @@ impl Sandbox {
 
     /// Whether its worker was started and its agent is waited for.
     pub fn is_booting(&self) -> bool {
-        self.state == State::Starting || (self.restarting && self.worker.is_some())
+        self.state == State::Starting || (self.comes_back() && self.worker.is_some())
+    }
+
+    /// Whether it is being started on the disk that it has: again, or where it was paused.
+    pub fn comes_back(&self) -> bool {
+        self.restarting || self.state == State::Resuming
     }
 
     /// The sandbox of an earlier supervisor. `None` when the row is not one that Warren writes.

@@ -21,6 +21,7 @@ mod listener;
 pub mod logging;
 mod logs;
 mod network;
+mod pause;
 mod pools;
 mod requests;
 mod restart;

@@ -274,6 +274,8 @@ impl Supervisor {
                 self.answer(key, &Message::ok(tag, fields));
             }
             Command::SandboxStop { sandbox, timeout } => self.ask_stop(key, tag, &sandbox, timeout)?,
+            Command::SandboxPause(sandbox) => self.ask_pause(key, tag, &sandbox)?,
+            Command::SandboxResume(sandbox) => self.ask_resume(key, tag, &sandbox)?,
             Command::SandboxRemove { sandbox, force } => self.ask_remove(key, tag, &sandbox, force)?,
             Command::SandboxStats(sandbox) => self.ask_stats(key, tag, &sandbox)?,
             Command::SandboxUpdate { sandbox, update } => self.ask_update(key, tag, &sandbox, update)?,
@@ -520,7 +522,7 @@ impl Supervisor {
         Ok(())
     }
 
-    fn await_(&mut self, key: u64, tag: &str, id: &SandboxId, what: Awaited) {
+    pub(super) fn await_(&mut self, key: u64, tag: &str, id: &SandboxId, what: Awaited) {
         self.add_job(key, tag, Job::Wait(id.clone()));
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
             sandbox.waiters.push(Waiter { client: key, tag: tag.to_string(), what });

@@ -84,7 +84,7 @@ impl Supervisor {
             // It may be on a disk that is being looked at: `imported` comes back here.
             return Ok(());
         }
-        if sandbox.restarting && self.stopping.is_some() {
+        if sandbox.comes_back() && self.stopping.is_some() {
             return Err(Error::new(Code::Stopping, "the node is stopping"));
         }
         let template = self.catalogue.get(&name)?.clone();
@@ -113,7 +113,7 @@ impl Supervisor {
             .with("max", MAX_DISK_MIB));
         }
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
-            if sandbox.restarting && sandbox.template_sha256 != template.manifest.sha256_hex() {
+            if sandbox.comes_back() && sandbox.template_sha256 != template.manifest.sha256_hex() {
                 let message = format!("template {} is another than the one below its disk", sandbox.spec.template);
                 return Err(Error::new(Code::Corrupt, message));
             }
@@ -184,7 +184,7 @@ impl Supervisor {
 
     fn scheduled(&self, which: impl Fn(&Sandbox) -> bool) -> Vec<SandboxId> {
         let waiting = self.sandboxes.values().filter(|sandbox| {
-            (sandbox.state == State::Scheduling || sandbox.restarting && sandbox.worker.is_none()) && which(sandbox)
+            (sandbox.state == State::Scheduling || sandbox.comes_back() && sandbox.worker.is_none()) && which(sandbox)
         });
         waiting.map(|sandbox| sandbox.id.clone()).collect()
     }
@@ -192,7 +192,7 @@ impl Supervisor {
     /// Starts the worker that waits for the sandbox.
     fn build(&mut self, id: &SandboxId, template: &Template, shape: Shape) -> Result<(), Error> {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
-        if !sandbox.restarting {
+        if !sandbox.comes_back() {
             sandbox.state.become_(State::Creating)?;
         }
         self.notify_waiters(id);
@@ -215,8 +215,16 @@ impl Supervisor {
         let share = self.config.paths.share.clone();
         let open =
             |path: &Path| File::open(path).map_err(|e| Error::new(Code::VmFailed, format!("{}: {e}", path.display())));
-        let kernel = open(&share.join("vmlinux"))?;
-        let initramfs = open(&share.join("initramfs.img"))?;
+        let resumes = self.sandboxes.get(id).filter(|sandbox| sandbox.state == State::Resuming);
+        let (keys, source) = match resumes {
+            None => (["kernel", "initramfs"], [open(&share.join("vmlinux"))?, open(&share.join("initramfs.img"))?]),
+            Some(sandbox) => {
+                let files = sandbox.home.open_paused();
+                let (state, memory) =
+                    files.map_err(|e| Error::new(Code::Corrupt, format!("what it was paused as: {e}")))?;
+                (["state", "memory"], [state, memory])
+            }
+        };
         let base = templates::open_image(template).map_err(|e| Error::new(Code::Corrupt, e.to_string()))?;
         let kvm = fs::OpenOptions::new()
             .read(true)
@@ -261,12 +269,12 @@ impl Supervisor {
                 .set("memory_mib", sandbox.spec.memory_mib)
                 .set("cid", GUEST_CID)
                 .set("kvm", "fd:0")
-                .set("kernel", "fd:1")
-                .set("initramfs", "fd:2")
+                .set(keys[0], "fd:1")
+                .set(keys[1], "fd:2")
                 .set("serial", "fd:3")
                 .set("base", "fd:4")
                 .set("overlay", "fd:5");
-            let mut descriptors = [&kvm, &kernel, &initramfs, &serial, &base, &overlay].map(AsFd::as_fd).to_vec();
+            let mut descriptors = [&kvm, &source[0], &source[1], &serial, &base, &overlay].map(AsFd::as_fd).to_vec();
             for (spec, file) in sandbox.spec.disks.iter().zip(&disks) {
                 let mode = if spec.read_only { "ro" } else { "rw" };
                 request = request.set("disk", format!("{}:{mode}:fd:{}", spec.name, descriptors.len()));
@@ -296,7 +304,7 @@ impl Supervisor {
         let (stream, mut agent) = joined.map_err(|e| Error::new(Code::VmFailed, format!("worker {pid}: {e}")))?;
         let link = Link::new(stream);
         sandbox.tap = None;
-        if !sandbox.restarting {
+        if !sandbox.comes_back() {
             sandbox.state.become_(State::Starting)?;
         }
         let (control, guest) = (link_descriptor(&link), agent.stream().as_raw_fd());
@@ -341,6 +349,16 @@ impl Supervisor {
     /// The agent of a sandbox greeted: the sandbox runs.
     pub(super) fn agent_ready(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        match sandbox.state {
+            State::Resuming => return self.resumed_agent_ready(id),
+            // Taken over from a supervisor that was pausing it.
+            State::Pausing if sandbox.pausing.is_none() => {
+                self.run_on(id);
+                return self.survey(id);
+            }
+            _ => {}
+        }
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let configure =
             configure_request(sandbox.spec.name.as_deref().unwrap_or(id.as_str()), &sandbox.spec, &self.catalogue);
         let configure = sandbox.configure_network(configure, &self.config.network.dns);
@@ -362,6 +380,10 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get(id) else { return };
         let starting = sandbox.is_booting();
         match outcome {
+            Ok(()) if starting && sandbox.state == State::Resuming => {
+                self.runs(id);
+                self.resumed(id);
+            }
             Ok(()) if starting => self.runs(id),
             Ok(()) => {}
             Err(error) if starting => {
@@ -399,11 +421,15 @@ impl Supervisor {
             self.restart_failed(id, &error);
             return;
         }
+        if sandbox.state == State::Resuming && !sandbox.removing {
+            self.resume_failed(id, &error);
+            return;
+        }
         log::warn!("sandbox {id} could not be started: {error}");
         sandbox.reason = error.to_string();
         for waiter in std::mem::take(&mut sandbox.waiters) {
             match waiter.what {
-                Awaited::Created { .. } | Awaited::Stopped => {
+                Awaited::Created { .. } | Awaited::Stopped | Awaited::Paused | Awaited::Resumed => {
                     self.finish(waiter.client, &Message::err(&waiter.tag, error.clone().with("sandbox", id)));
                 }
                 Awaited::Removed => {
@@ -431,7 +457,8 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let state = sandbox.state;
         // It may have ended again by now: it did run.
-        let has_run = sandbox.started_ms.is_some() && sandbox.writing.is_none();
+        let written = sandbox.writing.is_none();
+        let has_run = sandbox.started_ms.is_some() && written;
         let mut answers = Vec::new();
         sandbox.waiters.retain(|waiter| match waiter.what {
             Awaited::Created { .. } if has_run => {
@@ -452,7 +479,21 @@ impl Supervisor {
                 answers.push((waiter.client, Message::ok(&waiter.tag, fields)));
                 false
             }
-            Awaited::Stopped | Awaited::Removed => true,
+            Awaited::Paused if state == State::Paused && written && !sandbox.releasing => {
+                answers.push((waiter.client, Message::ok(&waiter.tag, Fields::new().with("id", id))));
+                false
+            }
+            Awaited::Resumed if state == State::Running && written => {
+                answers.push((waiter.client, Message::ok(&waiter.tag, Fields::new().with("id", id))));
+                false
+            }
+            // It has ended over it.
+            Awaited::Paused | Awaited::Resumed if matches!(state, State::Stopped | State::Error) && written => {
+                let error = Error::new(Code::VmFailed, format!("the sandbox ended: {}", sandbox.reason));
+                answers.push((waiter.client, Message::err(&waiter.tag, error.with("sandbox", id))));
+                false
+            }
+            Awaited::Stopped | Awaited::Removed | Awaited::Paused | Awaited::Resumed => true,
         });
         for (client, message) in answers {
             if message.is_final() {

@@ -45,6 +45,7 @@ use crate::storage::backup::Contents;
 use crate::storage::state::{Change, Snapshot, State as Database, StateError, Ticket};
 use crate::storage::template_disk::TemplateEvent;
 use crate::storage::templates::TemplateError;
+use crate::wire::{Error, Fields};
 
 /// What an event comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,6 +71,8 @@ pub(super) enum Timer {
     Obituary(SandboxId),
     /// A worker whose agent link broke: link it again.
     Relink(SandboxId),
+    /// The agent must have frozen the guest's programs by now.
+    Freeze(SandboxId),
     /// The worker must have answered a client's request by now.
     Inquiry { sandbox: SandboxId, route: String },
     /// The node has started: time to hash its own templates.
@@ -116,6 +119,10 @@ pub(super) enum Done {
     RestoreMoved(u64),
     /// A database that is to be restored was gathered and checked.
     Restored { client: u64, tag: String, result: Result<Contents, StateError> },
+    /// A worker wrote the files of a pause, or could not.
+    Captured { sandbox: SandboxId, result: Result<Fields, Error> },
+    /// What a resumed sandbox was paused as is out of the way, or cannot be.
+    Unpaused { sandbox: SandboxId, result: io::Result<()> },
     /// The kernel was asked what there is of sandboxes.
     Counted(Census),
     /// The network did something.
@@ -484,6 +491,8 @@ impl Supervisor {
                 Done::Imported(events) => self.imported(events),
                 Done::Network(report) => self.network_reported(report),
                 Done::Swept { homes, users } => self.swept(homes, &users),
+                Done::Captured { sandbox, result } => self.captured(&sandbox, result),
+                Done::Unpaused { sandbox, result } => self.unpaused(&sandbox, result),
                 Done::Counted(census) => self.counted(census),
                 Done::RestoreMoved(key) => drop(self.touched_clients.insert(key)),
                 Done::Restored { client, tag, result } => self.restored(client, &tag, result),
@@ -521,6 +530,7 @@ impl Supervisor {
             Timer::Stop(id) => self.stop_expired(&id),
             Timer::Obituary(id) => self.bury_anyway(&id),
             Timer::Relink(id) => self.relink(&id),
+            Timer::Freeze(id) => self.frozen(&id, false),
             Timer::Inquiry { sandbox, route } => self.inquiry_expired(&sandbox, &route),
             Timer::Verify => self.verify_built_in(),
             Timer::Logs => self.logs_due(),
@@ -583,6 +593,7 @@ impl Supervisor {
             self.removed(&id);
         } else {
             self.notify_waiters(&id);
+            self.pausing_recorded(&id);
         }
     }
 }

@@ -66,6 +66,10 @@ pub struct Opened {
     pub cgroup: File,
 }
 
+/// Directories of a sandbox that is paused, and of one that is about to be.
+const PAUSED: &str = "paused";
+const PAUSING: &str = "pausing";
+
 impl Home {
     /// The sandbox's id.
     pub fn id(&self) -> Option<&str> {
@@ -183,6 +187,61 @@ impl Home {
         fs::create_dir(&self.cgroup)?;
         let cgroup = File::open(&self.cgroup)?;
         Ok(Opened { serial, last_words, log, listener, cgroup })
+    }
+
+    // ---- What a paused sandbox is ----
+
+    /// Makes the files of a pause: state, and memory of that length. Nothing of them counts before `commit_pause`.
+    pub fn begin_pause(&self, memory_bytes: u64) -> io::Result<(File, File)> {
+        let dir = self.dir.join(PAUSING);
+        absent_is_fine(fs::remove_dir_all(&dir))?;
+        fs::DirBuilder::new().mode(0o700).create(&dir)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let (state, memory) = (options.open(dir.join("state"))?, options.open(dir.join("memory"))?);
+        memory.set_len(memory_bytes)?;
+        Ok((state, memory))
+    }
+
+    /// Puts the files of a pause on the medium; then they are what the sandbox is paused as. Blocks.
+    pub fn commit_pause(&self, state: &File, memory: &File) -> io::Result<()> {
+        state.sync_all()?;
+        memory.sync_all()?;
+        let dir = self.dir.join(PAUSING);
+        File::open(&dir)?.sync_all()?;
+        absent_is_fine(fs::remove_dir_all(self.dir.join(PAUSED)))?;
+        fs::rename(dir, self.dir.join(PAUSED))?;
+        File::open(&self.dir)?.sync_all()
+    }
+
+    /// Whether there is what a paused sandbox is.
+    pub fn has_paused(&self) -> bool {
+        self.dir.join(PAUSED).exists()
+    }
+
+    /// State and memory of a paused sandbox.
+    pub fn open_paused(&self) -> io::Result<(File, File)> {
+        let dir = self.dir.join(PAUSED);
+        Ok((File::open(dir.join("state"))?, File::open(dir.join("memory"))?))
+    }
+
+    /// The sandbox is no longer what it was paused as, also after a power cut. A worker that has the files keeps them.
+    /// Fine where there are none. Blocks.
+    pub fn leave_paused(&self) -> io::Result<()> {
+        let gone = self.dir.join(PAUSING);
+        absent_is_fine(fs::remove_dir_all(&gone))?;
+        absent_is_fine(fs::rename(self.dir.join(PAUSED), &gone))?;
+        File::open(&self.dir)?.sync_all()?;
+        absent_is_fine(fs::remove_dir_all(gone))
+    }
+
+    /// Takes away what there is of a pause. Best effort: what stays goes with the sandbox, or with its next pause.
+    pub fn drop_paused(&self) {
+        for name in [PAUSED, PAUSING] {
+            if let Err(e) = absent_is_fine(fs::remove_dir_all(self.dir.join(name))) {
+                log::warn!("{}/{name} cannot be removed: {e}", self.dir.display());
+            }
+        }
     }
 
     /// Takes a file on the same file system as the private disk.

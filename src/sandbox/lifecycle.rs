@@ -63,8 +63,11 @@ const MOVES: &[(State, State)] = &[
     (State::Running, State::Stopping),
     (State::Running, State::Pausing),
     (State::Pausing, State::Paused),
+    // It could not be paused, or not be resumed: it is what it was.
+    (State::Pausing, State::Running),
     (State::Paused, State::Resuming),
     (State::Resuming, State::Running),
+    (State::Resuming, State::Paused),
     (State::Paused, State::Stopping),
     (State::Stopping, State::Stopped),
     (State::Error, State::Stopped),
@@ -116,9 +119,9 @@ mod tests {
         assert_eq!(legal(Creating), [Starting, Error]);
         assert_eq!(legal(Starting), [Running, Error]);
         assert_eq!(legal(Running), [Pausing, Stopping, Error]);
-        assert_eq!(legal(Pausing), [Paused, Error]);
+        assert_eq!(legal(Pausing), [Running, Paused, Error]);
         assert_eq!(legal(Paused), [Resuming, Stopping, Error]);
-        assert_eq!(legal(Resuming), [Running, Error]);
+        assert_eq!(legal(Resuming), [Running, Paused, Error]);
         assert_eq!(legal(Stopping), [Stopped, Error]);
         assert_eq!(legal(Stopped), []);
         assert_eq!(legal(Error), [Running, Stopped]);

@@ -1,13 +1,15 @@
 //! The supervisor's end of a worker's socket.
 
-use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::fs::File;
+use std::io::{self, IoSlice, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
-use crate::wire::{Code, Error, Fields, Message, OLDEST_WORKER_LINK, Request, WORKER_LINK};
+use crate::wire::{Code, Decoded, Error, Fields, Message, OLDEST_WORKER_LINK, Request, WORKER_LINK};
 
 /// The vsock port that the agent listens on, and announces itself to.
 pub const AGENT_PORT: u32 = 1024;
@@ -30,6 +32,71 @@ pub fn send_with_descriptors(stream: &UnixStream, request: Request, descriptors:
     )?;
     if sent == line.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
+
+/// Why a worker did not write a snapshot.
+#[derive(Debug)]
+pub enum CaptureError {
+    /// It says why.
+    Refused(Error),
+    /// The link to it, or a write of its child's.
+    Io(io::Error),
+}
+
+impl From<io::Error> for CaptureError {
+    fn from(e: io::Error) -> Self {
+        Self::Io(e)
+    }
+}
+
+/// Has a worker hold its guest and write its state and its whole memory into these files; `memory` is as long as the
+/// guest's memory. Gives what the worker says of it once all is written; nothing is synced. Blocks. The guest is held
+/// afterwards, or goes on where this fails.
+///
+/// # Errors
+/// The worker's own, and the error of the write that failed.
+pub fn capture(socket: &Path, pid: i32, state: &File, memory: &File) -> Result<Fields, CaptureError> {
+    let stream = connect(socket)?;
+    stream.set_read_timeout(Some(CAPTURE))?;
+    let (mut done, theirs) = io::pipe()?;
+    let page_map = File::open(format!("/proc/{pid}/pagemap"))?;
+    let request = Request::new("capture", "vm.capture")
+        .set("hold", true)
+        .set("state", "fd:0")
+        .set("memory", "fd:1")
+        .set("done", "fd:2")
+        .set("page_map", "fd:3");
+    send_with_descriptors(&stream, request, &[state.as_fd(), memory.as_fd(), theirs.as_fd(), page_map.as_fd()])?;
+    drop(theirs);
+    let fields = read_answer(&stream)?;
+    // The child's last word; none where it was killed.
+    let mut octets = [0; 4];
+    done.read_exact(&mut octets).map_err(|_| io::Error::other("the process that writes it was killed"))?;
+    match i32::from_le_bytes(octets) {
+        0 => Ok(fields),
+        errno => Err(io::Error::from_raw_os_error(errno).into()),
+    }
+}
+
+/// The final answer to the one request of a connection.
+fn read_answer(mut stream: &UnixStream) -> Result<Fields, CaptureError> {
+    let mut decoder = crate::wire::Decoder::new();
+    let mut octets = [0; 4096];
+    loop {
+        match decoder.next() {
+            Some(Decoded::Message(Message::Ok { fields, .. })) => return Ok(fields),
+            Some(Decoded::Message(Message::Err { error, .. })) => return Err(CaptureError::Refused(error)),
+            Some(_) => continue,
+            None => {}
+        }
+        match stream.read(&mut octets)? {
+            0 => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            count => decoder.push(&octets[..count]),
+        }
+    }
+}
+
+/// How long a worker may take to hold its guest: longer than it gives itself.
+const CAPTURE: Duration = Duration::from_secs(30);
 
 /// The version of its link that a worker's greeting names. The first said nothing of it.
 ///

@@ -51,7 +51,7 @@ impl Supervisor {
     pub(in crate::node) fn has_overlay(&mut self, id: &SandboxId, shape: Shape) -> bool {
         let now = Instant::now();
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return false };
-        if sandbox.held.blank.is_some() || sandbox.restarting {
+        if sandbox.held.blank.is_some() || sandbox.comes_back() {
             return true;
         }
         if std::mem::replace(&mut sandbox.held.asked, true) {
@@ -75,7 +75,7 @@ impl Supervisor {
     /// Moves a sandbox's overlay into its home. One that is started again has it there.
     pub(in crate::node) fn take_blank(&mut self, id: &SandboxId, shape: Shape) -> io::Result<File> {
         let sandbox = self.sandboxes.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
-        if sandbox.restarting {
+        if sandbox.comes_back() {
             return OpenOptions::new().read(true).write(true).open(sandbox.home.overlay());
         }
         let Item { thing: Blank { path, file, shape: made_for }, .. } =

@@ -6,6 +6,7 @@
 //! until it gives buffers for them.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -437,6 +438,11 @@ impl Muxer {
     /// Whether the guest is yet to learn that it was restored: nothing is for it, and packets of connections that do not
     /// exist are dropped without a reset.
     pub fn hush(&mut self, hushed: bool) {
+        if hushed {
+            // A socket of before is found by its ports until its program closes it, so the new ones are others.
+            let anywhere = RandomState::new().build_hasher().finish();
+            self.next_port = FIRST_PORT + (anywhere % u64::from(LAST_PORT - FIRST_PORT)) as u32;
+        }
         self.hushed = hushed;
     }
 
