@@ -112,7 +112,7 @@ fn a_supervisor_that_dies_over_a_pause_or_a_resume_leaves_the_one_state_or_the_o
         let verb = if paused { "sandbox.resume" } else { "sandbox.pause" };
         let _call = sandbox.client().start(sandbox.request(verb));
         // From the first step to about the last.
-        std::thread::sleep(std::time::Duration::from_millis(u64::from(round % 6) * 40 * timing::factor()));
+        std::thread::sleep(std::time::Duration::from_millis(u64::from(round % 6 * 40 * timing::factor())));
         let supervisor = node.supervisor();
         node.sh(&format!("kill -9 {supervisor}"));
         other_supervisor(&node, supervisor);
