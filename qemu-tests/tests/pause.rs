@@ -170,7 +170,8 @@ fn a_paused_sandbox_can_be_stopped_and_removed() {
     sandbox.stop();
     assert_eq!(sandbox.state(), "stopped");
     assert!(sandbox.client().err(sandbox.request("sandbox.resume")).is(Code::BadState));
-    assert_eq!(node.sh(&format!("ls -d /data/sandboxes/{}/paused 2>/dev/null; true", sandbox.id)), "");
+    let files = format!("ls -d /data/sandboxes/{}/paused 2>/dev/null; true", sandbox.id);
+    timing::wait_for("its files to go", || node.sh(&files).is_empty().then_some(()));
     let other = node.sandbox(&[]);
     pause(&other);
     other.remove().expect("a paused sandbox can be removed");

@@ -207,6 +207,12 @@ impl Home {
     pub fn commit_pause(&self, state: &File, memory: &File) -> io::Result<()> {
         state.sync_all()?;
         memory.sync_all()?;
+        // What its programs said so far goes with them.
+        let outputs = self.dir.join("exec");
+        for output in fs::read_dir(&outputs)? {
+            absent_is_fine(File::open(output?.path()).and_then(|output| output.sync_all()))?;
+        }
+        File::open(outputs)?.sync_all()?;
         let dir = self.dir.join(PAUSING);
         File::open(&dir)?.sync_all()?;
         absent_is_fine(fs::remove_dir_all(self.dir.join(PAUSED)))?;

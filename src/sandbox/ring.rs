@@ -23,7 +23,8 @@ pub struct Ring {
 impl Ring {
     /// A new, empty ring. `capacity` is in octets and must be more than any burst that a reader must not miss.
     pub fn create(path: &Path, capacity: u64) -> io::Result<Self> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+        // What a power cut left of one is in nobody's use.
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
         let ring = Self { file, capacity: capacity.max(1), total: 0 };
         if let Err(e) = ring.write_head() {
             // Half a ring would be in the way of the next one.
