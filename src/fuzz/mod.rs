@@ -16,6 +16,7 @@ mod net;
 mod netlink;
 mod node;
 mod overlay;
+mod saved;
 mod sentinel_log;
 mod snmp;
 mod virtqueue;
@@ -35,6 +36,7 @@ pub use net::net;
 pub use netlink::netlink;
 pub use node::node;
 pub use overlay::overlay;
+pub use saved::saved;
 pub use sentinel_log::sentinel_log;
 pub use snmp::snmp;
 pub use virtqueue::virtqueue;
@@ -79,7 +81,7 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 18] = [
+    const TARGETS: [Target; 19] = [
         ("block", block),
         ("bundle", bundle),
         ("elf", elf),
@@ -93,6 +95,7 @@ mod tests {
         ("node", node),
         ("mmio", mmio),
         ("overlay", overlay),
+        ("saved", saved),
         ("sentinel_log", sentinel_log),
         ("snmp", snmp),
         ("virtqueue", virtqueue),
