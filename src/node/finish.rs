@@ -136,6 +136,10 @@ impl Supervisor {
     /// Ends the sandbox of a worker that has ended.
     pub(super) fn bury_anyway(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        if sandbox.pausing == Some(Pausing::Capturing) {
+            // A thread still has files in its home: `captured` comes back here.
+            return;
+        }
         let Some(worker) = sandbox.worker.take_if(|worker| worker.dead || worker.status.is_some()) else { return };
         let words = LastWords::read(&sandbox.home.last_words());
         let oom = Oom::of(sandbox.home.cgroup());
@@ -184,6 +188,9 @@ impl Supervisor {
             State::Error | State::Stopped => {}
             _ => {
                 log::warn!("sandbox {id}: worker {pid} is gone: {cause}");
+                if pausing.is_some() {
+                    sandbox.home.drop_paused();
+                }
                 sandbox.state = State::Error;
                 sandbox.reason = cause;
             }

@@ -10,7 +10,7 @@
 //! a sandbox that was about to be resumed is paused as long as `paused/` is there.
 
 use std::io::Read;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::instance::{Awaited, Route, Waiter};
 use super::start::MIB;
@@ -34,8 +34,8 @@ const SEED: usize = 64;
 pub enum Pausing {
     /// The row is on its way to the database.
     Recording,
-    /// The agent was asked to freeze the guest's programs.
-    Freezing,
+    /// The agent was asked to freeze the guest's programs, at this time.
+    Freezing(Instant),
     /// A thread waits for the files.
     Capturing,
     /// The files are whole: the worker ends.
@@ -68,7 +68,7 @@ impl Supervisor {
             return;
         };
         let Some(worker) = &mut sandbox.worker else { return };
-        sandbox.pausing = Some(Pausing::Freezing);
+        sandbox.pausing = Some(Pausing::Freezing(Instant::now()));
         let freeze = Request::new("", "system.freeze").set("wait_ms", FREEZE_MS).set("id", id);
         let tag = worker.agent.request(freeze);
         worker.routes.insert(tag, Route::Freeze);
@@ -76,9 +76,19 @@ impl Supervisor {
         self.timers.after(FREEZE, Timer::Freeze(id.clone()));
     }
 
+    /// The agent has had its time to freeze the guest's programs.
+    pub(super) fn freeze_expired(&mut self, id: &SandboxId) {
+        // The time may be of a pause before this one.
+        let pausing = self.sandboxes.get(id).and_then(|sandbox| sandbox.pausing);
+        if matches!(pausing, Some(Pausing::Freezing(since)) if since.elapsed() >= FREEZE) {
+            self.frozen(id, false);
+        }
+    }
+
     /// The guest's programs stand still, or do not in time: the machine is taken.
     pub(super) fn frozen(&mut self, id: &SandboxId, frozen: bool) {
-        let Some(sandbox) = self.sandboxes.get_mut(id).filter(|s| s.pausing == Some(Pausing::Freezing)) else { return };
+        let freezing = |pausing| matches!(pausing, Some(Pausing::Freezing(_)));
+        let Some(sandbox) = self.sandboxes.get_mut(id).filter(|sandbox| freezing(sandbox.pausing)) else { return };
         let Some(worker) = &sandbox.worker else { return };
         if !frozen {
             log::warn!("sandbox {id}: not all of its programs stand still: they are paused as they are");
@@ -99,6 +109,12 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get_mut(id).filter(|s| s.pausing == Some(Pausing::Capturing)) else {
             return;
         };
+        if sandbox.worker.as_ref().is_none_or(|worker| worker.dead) {
+            // It ended over it, and was kept until nobody writes into its home any more.
+            sandbox.pausing = None;
+            self.bury_anyway(id);
+            return;
+        }
         match result {
             Ok(_) => {
                 sandbox.pausing = Some(Pausing::Ending);
@@ -136,6 +152,11 @@ impl Supervisor {
         self.touched_sandboxes.insert(id.clone());
         self.watch_health(id);
         self.record(id);
+        if self.stopping.as_ref().is_some_and(|stopping| !stopping.hands_over)
+            && let Err(e) = self.stop(id, None)
+        {
+            log::error!("sandbox {id}: {e}");
+        }
     }
 
     /// A client wants a paused sandbox back.
@@ -167,10 +188,10 @@ impl Supervisor {
         log::warn!("sandbox {id} could not be resumed: {error}");
         if sandbox.worker.is_some() {
             // Its end comes back here.
-            sandbox.reason = error.to_string();
             if let Err(e) = sandbox.home.kill() {
                 log::error!("sandbox {id} cannot be killed: {e}");
             }
+            self.answer_waiters(id, Awaited::Resumed, error);
             return;
         }
         let back = if sandbox.home.has_paused() { State::Paused } else { State::Error };

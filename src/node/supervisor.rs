@@ -530,7 +530,7 @@ impl Supervisor {
             Timer::Stop(id) => self.stop_expired(&id),
             Timer::Obituary(id) => self.bury_anyway(&id),
             Timer::Relink(id) => self.relink(&id),
-            Timer::Freeze(id) => self.frozen(&id, false),
+            Timer::Freeze(id) => self.freeze_expired(&id),
             Timer::Inquiry { sandbox, route } => self.inquiry_expired(&sandbox, &route),
             Timer::Verify => self.verify_built_in(),
             Timer::Logs => self.logs_due(),
