@@ -149,15 +149,13 @@ const NAME: &str = "__name__";
 /// There may be very many of them, so that all stands in one piece; and that piece is what remote write sends.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Identity {
-    /// For each label, the name among them, in order: `1: Label { 1: name, 2: value }` of Protocol Buffers.
+    /// The kind; how many labels without the name; then each label, the name among them, in order: `1: Label { 1: name,
+    /// 2: value }` of Protocol Buffers.
     text: Box<[u8]>,
-    /// Where the name stands in it.
-    name_at: u32,
-    name_len: u16,
-    /// Without the name.
-    labels: u8,
-    kind: Kind,
 }
+
+/// Octets before the labels.
+const BEFORE: usize = 2;
 
 impl Identity {
     /// Checks and sorts.
@@ -198,32 +196,31 @@ impl Identity {
         if size > MAX_SERIES_SIZE {
             return Err(ModelError::Large(size));
         }
-        let (mut text, mut name_at) = (Vec::with_capacity(size), 0);
+        let mut text = Vec::with_capacity(BEFORE + size);
+        text.extend([kind as u8, count as u8]);
         for (label, value) in sorted {
             header(&mut text, 1, octets_len(label.len()) + octets_len(value.len()));
             octets(&mut text, 1, label.as_bytes());
             octets(&mut text, 2, value.as_bytes());
-            if label == NAME {
-                name_at = (text.len() - value.len()) as u32;
-            }
         }
-        Ok(Self { text: text.into(), name_at, name_len: name.len() as u16, labels: count as u8, kind })
+        Ok(Self { text: text.into() })
     }
 
     /// The series' name.
     pub fn name(&self) -> &str {
-        let at = self.name_at as usize;
-        std::str::from_utf8(&self.text[at..at + usize::from(self.name_len)]).unwrap_or_default()
+        // Hardly any label comes before it.
+        let mut rest = self.encoded();
+        std::iter::from_fn(|| Labels::pair(&mut rest)).find(|(label, _)| *label == NAME).map_or("", |(_, name)| name)
     }
 
     /// What its values mean.
     pub fn kind(&self) -> Kind {
-        self.kind
+        Kind::from_number(self.text[0]).unwrap_or_default()
     }
 
     /// Labels, sorted by name, none empty.
     pub fn labels(&self) -> Labels<'_> {
-        Labels { rest: &self.text, left: usize::from(self.labels) }
+        Labels { rest: self.encoded(), left: usize::from(self.text[1]) }
     }
 
     /// The value of one label.
@@ -233,7 +230,7 @@ impl Identity {
 
     /// All labels and the name, in order, as fields of a remote write `TimeSeries`.
     pub fn encoded(&self) -> &[u8] {
-        &self.text
+        &self.text[BEFORE..]
     }
 
     /// About how many octets of memory it takes.
@@ -270,20 +267,22 @@ impl<'a> Labels<'a> {
         *rest = after;
         Some(field)
     }
+
+    /// The next label, or the name.
+    fn pair(rest: &mut &'a [u8]) -> Option<(&'a str, &'a str)> {
+        let mut label = Self::field(rest)?;
+        let name = std::str::from_utf8(Self::field(&mut label)?).ok()?;
+        Some((name, std::str::from_utf8(Self::field(&mut label)?).ok()?))
+    }
 }
 
 impl<'a> Iterator for Labels<'a> {
     type Item = (&'a str, &'a str);
 
     fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            let mut label = Self::field(&mut self.rest)?;
-            let name = std::str::from_utf8(Self::field(&mut label)?).ok()?;
-            if name != NAME {
-                self.left -= 1;
-                return Some((name, std::str::from_utf8(Self::field(&mut label)?).ok()?));
-            }
-        }
+        let pair = std::iter::from_fn(|| Self::pair(&mut self.rest)).find(|(name, _)| *name != NAME)?;
+        self.left -= 1;
+        Some(pair)
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
@@ -300,7 +299,7 @@ impl fmt::Display for Identity {
         for (n, (label, value)) in self.labels().enumerate() {
             write!(f, "{}{label}={value:?}", if n == 0 { '{' } else { ',' })?;
         }
-        if self.labels == 0 { Ok(()) } else { f.write_str("}") }
+        if self.text[1] == 0 { Ok(()) } else { f.write_str("}") }
     }
 }
 
