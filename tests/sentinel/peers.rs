@@ -17,13 +17,15 @@ pub fn program(package: &str, path: &str) -> Option<Command> {
         .or_else(|| std::env::var_os("HOME").map(|path| PathBuf::from(path).join(".cache/warren")))?;
     let root = cache.join("peers").join(package);
     let found = [root.join(path), PathBuf::from("/").join(path)].into_iter().find(|path| path.exists());
-    let Some(found) = found else {
+    // An interpreter does without the package in question.
+    let Some(found) = found.filter(|_| root.join("done").exists() || !path.contains("python")) else {
         eprintln!("SKIPPED: there is no {package} here; image/peers gets it");
         return None;
     };
     let mut command = Command::new(found);
     let libraries = [root.join("usr/lib/x86_64-linux-gnu"), root.join("lib/x86_64-linux-gnu")];
     command.env("LD_LIBRARY_PATH", std::env::join_paths(libraries).unwrap());
+    command.env("PYTHONPATH", root.join("usr/lib/python3/dist-packages"));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     Some(command)
 }
@@ -173,6 +175,60 @@ impl Peer {
             log.contains("NET-SNMP version")
         };
         let mut peer = Self::start("snmpd", "usr/sbin/snmpd", arguments, ready)?;
+        peer.address = udp.to_string();
+        Some(peer)
+    }
+
+    /// pymodbus' server: unit 7, where holding register n has n, input register n has 65535 - n, coil n is set where n is
+    /// divisible by three and discrete input n where it is by five. `framer` is its class.
+    pub fn pymodbus(framer: &str) -> Option<Self> {
+        let arguments = |scratch: &Scratch, address: &str| {
+            let port = address.rsplit_once(':').unwrap().1;
+            let script = format!(
+                "from pymodbus.server import StartTcpServer\n\
+                 from pymodbus.datastore import ModbusSequentialDataBlock as Block, ModbusSlaveContext, ModbusServerContext\n\
+                 from pymodbus.transaction import {framer}\n\
+                 unit = ModbusSlaveContext(\n\
+                 \x20   di=Block(0, [n % 5 == 0 for n in range(2000)]), co=Block(0, [n % 3 == 0 for n in range(2000)]),\n\
+                 \x20   hr=Block(0, list(range(3000))), ir=Block(0, [65535 - n for n in range(3000)]), zero_mode=True)\n\
+                 units = ModbusServerContext(slaves={{7: unit}}, single=False)\n\
+                 StartTcpServer(context=units, framer={framer}, address=('127.0.0.1', {port}))\n"
+            );
+            std::fs::write(scratch.path("server.py"), script).unwrap();
+            vec!["server.py".into()]
+        };
+        let ready = |peer: &Self| std::net::TcpStream::connect(&peer.address).is_ok();
+        Self::start("python3-pymodbus", "usr/bin/python3", arguments, ready)
+    }
+
+    /// snmpsim with one agent, `public`, that has these rows: an object's name, a type's number, a value; in order.
+    pub fn snmpsim(rows: &str) -> Option<Self> {
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let program = program("snmpsim", "usr/bin/snmpsimd")?.get_program().to_os_string().into_string().unwrap();
+        let arguments = |scratch: &Scratch, _: &str| {
+            for directory in ["data", "cache"] {
+                std::fs::create_dir(scratch.path(directory)).unwrap();
+            }
+            std::fs::write(scratch.path("data/public.snmprec"), rows).unwrap();
+            let mut arguments = vec![program.clone()];
+            arguments.extend(
+                // It wants to be told that it may stay who it is; the cache is nobody else's to read.
+                ["--data-dir=data", "--cache-dir=cache", "--process-user=root", "--process-group=root"]
+                    .map(String::from),
+            );
+            arguments.extend([format!("--agent-udpv4-endpoint={udp}"), "--logging-method=null".into()]);
+            arguments
+        };
+        let asked = UdpSocket::bind("127.0.0.1:0").unwrap();
+        asked.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        let ready = |_: &Self| {
+            // GetRequest of sysName.0, version 2c, community public.
+            let request = b"\x30\x26\x02\x01\x01\x04\x06public\xa0\x19\x02\x01\x01\x02\x01\x00\x02\x01\x00\
+                            \x30\x0e\x30\x0c\x06\x08\x2b\x06\x01\x02\x01\x01\x05\x00\x05\x00";
+            let sent = asked.send_to(request, udp);
+            sent.is_ok() && asked.recv(&mut [0; 1500]).is_ok()
+        };
+        let mut peer = Self::start("snmpsim", "usr/bin/python3", arguments, ready)?;
         peer.address = udp.to_string();
         Some(peer)
     }
