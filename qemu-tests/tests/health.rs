@@ -155,7 +155,8 @@ fn a_worker_that_the_node_kills_for_want_of_memory_says_so_and_the_others_go_on(
     let node = Boot::kernel().memory_mib(1536).allow("oom-kill").allow("ut of memory").allow("Call Trace:").start();
     let supervisor = node.supervisor();
     let other = node.sandbox(&[]);
-    let sandbox = node.sandbox(&[("memory_mib", "640")]);
+    // Half of it is what a file in memory may take there, which has to be more than the node can find.
+    let sandbox = node.sandbox(&[("memory_mib", "1400")]);
     // All but a part of what is free goes to a file in memory, which nobody can be killed for.
     let available = node.info().number("memory_available_mib").expect("the node knows what it has");
     let taken = available.saturating_sub(160);
