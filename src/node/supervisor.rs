@@ -224,6 +224,8 @@ pub(super) struct Stopping {
 
 /// How often the control port is looked for after the start; the last look is about 13 s after it.
 const PORT_LOOKS: u32 = 8;
+/// Pause before a control port is tried again that is there and cannot be opened.
+const PORT_AGAIN: Duration = Duration::from_millis(200);
 /// Requests under way at once through the control port, which is one connection for all clients behind a bridge.
 const PORT_REQUESTS: usize = 4096;
 /// Pause before rows that could not be written are put again.
@@ -316,7 +318,14 @@ impl Supervisor {
         }
         match Port::open(&path) {
             Ok(port) => self.add_client(Client::port(port, PORT_REQUESTS)),
-            Err(e) => log::error!("control port {}: {e}", path.display()),
+            Err(e) => {
+                // What the supervisor before had begun may still have it open, for as long as its end takes.
+                if self.port_looks < PORT_LOOKS {
+                    log::error!("control port {}: {e}; it is tried again", path.display());
+                    self.port_looks = PORT_LOOKS;
+                }
+                self.timers.after(PORT_AGAIN, Timer::Port);
+            }
         }
     }
 
