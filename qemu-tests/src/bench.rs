@@ -82,6 +82,9 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("cold_boot_ms", Target::AtMostOf(0.9, "peer_cold_boot_ms")),
     ("exec_true_ms", Target::AtMost(5.0)),
     ("jail_cost_ms", Target::AtMost(3.0)),
+    ("restore_ms", Target::AtMost(8.0)),
+    ("restore_exec_ms", Target::AtMost(15.0)),
+    ("fork_10_ms", Target::AtMost(60.0)),
     ("supervisor_rss_kib", Target::AtMost(16.0 * 1024.0)),
     // 0.1 % of a processor for 100 of them.
     ("supervisor_idle_us", Target::AtMost(600.0)),

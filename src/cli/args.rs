@@ -102,6 +102,37 @@ pub enum Verb {
         #[arg(required = true, value_name = "SANDBOX")]
         ids: Vec<String>,
     },
+    /// Take a snapshot of a running sandbox, which runs on; or list, show and remove snapshots
+    #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+    Snapshot {
+        /// What to do with snapshots
+        #[command(subcommand)]
+        verb: Option<SnapshotVerb>,
+        /// Id or name of the sandbox
+        #[arg(required = true, value_name = "SANDBOX")]
+        sandbox: Option<String>,
+        /// A name for the snapshot
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Put a sandbox back to a snapshot of it
+    Rollback {
+        /// Id or name
+        #[arg(value_name = "SANDBOX")]
+        sandbox: String,
+        /// Id or name
+        #[arg(value_name = "SNAPSHOT")]
+        snapshot: String,
+    },
+    /// Make sandboxes that go on from a snapshot, or from what a running sandbox is now; prints their ids
+    Fork {
+        /// Id or name of a sandbox or a snapshot
+        #[arg(value_name = "SANDBOX|SNAPSHOT")]
+        from: String,
+        /// How many
+        #[arg(short = 'n', long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=256))]
+        count: u64,
+    },
     /// Remove sandboxes and their disks
     Rm {
         /// Ids or names
@@ -212,6 +243,30 @@ pub struct AuditArgs {
     pub owner: Option<String>,
 }
 
+/// Verbs of `warren snapshot`.
+#[derive(Debug, Subcommand)]
+pub enum SnapshotVerb {
+    /// List snapshots
+    #[command(alias = "list")]
+    Ls {
+        /// Only those of the sandbox of this id
+        #[arg(value_name = "SANDBOX")]
+        sandbox: Option<String>,
+    },
+    /// Show everything about snapshots, as JSON
+    Inspect {
+        /// Ids or names
+        #[arg(required = true, value_name = "SNAPSHOT")]
+        ids: Vec<String>,
+    },
+    /// Remove snapshots; sandboxes that came from them stay
+    Rm {
+        /// Ids or names
+        #[arg(required = true, value_name = "SNAPSHOT")]
+        ids: Vec<String>,
+    },
+}
+
 /// Verbs of `warren template`.
 #[derive(Debug, Subcommand)]
 pub enum TemplateVerb {
@@ -223,6 +278,21 @@ pub enum TemplateVerb {
         /// Their names
         #[arg(required = true, value_name = "TEMPLATE")]
         names: Vec<String>,
+    },
+    /// Have new sandboxes of a template and shape start from a snapshot instead of booting; prints its id
+    Snapshot {
+        /// Its name
+        #[arg(value_name = "TEMPLATE")]
+        name: String,
+        /// Virtual CPUs [default: the node's]
+        #[arg(long, value_name = "N")]
+        vcpus: Option<u64>,
+        /// Memory [default: the node's]
+        #[arg(short, long, value_name = "SIZE", value_parser = parse_mib)]
+        memory: Option<u64>,
+        /// For sandboxes with a network
+        #[arg(long)]
+        network: bool,
     },
 }
 
@@ -307,6 +377,9 @@ pub struct Shape {
     /// Whether it is started again when it fails: never, on-failure, on-failure:N
     #[arg(long, value_name = "POLICY")]
     pub restart: Option<String>,
+    /// Boot it, also where its template has a snapshot to start from
+    #[arg(long)]
+    pub cold: bool,
     /// A label
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_label)]
     pub label: Vec<String>,

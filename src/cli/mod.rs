@@ -24,6 +24,7 @@ mod output;
 mod run;
 mod show;
 mod signals;
+mod snapshot;
 mod terminal;
 
 use args::{Cli, NodeVerb, TemplateVerb, Verb};
@@ -107,6 +108,12 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Stop { ids, time } => show::stop(&mut connect()?, ids, *time, cli.json),
         Verb::Pause { ids } => show::change_each(&mut connect()?, "sandbox.pause", ids, cli.json),
         Verb::Resume { ids } => show::change_each(&mut connect()?, "sandbox.resume", ids, cli.json),
+        Verb::Snapshot { verb, sandbox, name } => {
+            let (sandbox, name) = (sandbox.as_deref(), name.as_deref());
+            snapshot::snapshot(&mut connect()?, verb.as_ref(), sandbox, name, cli.json)
+        }
+        Verb::Rollback { sandbox, snapshot } => snapshot::rollback(&mut connect()?, sandbox, snapshot, cli.json),
+        Verb::Fork { from, count } => snapshot::fork(&mut connect()?, from, *count, cli.json),
         Verb::Rm { ids, force } => show::rm(&mut connect()?, ids, *force, cli.json),
         Verb::Logs { id, follow } => show::logs(&mut connect()?, id, *follow),
         Verb::Cp { source, target } => copy::cp(&connect, source, target),
@@ -124,6 +131,9 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Template { verb: TemplateVerb::Ls } => show::templates(&mut connect()?, cli.json),
         Verb::Template { verb: TemplateVerb::Inspect { names } } => {
             show::inspect(&mut connect()?, "template.inspect", names)
+        }
+        Verb::Template { verb: TemplateVerb::Snapshot { name, vcpus, memory, network } } => {
+            snapshot::template(&mut connect()?, name, *vcpus, *memory, *network, cli.json)
         }
         Verb::Completion { shell } => {
             let mut script = Vec::new();

@@ -166,6 +166,9 @@ fn make(client: &mut Client, shape: &Shape, template: Option<&str>) -> Result<Fi
     for entry in resolve_env(&shape.env) {
         request = request.set_bytes("env", &entry);
     }
+    if shape.cold {
+        request = request.set("cold", true);
+    }
     if let Some(restart) = &shape.restart {
         request = request.set("restart", restart);
     }

@@ -16,7 +16,8 @@ const MIB: u64 = 1 << 20;
 /// Sandboxes that are stopped or removed at once.
 const AHEAD: usize = 16;
 
-fn text(fields: &Fields, key: &str) -> String {
+/// A field as text; empty where there is none.
+pub fn text(fields: &Fields, key: &str) -> String {
     fields.bytes(key).map(|v| String::from_utf8_lossy(v).into_owned()).unwrap_or_default()
 }
 

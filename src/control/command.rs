@@ -44,6 +44,8 @@ pub enum Command {
     TemplateList,
     /// One template.
     TemplateInspect(String),
+    /// A snapshot for sandboxes of this shape to start from.
+    TemplateSnapshot(Spec),
     /// A new sandbox.
     SandboxCreate {
         /// What it is to be.
@@ -52,6 +54,8 @@ pub enum Command {
         owner: Option<String>,
         /// Whether its states are told on the way.
         progress: bool,
+        /// It is booted, also where its template has a snapshot to start from.
+        cold: bool,
     },
     /// The sandboxes.
     SandboxList {
@@ -73,6 +77,36 @@ pub enum Command {
     SandboxPause(String),
     /// Lets a paused sandbox go on.
     SandboxResume(String),
+    /// Puts a sandbox back to a snapshot of it.
+    SandboxRollback {
+        /// Id, name or unique prefix.
+        sandbox: String,
+        /// Id, name or unique prefix.
+        snapshot: String,
+    },
+    /// A snapshot of a running sandbox.
+    SnapshotCreate {
+        /// Id, name or unique prefix.
+        sandbox: String,
+        /// For people to find it by.
+        name: Option<String>,
+    },
+    /// New sandboxes that go on from a snapshot, or from a running sandbox as it is now.
+    SnapshotFork {
+        /// Id, name or unique prefix of a sandbox or a snapshot.
+        from: String,
+        /// How many.
+        count: u64,
+    },
+    /// The snapshots.
+    SnapshotList {
+        /// Only those of this sandbox, by its id.
+        sandbox: Option<String>,
+    },
+    /// One snapshot.
+    SnapshotInspect(String),
+    /// Takes a snapshot away.
+    SnapshotRemove(String),
     /// Takes a sandbox away for good.
     SandboxRemove {
         /// Id, name or unique prefix.
@@ -132,6 +166,9 @@ pub enum Command {
     },
 }
 
+/// Sandboxes of one fork.
+const FORKS: std::ops::RangeInclusive<u64> = 1..=256;
+
 /// One verb of the table.
 #[derive(Debug)]
 pub struct Verb {
@@ -154,7 +191,8 @@ impl Verb {
     pub fn role(&self) -> Role {
         match self.name {
             "hello" | "help" | "node.info" | "sandbox.list" | "sandbox.stats" => Role::Monitor,
-            "template.list" | "template.inspect" | "sandbox.inspect" | "sandbox.logs" | "exec.list" => Role::Viewer,
+            "template.list" | "template.inspect" | "sandbox.inspect" | "sandbox.logs" | "exec.list"
+            | "snapshot.list" | "snapshot.inspect" => Role::Viewer,
             "node.stop" | "node.drain" | "node.undrain" | "node.audit" | "node.ledger" | "node.backup"
             | "node.restore" => Role::Admin,
             _ => Role::Operator,
@@ -200,8 +238,19 @@ verbs! {
         let name = args.next_text("template")?;
         done(args, Command::TemplateInspect(name))
     };
+    "template.snapshot",
+    "NAME [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [network=on|off]",
+    "have new sandboxes of that template and shape start from a snapshot", |_, mut args, defaults| {
+        let template = args.next_text("template")?;
+        let mut shape = Request::new("", "").set("template", template);
+        for key in ["vcpus", "memory_mib", "disk_mib", "network"] {
+            shape = args.text(key)?.iter().fold(shape, |shape, value| shape.set(key, value));
+        }
+        let spec = Spec::take(&mut Args::of(shape), defaults)?;
+        done(args, Command::TemplateSnapshot(spec))
+    };
     "sandbox.create",
-    "[template=base] [name=NAME] [owner=OWNER] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [net_mbps=N] [restart=never|on-failure[:N]] [env=K=V]* [label=K=V]* [progress=true]",
+    "[template=base] [name=NAME] [owner=OWNER] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [net_mbps=N] [restart=never|on-failure[:N]] [env=K=V]* [label=K=V]* [progress=true] [cold=true]",
     "create a sandbox and wait until it answers", sandbox_create;
     "sandbox.list", "[state=STATE] [owner=OWNER]", "the sandboxes", sandbox_list;
     "sandbox.inspect", "SANDBOX", "one sandbox", |_, mut args, _| {
@@ -216,6 +265,34 @@ verbs! {
     "sandbox.resume", "SANDBOX", "let a paused sandbox go on where it was", |_, mut args, _| {
         let sandbox = sandbox(&mut args)?;
         done(args, Command::SandboxResume(sandbox))
+    };
+    "sandbox.rollback", "SANDBOX snapshot=SNAPSHOT", "put a sandbox back to a snapshot of it", |_, mut args, _| {
+        let sandbox = sandbox(&mut args)?;
+        let snapshot = args.text("snapshot")?.ok_or_else(|| missing("snapshot"))?;
+        done(args, Command::SandboxRollback { sandbox, snapshot })
+    };
+    "snapshot.create", "SANDBOX [name=NAME]", "take a snapshot of a running sandbox, which runs on", |_, mut args, _| {
+        let sandbox = sandbox(&mut args)?;
+        let name = args.text("name")?;
+        name.iter().try_for_each(|name| check_name("name", name))?;
+        done(args, Command::SnapshotCreate { sandbox, name })
+    };
+    "snapshot.fork", "SANDBOX|SNAPSHOT [n=1..256]", "new sandboxes that go on from there; an item each", |_, mut args, _| {
+        let from = sandbox(&mut args)?;
+        let count = args.number("n", FORKS)?.unwrap_or(1);
+        done(args, Command::SnapshotFork { from, count })
+    };
+    "snapshot.list", "[sandbox=ID]", "the snapshots", |_, mut args, _| {
+        let sandbox = args.text("sandbox")?;
+        done(args, Command::SnapshotList { sandbox })
+    };
+    "snapshot.inspect", "SNAPSHOT", "one snapshot", |_, mut args, _| {
+        let snapshot = args.next_text("snapshot")?;
+        done(args, Command::SnapshotInspect(snapshot))
+    };
+    "snapshot.remove", "SNAPSHOT", "take a snapshot away; sandboxes that came from it stay", |_, mut args, _| {
+        let snapshot = args.next_text("snapshot")?;
+        done(args, Command::SnapshotRemove(snapshot))
     };
     "sandbox.remove", "SANDBOX [force=true]", "take a sandbox and its disk away", sandbox_remove;
     "sandbox.stats", "SANDBOX", "what a running sandbox uses", |_, mut args, _| {
@@ -291,8 +368,8 @@ fn node_drain(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
 fn sandbox_create(_: &str, mut args: Args, defaults: Defaults) -> Result<Command, Error> {
     let spec = Spec::take(&mut args, defaults)?;
     let owner = owner(&mut args)?;
-    let progress = args.flag("progress")?;
-    done(args, Command::SandboxCreate { spec, owner, progress })
+    let (progress, cold) = (args.flag("progress")?, args.flag("cold")?);
+    done(args, Command::SandboxCreate { spec, owner, progress, cold })
 }
 
 fn owner(args: &mut Args) -> Result<Option<String>, Error> {

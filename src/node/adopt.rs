@@ -24,7 +24,7 @@ use crate::sandbox::ledger::{Account, Resource};
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::limits::Oom;
 use crate::sandbox::worker::{self, LastWords};
-use crate::storage::state::{AllocationRow, Change, ExecutionRow, Snapshot};
+use crate::storage::state::{AllocationRow, Change, ExecutionRow, SandboxRow, Snapshot};
 use crate::wire::{Code, Error, Fields, Link, Message, Request};
 
 /// Marks that a supervisor has run since the node booted. `true` when this is the first.
@@ -76,10 +76,10 @@ fn fate(
 }
 
 impl Supervisor {
-    pub(super) fn adopt(&mut self, snapshot: &Snapshot, fresh_boot: bool) {
+    pub(super) fn adopt(&mut self, snapshot: &Snapshot, sandboxes: &[SandboxRow], fresh_boot: bool) {
         let mut discarded = Vec::new();
         let mut recorded = recorded(&snapshot.allocations);
-        for row in &snapshot.sandboxes {
+        for row in sandboxes {
             let Some(mut sandbox) = Sandbox::from_row(row, |id| self.places.of(id)) else {
                 log::error!("the state database has a sandbox that cannot be read: {row:?}");
                 continue;
@@ -96,8 +96,10 @@ impl Supervisor {
             }
             let console = || sandbox.home.console_tail(death::CONSOLE_TAIL);
             let why = || death::reason(words.as_ref(), None, oom, &console());
-            match fate(sandbox.state, !processes.is_empty(), sandbox.home.has_paused(), fresh_boot, words.as_ref(), why)
-            {
+            // A sandbox that was to go on from a snapshot is, until it does, paused in that.
+            let in_snapshot = sandbox.state == State::Resuming && sandbox.snapshot.is_some();
+            let paused = in_snapshot || sandbox.home.has_paused();
+            match fate(sandbox.state, !processes.is_empty(), paused, fresh_boot, words.as_ref(), why) {
                 Fate::Keep => {
                     let holds = sandbox.home.holds_worker();
                     self.sandboxes.insert(id.clone(), sandbox);
@@ -109,6 +111,11 @@ impl Supervisor {
                 }
                 Fate::Paused => {
                     sandbox.state = State::Paused;
+                    if in_snapshot {
+                        sandbox.home.drop_paused();
+                    } else {
+                        sandbox.snapshot = None;
+                    }
                     self.sandboxes.insert(id.clone(), sandbox);
                     self.take_over_account(&id, recorded.remove(&id).as_ref(), false);
                     self.record(&id);

@@ -178,6 +178,11 @@ impl Supervisor {
                 let frozen = matches!(&message, Message::Ok { fields, .. } if fields.get("frozen") == Some("true"));
                 self.frozen(id, frozen);
             }
+            Route::Introduce => match message {
+                Message::Ok { .. } => self.introduced(id, Ok(())),
+                Message::Err { error, .. } => self.introduced(id, Err(error)),
+                _ => {}
+            },
             Route::PowerOff | Route::Unheeded => {}
             Route::Survey => self.surveyed(id, &message),
             Route::Exec(number) => self.take_exec_answer(id, number, message),
@@ -358,6 +363,14 @@ impl Supervisor {
             Message::Item { fields, .. } => {
                 let Some(number) = fields.number("exec") else { return };
                 let running = fields.get("state") == Some("running");
+                if running && sandbox.returned {
+                    // It ended after the snapshot that the sandbox was put back to.
+                    let ended = |exec: &&mut Exec| exec.outcome.is_some();
+                    if let Some(exec) = sandbox.execs.get_mut(&number).filter(ended) {
+                        exec.forget(&sandbox.home);
+                        sandbox.execs.remove(&number);
+                    }
+                }
                 if running && !sandbox.execs.contains_key(&number) {
                     // It was started in the last moments of the supervisor before, which could not write it down.
                     let argv = vec![fields.bytes("argv").unwrap_or_default().to_vec()];
@@ -370,6 +383,7 @@ impl Supervisor {
                 self.touched_sandboxes.insert(id.clone());
             }
             Message::Ok { .. } => {
+                sandbox.returned = false;
                 // What the agent does not know any more has ended without anybody seeing how.
                 let lost: Vec<u64> = sandbox
                     .execs

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::agents::no_room;
 use super::components::Progress;
-use super::instance::{Awaited, Route, Worker};
+use super::fork::RollingBack;
+use super::instance::{Awaited, Route, Waiter, Worker};
 use super::pause::Pausing;
 use super::start::with_console;
 use super::supervisor::{Done, Source, Stopping, Supervisor, Timer, now_ms};
@@ -136,8 +137,9 @@ impl Supervisor {
     /// Ends the sandbox of a worker that has ended.
     pub(super) fn bury_anyway(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
-        if sandbox.pausing == Some(Pausing::Capturing) {
-            // A thread still has files in its home: `captured` comes back here.
+        let recording = matches!(sandbox.rolling_back, Some(RollingBack::Preparing | RollingBack::Recording(_)));
+        if sandbox.pausing == Some(Pausing::Capturing) || sandbox.snapshotting.is_some() || recording {
+            // A thread still has files in its home, or its row is on its way: the end of that comes back here.
             return;
         }
         let Some(worker) = sandbox.worker.take_if(|worker| worker.dead || worker.status.is_some()) else { return };
@@ -152,7 +154,7 @@ impl Supervisor {
             words.as_ref().is_some_and(|words| matches!(words.reason.as_str(), "guest-poweroff" | "stopped"));
         // What runs in it is on disk with it, or still is.
         let paused = in_order && sandbox.pausing == Some(Pausing::Ending)
-            || sandbox.state == State::Resuming && sandbox.home.has_paused();
+            || sandbox.state == State::Resuming && (sandbox.home.has_paused() || sandbox.origin().is_some());
         self.close_worker(id, worker, &cause, paused);
 
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
@@ -160,6 +162,10 @@ impl Supervisor {
         self.ledger.worker_ended(id, in_order);
         sandbox.hung_ms = None;
         let pausing = sandbox.pausing.take();
+        if self.rollback_buried(id) {
+            return;
+        }
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         match sandbox.state {
             State::Starting | State::Error
                 if !sandbox.removing && (sandbox.restarting || sandbox.state == State::Starting) =>
@@ -173,7 +179,10 @@ impl Supervisor {
                 self.fail_start(id, error);
                 return;
             }
-            State::Pausing if paused && pausing.is_some() => sandbox.state = State::Paused,
+            State::Pausing if paused && pausing.is_some() => {
+                // It has a memory of its own now.
+                (sandbox.state, sandbox.snapshot) = (State::Paused, None);
+            }
             State::Resuming if !sandbox.removing => {
                 let error =
                     refusal.unwrap_or_else(|| Error::new(Code::VmFailed, format!("the machine ended: {cause}")));
@@ -199,6 +208,8 @@ impl Supervisor {
         if self.sandboxes.get(id).is_some_and(|sandbox| sandbox.removing) {
             self.release(id, Extent::Everything);
         } else if state == Some(State::Paused) {
+            self.hold(id);
+            self.collect();
             self.release(id, Extent::Worker);
             let writing = self.record(id);
             if let Some(sandbox) = self.sandboxes.get_mut(id) {
@@ -308,7 +319,8 @@ impl Supervisor {
             // First: what of it is there when the row is not, the next supervisor takes down.
             sandbox.writing = Some(self.database.submit(Change::RemoveSandbox { id: id.to_string() }));
         }
-        let pending: Vec<_> = sandbox.waiters.extract_if(.., |w| matches!(w.what, Awaited::Created { .. })).collect();
+        let unborn = |w: &mut Waiter| matches!(w.what, Awaited::Created { .. } | Awaited::Forked | Awaited::Prepared);
+        let pending: Vec<_> = sandbox.waiters.extract_if(.., unborn).collect();
         if sandbox.worker.is_some() {
             if let Err(e) = sandbox.home.kill() {
                 log::error!("sandbox {id} cannot be killed: {e}");
@@ -318,7 +330,10 @@ impl Supervisor {
         }
         for waiter in pending {
             let error = Error::new(Code::Cancelled, "the sandbox was removed before it ran");
-            self.finish(waiter.client, &Message::err(&waiter.tag, error));
+            match waiter.what {
+                Awaited::Forked => self.forked(waiter.client, &waiter.tag, Err(error)),
+                _ => self.finish(waiter.client, &Message::err(&waiter.tag, error)),
+            }
         }
     }
 
@@ -390,6 +405,11 @@ impl Supervisor {
         }
         self.give_back(id);
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        if sandbox.rolling_back == Some(RollingBack::Ending) && !sandbox.removing {
+            self.post(id);
+            self.rollback_ended(id);
+            return;
+        }
         if !gone {
             if sandbox.removing {
                 self.release(id, Extent::Everything);
@@ -410,6 +430,8 @@ impl Supervisor {
     /// Nothing of a sandbox is left, on the node or in the database.
     pub(super) fn removed(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.remove(id) else { return };
+        self.snapshots.store.release(id.as_str());
+        self.collect();
         for waiter in sandbox.waiters {
             self.finish(waiter.client, &Message::ok(&waiter.tag, Fields::new().with("id", id)));
         }
@@ -463,7 +485,8 @@ impl Supervisor {
         let Some(stopping) = &mut self.stopping else { return Ok(Progress::Done) };
         let hands_over = stopping.hands_over;
         let busy = self.sandboxes.values().filter(|sandbox| {
-            let stays = hands_over && sandbox.state == State::Running && !sandbox.removing;
+            let changing = sandbox.snapshotting.is_some() || sandbox.rolling_back.is_some();
+            let stays = hands_over && sandbox.state == State::Running && !sandbox.removing && !changing;
             sandbox.releasing || sandbox.restarting || (sandbox.state.is_live() || sandbox.worker.is_some()) && !stays
         });
         let busy: Vec<&str> = busy.map(|sandbox| sandbox.id.as_str()).collect();

@@ -8,6 +8,7 @@ use mio::Token;
 use mio::net::UnixStream;
 
 use super::finish::Extent;
+use super::fork::RollingBack;
 use super::health::Probe;
 use super::pause::Pausing;
 use super::pools::Held;
@@ -23,6 +24,7 @@ use crate::sandbox::lifecycle::State;
 use crate::sandbox::network;
 use crate::sandbox::restart::Restart;
 use crate::sandbox::spec::Spec;
+use crate::storage::snapshots::files::OVERLAY;
 use crate::storage::state::{ExecutionRow, SandboxRow, Ticket};
 use crate::wire::{Error, Fields, Link};
 
@@ -46,8 +48,10 @@ pub enum Route {
     },
     /// Whether it is there.
     Probe,
-    /// `system.freeze` before a pause.
+    /// `system.freeze` before a pause or a snapshot.
     Freeze,
+    /// `system.thaw` that tells a guest who it is.
+    Introduce,
     /// Nobody waits for the answer.
     Unheeded,
 }
@@ -118,6 +122,10 @@ pub enum Awaited {
     Paused,
     /// The sandbox runs again.
     Resumed,
+    /// The sandbox, one of those of a fork, runs.
+    Forked,
+    /// The sandbox runs, and its template's snapshot can be taken.
+    Prepared,
 }
 
 /// A sandbox the node knows.
@@ -139,6 +147,16 @@ pub struct Sandbox {
     pub restarting: bool,
     /// How far its pause is, while it is being paused.
     pub pausing: Option<Pausing>,
+    /// The snapshot that is being made of it.
+    pub snapshotting: Option<String>,
+    /// How far its rollback is.
+    pub rolling_back: Option<RollingBack>,
+    /// It was put back to a snapshot, and what runs in it is not known yet.
+    pub returned: bool,
+    /// The newest frozen layer under its private disk.
+    pub layer: Option<String>,
+    /// The snapshot whose memory it has, or is to have.
+    pub snapshot: Option<String>,
     /// When it will be, in Unix milliseconds.
     pub restart_at_ms: Option<u64>,
     /// How often it was, and how often since it ran well.
@@ -197,6 +215,11 @@ impl Sandbox {
             reason: String::new(),
             restarting: false,
             pausing: None,
+            snapshotting: None,
+            rolling_back: None,
+            returned: false,
+            layer: None,
+            snapshot: None,
             restart_at_ms: None,
             restarts: 0,
             restarts_in_row: 0,
@@ -232,6 +255,17 @@ impl Sandbox {
         self.restarting || self.state == State::Resuming
     }
 
+    /// The snapshot that its next worker, or the one that is being started, goes on from. `None` for a boot, and for what
+    /// was paused, which has files of its own.
+    pub fn origin(&self) -> Option<&str> {
+        let starts = match self.state {
+            State::Scheduling | State::Creating | State::Starting => !self.restarting,
+            State::Paused | State::Resuming => true,
+            _ => false,
+        };
+        self.snapshot.as_deref().filter(|_| starts)
+    }
+
     /// The sandbox of an earlier supervisor. `None` when the row is not one that Warren writes.
     pub fn from_row(row: &SandboxRow, home: impl FnOnce(&SandboxId) -> Home) -> Option<Self> {
         let id = SandboxId::parse(&row.id)?;
@@ -254,8 +288,13 @@ impl Sandbox {
             env: row.env.clone(),
             labels: row.labels.iter().map(|(k, v)| (k.clone(), v.clone())).collect(),
         };
-        let home = home(&id);
+        let mut home = home(&id);
+        if let Some(overlay) = &row.overlay {
+            home.use_overlay(overlay);
+        }
         Some(Self {
+            layer: row.layer.clone(),
+            snapshot: row.snapshot.clone(),
             template_sha256: row.template_sha256.clone(),
             state: State::parse(&row.state)?,
             reason: row.reason.clone(),
@@ -299,9 +338,9 @@ impl Sandbox {
             started_ms: self.started_ms,
             ended_ms: self.ended_ms,
             pid: self.worker.as_ref().and_then(|worker| u32::try_from(worker.pid).ok()),
-            layer: None,
-            snapshot: None,
-            overlay: None,
+            layer: self.layer.clone(),
+            snapshot: self.snapshot.clone(),
+            overlay: Some(self.home.overlay_name()).filter(|name| *name != OVERLAY).map(str::to_string),
         }
     }
 

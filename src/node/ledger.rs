@@ -340,7 +340,7 @@ fn standing(home: &Home, recorded: Option<&Account>, runs: bool, memory_mib: u64
     let resources = Resource::ALL.iter().filter(|resource| **resource != Resource::Slot || slot.is_some());
     let held = |resource: &Resource| match resource {
         Resource::Directory => home.is_there(),
-        Resource::Disk => home.overlay().exists(),
+        Resource::Disk => !home.overlays().is_empty(),
         _ => runs,
     };
     let leftovers = home.holds_worker();

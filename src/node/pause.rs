@@ -9,26 +9,19 @@
 //! it is. Before they go on, `paused/` is renamed: what they do from then on to the disk does not go with these files. So
 //! a sandbox that was about to be resumed is paused as long as `paused/` is there.
 
-use std::io::Read;
 use std::time::{Duration, Instant};
 
-use super::instance::{Awaited, Route, Waiter};
+use super::instance::{Awaited, Waiter};
 use super::start::MIB;
-use super::supervisor::{Done, Supervisor, Timer, now_ms};
+use super::supervisor::{Done, Supervisor};
 use crate::sandbox::home::Home;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::worker;
 use crate::wire::{Code, Error, Fields, Message, Request};
 
-/// How long the guest's programs have to stand still, in milliseconds. One that does not (it waits in the kernel for a
-/// disk) is taken as it is.
-const FREEZE_MS: u64 = 1000;
 /// How long the agent has to say that they do.
-const FREEZE: Duration = Duration::from_secs(5);
-/// Octets of randomness that a resumed guest gets.
-const SEED: usize = 64;
-
+pub(super) const FREEZE: Duration = Duration::from_secs(5);
 /// How far a pause is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pausing {
@@ -52,6 +45,9 @@ impl Supervisor {
             let message = format!("sandbox {id} has a disk that is the node's: it cannot be paused");
             return Err(Error::new(Code::BadState, message));
         }
+        if sandbox.snapshotting.is_some() || sandbox.rolling_back.is_some() {
+            return Err(Error::new(Code::BadState, format!("sandbox {id} is being taken a snapshot of or put back")));
+        }
         sandbox.state.become_(State::Pausing)?;
         sandbox.pausing = Some(Pausing::Recording);
         self.await_(key, tag, &id, Awaited::Paused);
@@ -67,17 +63,16 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get_mut(id).filter(|s| s.pausing == Some(Pausing::Recording)) else {
             return;
         };
-        let Some(worker) = &mut sandbox.worker else { return };
         sandbox.pausing = Some(Pausing::Freezing(Instant::now()));
-        let freeze = Request::new("", "system.freeze").set("wait_ms", FREEZE_MS).set("id", id);
-        let tag = worker.agent.request(freeze);
-        worker.routes.insert(tag, Route::Freeze);
-        self.touched_sandboxes.insert(id.clone());
-        self.timers.after(FREEZE, Timer::Freeze(id.clone()));
+        self.ask_freeze(id);
     }
 
     /// The agent has had its time to freeze the guest's programs.
     pub(super) fn freeze_expired(&mut self, id: &SandboxId) {
+        if self.snapshot_freeze_expired(id) {
+            self.frozen_for_snapshot(id, false);
+            return;
+        }
         // The time may be of a pause before this one.
         let pausing = self.sandboxes.get(id).and_then(|sandbox| sandbox.pausing);
         if matches!(pausing, Some(Pausing::Freezing(since)) if since.elapsed() >= FREEZE) {
@@ -87,6 +82,9 @@ impl Supervisor {
 
     /// The guest's programs stand still, or do not in time: the machine is taken.
     pub(super) fn frozen(&mut self, id: &SandboxId, frozen: bool) {
+        if self.frozen_for_snapshot(id, frozen) {
+            return;
+        }
         let freezing = |pausing| matches!(pausing, Some(Pausing::Freezing(_)));
         let Some(sandbox) = self.sandboxes.get_mut(id).filter(|sandbox| freezing(sandbox.pausing)) else { return };
         let Some(worker) = &sandbox.worker else { return };
@@ -141,15 +139,12 @@ impl Supervisor {
         sandbox.pausing = None;
         let Some(worker) = sandbox.worker.as_mut().filter(|worker| !worker.dead) else { return };
         worker.link.send(&Message::Request(Request::new("resume", "vm.resume")));
-        if worker.agent.is_ready() {
-            let tag = worker.agent.request(Request::new("", "system.thaw"));
-            worker.routes.insert(tag, Route::Unheeded);
-        }
         if let Err(e) = sandbox.state.become_(State::Running) {
             log::error!("sandbox {id}: {e}");
         }
         sandbox.home.drop_paused();
         self.touched_sandboxes.insert(id.clone());
+        self.thaw(id);
         self.watch_health(id);
         self.record(id);
         if self.stopping.as_ref().is_some_and(|stopping| !stopping.hands_over)
@@ -169,7 +164,10 @@ impl Supervisor {
             return Err(Error::new(Code::Draining, "the node is being drained: node.undrain takes that back"));
         }
         let Some(sandbox) = self.sandboxes.get_mut(&id) else { return Ok(()) };
-        if sandbox.releasing || sandbox.worker.is_some() && sandbox.state == State::Paused {
+        if sandbox.releasing
+            || sandbox.rolling_back.is_some()
+            || sandbox.worker.is_some() && sandbox.state == State::Paused
+        {
             let message = format!("what is left of sandbox {id}'s worker is still being taken down");
             return Err(Error::new(Code::BadState, message));
         }
@@ -194,7 +192,7 @@ impl Supervisor {
             self.answer_waiters(id, Awaited::Resumed, error);
             return;
         }
-        let back = if sandbox.home.has_paused() { State::Paused } else { State::Error };
+        let back = if sandbox.home.has_paused() || sandbox.origin().is_some() { State::Paused } else { State::Error };
         if let Err(e) = sandbox.state.become_(back) {
             log::error!("sandbox {id}: {e}");
         }
@@ -226,41 +224,13 @@ impl Supervisor {
             self.fail_start(id, error);
             return;
         }
-        let Some(sandbox) = self.sandboxes.get_mut(id).filter(|s| s.state == State::Resuming) else { return };
-        let mut seed = [0; SEED];
-        if let Err(e) = getrandom(&mut seed) {
-            self.fail_start(id, Error::new(Code::Internal, format!("no random numbers: {e}")));
-            return;
+        if self.sandboxes.get(id).is_some_and(|sandbox| sandbox.state == State::Resuming) {
+            self.introduce(id);
         }
-        let thaw = Request::new("", "system.thaw")
-            .set("id", id)
-            .set("hostname", sandbox.spec.name.as_deref().unwrap_or(id.as_str()))
-            .set("clock_ns", u128::from(now_ms()) * 1_000_000)
-            .set_bytes("seed", &seed);
-        let thaw = match &sandbox.slot {
-            Some(slot) => thaw.set("mac", slot.mac.map(|octet| format!("{octet:02x}")).join(":")),
-            None => thaw,
-        };
-        let thaw = sandbox.configure_network(thaw, &self.config.network.dns);
-        let Some(worker) = &mut sandbox.worker else { return };
-        let tag = worker.agent.request(thaw);
-        worker.routes.insert(tag, Route::Configure);
-        self.touched_sandboxes.insert(id.clone());
-    }
-
-    /// A resumed guest knows who it is: its network opens, and what ran in it goes on to be heard.
-    pub(super) fn resumed(&mut self, id: &SandboxId) {
-        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
-        if let Some(worker) = &mut sandbox.worker {
-            worker.link.send(&Message::Request(Request::new("open", "vm.open")));
-        }
-        sandbox.reason.clear();
-        self.touched_sandboxes.insert(id.clone());
-        self.survey(id);
     }
 
     /// Ends the requests that wait for something of a sandbox with an error.
-    fn answer_waiters(&mut self, id: &SandboxId, what: Awaited, error: &Error) {
+    pub(super) fn answer_waiters(&mut self, id: &SandboxId, what: Awaited, error: &Error) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let waiters: Vec<Waiter> = sandbox.waiters.extract_if(.., |waiter| waiter.what == what).collect();
         for waiter in waiters {
@@ -278,10 +248,11 @@ fn capture(home: &Home, pid: i32, memory_bytes: u64) -> Result<Fields, Error> {
         }
     };
     let (state, memory) = home.begin_pause(memory_bytes).map_err(io("its files"))?;
-    let captured = worker::capture(home.socket(), pid, &state, &memory).map_err(|e| match e {
+    let captured = worker::begin_capture(home.socket(), pid, &state, &memory, None).map_err(|e| match e {
         worker::CaptureError::Refused(error) => error,
         worker::CaptureError::Io(e) => io("its worker")(e),
     });
+    let captured = captured.and_then(|capture| capture.finish().map_err(io("its worker")));
     let done = captured.and_then(|fields| {
         home.commit_pause(&state, &memory).map_err(io("its files"))?;
         Ok(fields)
@@ -290,9 +261,4 @@ fn capture(home: &Home, pid: i32, memory_bytes: u64) -> Result<Fields, Error> {
         home.drop_paused();
     }
     done
-}
-
-/// Random numbers of the node's kernel.
-fn getrandom(into: &mut [u8]) -> std::io::Result<()> {
-    std::fs::File::open("/dev/urandom")?.read_exact(into)
 }

@@ -150,7 +150,7 @@ impl Supervisor {
             if sandbox.worker.is_some() {
                 sandbox.held.place = Some(self.pools.workers.adopt_any());
             }
-            if sandbox.home.overlay().exists() {
+            if !sandbox.home.overlays().is_empty() {
                 sandbox.held.overlay_place = Some(self.pools.overlays.adopt_any());
             }
         }
@@ -235,7 +235,7 @@ impl Supervisor {
         if let Some(place) = sandbox.held.place.take() {
             self.pools.workers.freed(place);
         }
-        if let Some(place) = sandbox.held.overlay_place.take_if(|_| !sandbox.home.overlay().exists()) {
+        if let Some(place) = sandbox.held.overlay_place.take_if(|_| sandbox.home.overlays().is_empty()) {
             self.pools.overlays.freed(place);
         }
         self.pools.look = true;

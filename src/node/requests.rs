@@ -58,6 +58,15 @@ pub enum Job {
     Backup,
     /// It sends a database.
     Restore(super::backup::Upload),
+    /// It waits for a snapshot to be there, or gone.
+    Snapshot,
+    /// It waits for the sandboxes of a fork.
+    Fork {
+        /// How many are still to come.
+        left: u64,
+        /// Why the first of those failed that did.
+        failed: Option<Error>,
+    },
     /// It waits for the ledger to be compared with the kernel.
     Ledger,
     /// It waits for the node to be drained.
@@ -247,10 +256,12 @@ impl Supervisor {
                 let row = self.catalogue.row(&name)?;
                 self.answer(key, &Message::ok(tag, row));
             }
-            Command::SandboxCreate { spec, owner, progress } => {
+            Command::TemplateSnapshot(spec) => self.ask_template_snapshot(key, tag, spec)?,
+            Command::SandboxCreate { spec, owner, progress, cold } => {
                 let owner = self.owner_of_new(key, owner, &spec)?;
                 let waiter = Waiter { client: key, tag: tag.to_string(), what: Awaited::Created { progress } };
-                let id = self.create(spec, owner, waiter)?;
+                let origin = if cold { None } else { self.template_origin(&spec) };
+                let id = self.create(spec, owner, waiter, origin.as_ref())?;
                 if self.sandboxes.contains_key(&id) {
                     self.add_job(key, tag, Job::Wait(id));
                 }
@@ -276,6 +287,12 @@ impl Supervisor {
             Command::SandboxStop { sandbox, timeout } => self.ask_stop(key, tag, &sandbox, timeout)?,
             Command::SandboxPause(sandbox) => self.ask_pause(key, tag, &sandbox)?,
             Command::SandboxResume(sandbox) => self.ask_resume(key, tag, &sandbox)?,
+            Command::SandboxRollback { sandbox, snapshot } => self.ask_rollback(key, tag, &sandbox, &snapshot)?,
+            Command::SnapshotCreate { sandbox, name } => self.ask_snapshot(key, tag, &sandbox, name)?,
+            Command::SnapshotFork { from, count } => self.ask_fork(key, tag, &from, count)?,
+            Command::SnapshotList { sandbox } => self.list_snapshots(key, tag, sandbox.as_deref()),
+            Command::SnapshotInspect(snapshot) => self.inspect_snapshot(key, tag, &snapshot)?,
+            Command::SnapshotRemove(snapshot) => self.remove_snapshot(key, tag, &snapshot)?,
             Command::SandboxRemove { sandbox, force } => self.ask_remove(key, tag, &sandbox, force)?,
             Command::SandboxStats(sandbox) => self.ask_stats(key, tag, &sandbox)?,
             Command::SandboxUpdate { sandbox, update } => self.ask_update(key, tag, &sandbox, update)?,
@@ -351,25 +368,12 @@ impl Supervisor {
     /// The sandbox that a client means, among those that are there for it: by id, by name (its own owner's first), or by
     /// a prefix that only one id has.
     pub(super) fn find(&self, key: u64, given: &str) -> Result<SandboxId, Error> {
-        let own = self.clients.get(&key).map(|client| client.identity().owner.as_str());
-        let seen = || self.sandboxes.values().filter(|sandbox| self.sees(key, sandbox));
-        if let Some(sandbox) = seen().find(|sandbox| sandbox.id.as_str() == given) {
-            return Ok(sandbox.id.clone());
-        }
-        let named = || seen().filter(|sandbox| sandbox.spec.name.as_deref() == Some(given));
-        if let Some(sandbox) = named().find(|sandbox| Some(sandbox.owner.as_str()) == own) {
-            return Ok(sandbox.id.clone());
-        }
-        let mut matching = named().chain(seen().filter(|sandbox| {
-            sandbox.spec.name.as_deref() != Some(given) && !given.is_empty() && sandbox.id.as_str().starts_with(given)
-        }));
-        match (matching.next(), matching.next()) {
-            (Some(sandbox), None) => Ok(sandbox.id.clone()),
-            (Some(_), Some(_)) => {
-                Err(Error::new(Code::BadArgument, format!("{given} is the name or start of more than one sandbox")))
-            }
-            _ => Err(Error::new(Code::NotFound, format!("no sandbox {given}")).with("sandbox", given)),
-        }
+        let own = self.clients.get(&key).map_or("", |client| client.identity().owner.as_str());
+        let found = choose("sandbox", given, own, || {
+            let seen = self.sandboxes.values().filter(|sandbox| self.sees(key, sandbox));
+            seen.map(|sandbox| (sandbox.id.as_str(), sandbox.spec.name.as_deref(), sandbox.owner.as_str()))
+        })?;
+        SandboxId::parse(&found).ok_or_else(|| Error::new(Code::NotFound, format!("no sandbox {given}")))
     }
 
     /// The sandbox that is meant, where its agent answers.
@@ -495,8 +499,11 @@ impl Supervisor {
             Job::Inquiry { sandbox, route } => self.forget_inquiry(&sandbox, &route),
             Job::NetworkChange(ticket) => self.forget_network_change(ticket),
             Job::Drain => self.forget_drain(key, tag),
+            Job::Fork { .. } => self.forget_fork(key, tag),
             // Whoever makes or takes a copy of the database sees that nobody waits for it.
             Job::Logs(_) | Job::NodeStop | Job::Backup | Job::Restore(_) | Job::Ledger | Job::Audit(_) => {}
+            // It is made all the same, and seen in the list.
+            Job::Snapshot => {}
         }
     }
 
@@ -543,6 +550,33 @@ impl Supervisor {
             self.watch(link, Source::WorkerLink(id.clone()))?,
             self.watch(agent, Source::Agent(id.clone()))?,
         ])
+    }
+}
+
+/// The one that is meant of those that a client sees, each with id, name and owner: by id, by name, where its own come first,
+/// or by the unique start of an id. `what` they are is for the error.
+pub(super) fn choose<'a, I: Iterator<Item = (&'a str, Option<&'a str>, &'a str)>>(
+    what: &str,
+    given: &str,
+    own: &str,
+    seen: impl Fn() -> I,
+) -> Result<String, Error> {
+    if seen().any(|(id, _, _)| id == given) {
+        return Ok(given.to_string());
+    }
+    let named = || seen().filter(|(_, name, _)| *name == Some(given));
+    if let Some((id, _, _)) = named().find(|(_, _, owner)| *owner == own) {
+        return Ok(id.to_string());
+    }
+    let starts =
+        |(id, name, _): &(&str, Option<&str>, &str)| *name != Some(given) && !given.is_empty() && id.starts_with(given);
+    let mut matching = named().chain(seen().filter(starts));
+    match (matching.next(), matching.next()) {
+        (Some((id, _, _)), None) => Ok(id.to_string()),
+        (Some(_), Some(_)) => {
+            Err(Error::new(Code::BadArgument, format!("{given} is the name or start of more than one {what}")))
+        }
+        _ => Err(Error::new(Code::NotFound, format!("no {what} {given}")).with(what, given)),
     }
 }
 

@@ -121,6 +121,8 @@ impl Supervisor {
             | Job::Drain
             | Job::Backup
             | Job::Ledger
+            | Job::Snapshot
+            | Job::Fork { .. }
             | Job::Audit(_) => false,
         };
         if !ended && let Some(client) = self.clients.get_mut(&key) {

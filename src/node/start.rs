@@ -22,6 +22,7 @@ use crate::sandbox::lifecycle::State;
 use crate::sandbox::limits::{self, Limits};
 use crate::sandbox::spec::{MAX_DISK_MIB, Spec};
 use crate::sandbox::worker;
+use crate::storage::state::SnapshotRow;
 use crate::storage::template_disk::TemplateEvent;
 use crate::storage::templates::{self, Template, TemplateError};
 use crate::wire::{Code, Error, Fields, Link, Message, Request};
@@ -32,7 +33,14 @@ const GUEST_CID: u32 = 3;
 
 impl Supervisor {
     /// Accepts a sandbox and begins to make it. What fails at once is this function's error and leaves nothing.
-    pub(super) fn create(&mut self, spec: Spec, owner: String, waiter: Waiter) -> Result<SandboxId, Error> {
+    /// With `origin` it goes on from that snapshot.
+    pub(super) fn create(
+        &mut self,
+        spec: Spec,
+        owner: String,
+        waiter: Waiter,
+        origin: Option<&SnapshotRow>,
+    ) -> Result<SandboxId, Error> {
         if self.stopping.is_some() {
             return Err(Error::new(Code::Stopping, "the node is stopping"));
         }
@@ -66,7 +74,14 @@ impl Supervisor {
         let mut sandbox = Sandbox::new(id.clone(), owner, spec, self.places.of(&id), now_ms());
         sandbox.state = State::Scheduling;
         sandbox.waiters.push(waiter);
+        if let Some(row) = origin {
+            sandbox.template_sha256.clone_from(&row.template_sha256);
+            (sandbox.layer, sandbox.snapshot) = (row.layer.clone(), Some(row.id.clone()));
+        }
         self.sandboxes.insert(id.clone(), sandbox);
+        if origin.is_some() {
+            self.hold(&id);
+        }
         self.notify_waiters(&id);
         self.fit_account(&id);
         if let Err(error) = self.settle_worker(&id, idle).and_then(|()| self.schedule(&id)) {
@@ -113,7 +128,9 @@ impl Supervisor {
             .with("max", MAX_DISK_MIB));
         }
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
-            if sandbox.comes_back() && sandbox.template_sha256 != template.manifest.sha256_hex() {
+            if (sandbox.comes_back() || sandbox.layer.is_some())
+                && sandbox.template_sha256 != template.manifest.sha256_hex()
+            {
                 let message = format!("template {} is another than the one below its disk", sandbox.spec.template);
                 return Err(Error::new(Code::Corrupt, message));
             }
@@ -215,13 +232,21 @@ impl Supervisor {
         let share = self.config.paths.share.clone();
         let open =
             |path: &Path| File::open(path).map_err(|e| Error::new(Code::VmFailed, format!("{}: {e}", path.display())));
-        let resumes = self.sandboxes.get(id).filter(|sandbox| sandbox.state == State::Resuming);
-        let (keys, source) = match resumes {
+        let Some(sandbox) = self.sandboxes.get(id) else { return Ok(()) };
+        let layers = self.snapshots.store.layers_from(sandbox.layer.as_deref());
+        let layers = layers.ok_or_else(|| Error::new(Code::Corrupt, "a frozen layer of its disk is missing"))?;
+        let layers = self.snapshots.shelves.open_layers(&layers);
+        let layers = layers.map_err(|e| Error::new(Code::Corrupt, format!("a frozen layer of its disk: {e}")))?;
+        let goes_on = Some(sandbox).filter(|s| s.state == State::Resuming || s.origin().is_some());
+        let (keys, source) = match goes_on {
             None => (["kernel", "initramfs"], [open(&share.join("vmlinux"))?, open(&share.join("initramfs.img"))?]),
             Some(sandbox) => {
-                let files = sandbox.home.open_paused();
+                let files = match sandbox.origin() {
+                    Some(snapshot) => self.snapshots.shelves.open(snapshot),
+                    None => sandbox.home.open_paused(),
+                };
                 let (state, memory) =
-                    files.map_err(|e| Error::new(Code::Corrupt, format!("what it was paused as: {e}")))?;
+                    files.map_err(|e| Error::new(Code::Corrupt, format!("what it is to go on from: {e}")))?;
                 (["state", "memory"], [state, memory])
             }
         };
@@ -275,6 +300,10 @@ impl Supervisor {
                 .set("base", "fd:4")
                 .set("overlay", "fd:5");
             let mut descriptors = [&kvm, &source[0], &source[1], &serial, &base, &overlay].map(AsFd::as_fd).to_vec();
+            for layer in &layers {
+                request = request.set("layer", format!("fd:{}", descriptors.len()));
+                descriptors.push(layer.as_fd());
+            }
             for (spec, file) in sandbox.spec.disks.iter().zip(&disks) {
                 let mode = if spec.read_only { "ro" } else { "rw" };
                 request = request.set("disk", format!("{}:{mode}:fd:{}", spec.name, descriptors.len()));
@@ -338,7 +367,7 @@ impl Supervisor {
             sandbox.worker = Some(held);
         }
         self.watch_events(id);
-        self.timers.after(Duration::from_secs(self.config.sandbox.boot_timeout_s), Timer::Boot(id.clone()));
+        self.timers.after(Duration::from_secs(self.config.sandbox.boot_timeout_s), Timer::Boot(id.clone(), pid));
         self.touched_sandboxes.insert(id.clone());
         self.post(id);
         self.record(id);
@@ -349,8 +378,22 @@ impl Supervisor {
     /// The agent of a sandbox greeted: the sandbox runs.
     pub(super) fn agent_ready(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let from_snapshot = sandbox.origin().is_some();
         match sandbox.state {
+            State::Resuming if from_snapshot => return self.returned_agent_ready(id),
             State::Resuming => return self.resumed_agent_ready(id),
+            State::Starting if from_snapshot => return self.introduce(id),
+            // A supervisor before this one had its programs frozen, or had not told it yet who it is.
+            State::Running
+                if sandbox.snapshotting.is_none()
+                    && sandbox.worker.as_ref().is_some_and(|worker| worker.agent.is_frozen()) =>
+            {
+                if self.snapshots.interrupted.remove(id) {
+                    self.thaw(id);
+                } else {
+                    return self.introduce(id);
+                }
+            }
             // Taken over from a supervisor that was pausing it.
             State::Pausing if sandbox.pausing.is_none() => {
                 self.run_on(id);
@@ -380,10 +423,6 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get(id) else { return };
         let starting = sandbox.is_booting();
         match outcome {
-            Ok(()) if starting && sandbox.state == State::Resuming => {
-                self.runs(id);
-                self.resumed(id);
-            }
             Ok(()) if starting => self.runs(id),
             Ok(()) => {}
             Err(error) if starting => {
@@ -394,13 +433,18 @@ impl Supervisor {
         }
     }
 
-    fn runs(&mut self, id: &SandboxId) {
+    pub(super) fn runs(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        if std::mem::take(&mut sandbox.restarting) && sandbox.snapshot.take().is_some() {
+            // It was booted: nothing of the snapshot's memory is in it.
+            self.hold(id);
+        }
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         if let Err(e) = sandbox.state.become_(State::Running) {
             log::error!("sandbox {id}: {e}");
         }
         sandbox.started_ms = Some(now_ms());
-        (sandbox.ended_ms, sandbox.restarting) = (None, false);
+        sandbox.ended_ms = None;
         self.watch_health(id);
         let writing = self.record(id);
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
@@ -429,9 +473,10 @@ impl Supervisor {
         sandbox.reason = error.to_string();
         for waiter in std::mem::take(&mut sandbox.waiters) {
             match waiter.what {
-                Awaited::Created { .. } | Awaited::Stopped | Awaited::Paused | Awaited::Resumed => {
+                Awaited::Created { .. } | Awaited::Prepared | Awaited::Stopped | Awaited::Paused | Awaited::Resumed => {
                     self.finish(waiter.client, &Message::err(&waiter.tag, error.clone().with("sandbox", id)));
                 }
+                Awaited::Forked => self.forked(waiter.client, &waiter.tag, Err(error.clone().with("sandbox", id))),
                 Awaited::Removed => {
                     if let Some(sandbox) = self.sandboxes.get_mut(id) {
                         sandbox.waiters.push(waiter);
@@ -442,9 +487,9 @@ impl Supervisor {
         self.remove(id);
     }
 
-    pub(super) fn boot_expired(&mut self, id: &SandboxId) {
+    pub(super) fn boot_expired(&mut self, id: &SandboxId, pid: i32) {
         let Some(sandbox) = self.sandboxes.get(id) else { return };
-        if sandbox.is_booting() {
+        if sandbox.is_booting() && sandbox.worker.as_ref().is_some_and(|worker| worker.pid == pid) {
             let seconds = self.config.sandbox.boot_timeout_s;
             let error = Error::new(Code::GuestTimeout, format!("the guest's agent did not answer within {seconds} s"));
             let error = with_console(error, sandbox);
@@ -459,6 +504,8 @@ impl Supervisor {
         // It may have ended again by now: it did run.
         let written = sandbox.writing.is_none();
         let has_run = sandbox.started_ms.is_some() && written;
+        let settled = written && sandbox.rolling_back.is_none();
+        let (mut forked, mut prepared) = (Vec::new(), Vec::new());
         let mut answers = Vec::new();
         sandbox.waiters.retain(|waiter| match waiter.what {
             Awaited::Created { .. } if has_run => {
@@ -483,18 +530,37 @@ impl Supervisor {
                 answers.push((waiter.client, Message::ok(&waiter.tag, Fields::new().with("id", id))));
                 false
             }
-            Awaited::Resumed if state == State::Running && written => {
+            Awaited::Prepared if has_run => {
+                prepared.push((waiter.client, waiter.tag.clone()));
+                false
+            }
+            Awaited::Forked if has_run => {
+                forked.push((waiter.client, waiter.tag.clone()));
+                false
+            }
+            Awaited::Resumed if state == State::Running && settled => {
                 answers.push((waiter.client, Message::ok(&waiter.tag, Fields::new().with("id", id))));
                 false
             }
             // It has ended over it.
-            Awaited::Paused | Awaited::Resumed if matches!(state, State::Stopped | State::Error) && written => {
+            Awaited::Paused | Awaited::Resumed if matches!(state, State::Stopped | State::Error) && settled => {
                 let error = Error::new(Code::VmFailed, format!("the sandbox ended: {}", sandbox.reason));
                 answers.push((waiter.client, Message::err(&waiter.tag, error.with("sandbox", id))));
                 false
             }
-            Awaited::Stopped | Awaited::Removed | Awaited::Paused | Awaited::Resumed => true,
+            Awaited::Stopped
+            | Awaited::Removed
+            | Awaited::Paused
+            | Awaited::Resumed
+            | Awaited::Forked
+            | Awaited::Prepared => true,
         });
+        for (client, tag) in prepared {
+            self.template_ready(client, &tag, id);
+        }
+        for (client, tag) in forked {
+            self.forked(client, &tag, Ok(id));
+        }
         for (client, message) in answers {
             if message.is_final() {
                 self.finish(client, &message);
@@ -517,10 +583,15 @@ fn link_descriptor(link: &Link<UnixStream>) -> i32 {
 }
 
 fn configure_request(hostname: &str, spec: &Spec, catalogue: &super::catalogue::Catalogue) -> Request {
-    let mut request = Request::new("", "system.configure")
+    let request = Request::new("", "system.configure")
         .set("hostname", hostname)
         .set("clock_ns", u128::from(now_ms()) * 1_000_000)
         .set("grow", true);
+    with_environment(request, spec, catalogue)
+}
+
+/// What programs of a sandbox have that do not say: the template's, then its own.
+pub(super) fn with_environment(mut request: Request, spec: &Spec, catalogue: &super::catalogue::Catalogue) -> Request {
     let defaults = catalogue.get(&spec.template).ok().map(|template| &template.manifest.defaults);
     if let Some(defaults) = defaults {
         request = request.set("user", defaults.user).set("cwd", &defaults.cwd);

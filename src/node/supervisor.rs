@@ -18,6 +18,7 @@ use super::assembly::{Parts, watch_signals};
 use super::background::Background;
 use super::backup::Backups;
 use super::catalogue::Catalogue;
+use super::checkpoint::{Held, Written};
 use super::config::Config;
 use super::drain::Drain;
 use super::externals::{External, Externals};
@@ -28,6 +29,7 @@ use super::listener::Listener;
 use super::network::NetworkChange;
 use super::pools::{Pools, Shape};
 use super::requests::Job;
+use super::snapshots::Snapshots;
 use super::timers::Timers;
 use crate::control::access::{Identity, Peer};
 use crate::control::client::Client;
@@ -63,8 +65,8 @@ pub(super) enum Source {
 /// What is due later.
 #[derive(Debug)]
 pub(super) enum Timer {
-    /// The agent must have answered by now.
-    Boot(SandboxId),
+    /// The agent must have answered by now; the worker's pid.
+    Boot(SandboxId, i32),
     /// The guest must have shut down by now.
     Stop(SandboxId),
     /// Init must have told by now how a worker ended.
@@ -73,6 +75,8 @@ pub(super) enum Timer {
     Relink(SandboxId),
     /// The agent must have frozen the guest's programs by now.
     Freeze(SandboxId),
+    /// What did not work of a snapshot is tried again.
+    Snapshot(String),
     /// The worker must have answered a client's request by now.
     Inquiry { sandbox: SandboxId, route: String },
     /// The node has started: time to hash its own templates.
@@ -121,6 +125,14 @@ pub(super) enum Done {
     Restored { client: u64, tag: String, result: Result<Contents, StateError> },
     /// A worker wrote the files of a pause, or could not.
     Captured { sandbox: SandboxId, result: Result<Fields, Error> },
+    /// A worker took its machine for a snapshot, or did not.
+    SnapshotHeld { snapshot: String, held: Held },
+    /// The files of a snapshot are written, or not.
+    SnapshotWritten { snapshot: String, written: Written },
+    /// The overlay of a rollback was made, or not.
+    RollbackPrepared { sandbox: SandboxId, snapshot: String, overlay: String, result: io::Result<()> },
+    /// Files of snapshots that nobody needs were removed, but for these.
+    Cleared(Vec<io::Error>),
     /// What a resumed sandbox was paused as is out of the way, or cannot be.
     Unpaused { sandbox: SandboxId, result: io::Result<()> },
     /// The kernel was asked what there is of sandboxes.
@@ -183,6 +195,7 @@ pub struct Supervisor {
     /// Copies of the database under way.
     pub(super) backups: Backups,
     pub(super) places: Places,
+    pub(super) snapshots: Snapshots,
     /// The network's thread, once it runs.
     pub(super) network: Option<Network>,
     pub(super) network_settings: Settings,
@@ -280,6 +293,7 @@ impl Supervisor {
             uids: Uids::new(config.jail.uids()),
             ledger: Ledger::default(),
             backups: Backups::default(),
+            snapshots: Snapshots::new(&places),
             places,
             network: None,
             network_settings,
@@ -303,7 +317,8 @@ impl Supervisor {
 
     pub(super) fn take_up(&mut self, snapshot: &Snapshot) {
         let fresh_boot = super::adopt::mark_boot(&self.config.paths.run);
-        self.adopt(snapshot, fresh_boot);
+        let sandboxes = self.recover_snapshots(snapshot);
+        self.adopt(snapshot, &sandboxes, fresh_boot);
     }
 
     pub(super) fn open_port(&mut self) {
@@ -479,7 +494,8 @@ impl Supervisor {
 
     fn take_results(&mut self) {
         for (ticket, result) in self.database.completed() {
-            if self.booked(ticket, &result) || self.backed_up(ticket, &result) {
+            if self.booked(ticket, &result) || self.backed_up(ticket, &result) || self.snapshot_written(ticket, &result)
+            {
                 continue;
             }
             if let Err(e) = result {
@@ -501,6 +517,12 @@ impl Supervisor {
                 Done::Network(report) => self.network_reported(report),
                 Done::Swept { homes, users } => self.swept(homes, &users),
                 Done::Captured { sandbox, result } => self.captured(&sandbox, result),
+                Done::SnapshotHeld { snapshot, held } => self.snapshot_held(&snapshot, held),
+                Done::SnapshotWritten { snapshot, written } => self.snapshot_written_out(&snapshot, written),
+                Done::RollbackPrepared { sandbox, snapshot, overlay, result } => {
+                    self.rollback_prepared(&sandbox, &snapshot, &overlay, result);
+                }
+                Done::Cleared(errors) => errors.iter().for_each(|e| log::error!("a snapshot's file stays: {e}")),
                 Done::Unpaused { sandbox, result } => self.unpaused(&sandbox, result),
                 Done::Counted(census) => self.counted(census),
                 Done::RestoreMoved(key) => drop(self.touched_clients.insert(key)),
@@ -535,11 +557,12 @@ impl Supervisor {
 
     fn expire(&mut self, timer: Timer) {
         match timer {
-            Timer::Boot(id) => self.boot_expired(&id),
+            Timer::Boot(id, pid) => self.boot_expired(&id, pid),
             Timer::Stop(id) => self.stop_expired(&id),
             Timer::Obituary(id) => self.bury_anyway(&id),
             Timer::Relink(id) => self.relink(&id),
             Timer::Freeze(id) => self.freeze_expired(&id),
+            Timer::Snapshot(id) => self.snapshot_again(&id),
             Timer::Inquiry { sandbox, route } => self.inquiry_expired(&sandbox, &route),
             Timer::Verify => self.verify_built_in(),
             Timer::Logs => self.logs_due(),

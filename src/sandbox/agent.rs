@@ -44,6 +44,8 @@ pub struct Agent {
     link: Link<UnixStream>,
     phase: Phase,
     next_tag: u64,
+    /// It greeted with all programs frozen.
+    frozen: bool,
 }
 
 impl Agent {
@@ -58,7 +60,7 @@ impl Agent {
     pub fn prepare(socket: &Path) -> io::Result<Self> {
         let stream = worker::connect(socket)?;
         stream.set_nonblocking(true)?;
-        Ok(Self { link: Link::new(UnixStream::from_std(stream)), phase: Phase::Joining, next_tag: 1 })
+        Ok(Self { link: Link::new(UnixStream::from_std(stream)), phase: Phase::Joining, next_tag: 1, frozen: false })
     }
 
     /// Asks the worker to make the connection; once.
@@ -78,6 +80,11 @@ impl Agent {
     /// Whether requests may be sent.
     pub fn is_ready(&self) -> bool {
         self.phase == Phase::Ready
+    }
+
+    /// Whether it said, when it greeted, that the guest's programs stand still.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen
     }
 
     /// Reads once; see `Link::fill`.
@@ -102,8 +109,9 @@ impl Agent {
                 self.hear()
             }
             (Phase::Joining, Message::Err { error, .. }) => Some(Heard::Broken(error.clone())),
-            (Phase::Greeting, Message::Ok { tag, .. }) if tag == "hello" => {
+            (Phase::Greeting, Message::Ok { tag, fields }) if tag == "hello" => {
                 self.phase = Phase::Ready;
+                self.frozen = fields.get("frozen") == Some("true");
                 Some(Heard::Ready)
             }
             // It says why it cannot serve: a root disk that is no file system, say.

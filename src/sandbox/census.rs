@@ -7,7 +7,7 @@ use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
-use super::home::Places;
+use super::home::{self, Places};
 use super::ledger::{Account, Holding, Resource};
 
 /// What was found by one name in the sandboxes' places.
@@ -62,7 +62,7 @@ impl Census {
         for name in names(&places.disks) {
             let found = homes.entry(name.clone()).or_default();
             found.directory = true;
-            found.disk = places.disks.join(&name).join("overlay").exists();
+            found.disk = !home::overlays_in(&places.disks.join(&name)).is_empty();
         }
         for name in names(&places.sockets) {
             homes.entry(name.strip_suffix(".sock").unwrap_or(&name).to_string()).or_default().socket = true;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::id::SandboxId;
+use crate::storage::snapshots::files::OVERLAY;
 
 /// Where sandboxes keep their things.
 #[derive(Debug, Clone)]
@@ -39,6 +40,7 @@ impl Places {
             dir: self.disks.join(id.as_str()),
             socket: self.sockets.join(format!("{id}.sock")),
             cgroup: self.cgroups.join(id.as_str()),
+            overlay: OVERLAY.to_string(),
         }
     }
 }
@@ -49,6 +51,8 @@ pub struct Home {
     dir: PathBuf,
     socket: PathBuf,
     cgroup: PathBuf,
+    /// Name of the private disk's file, which each snapshot changes.
+    overlay: String,
 }
 
 /// Descriptors of a freshly made home, for its worker.
@@ -86,9 +90,29 @@ impl Home {
         self.socket.exists() || self.cgroup.exists()
     }
 
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The private disk.
     pub fn overlay(&self) -> PathBuf {
-        self.dir.join("overlay")
+        self.dir.join(&self.overlay)
+    }
+
+    /// Name of the private disk's file.
+    pub fn overlay_name(&self) -> &str {
+        &self.overlay
+    }
+
+    /// The private disk's file is this one from now on.
+    pub fn use_overlay(&mut self, name: &str) {
+        self.overlay = name.to_string();
+    }
+
+    /// The files of private disks: one, or two while a snapshot or rollback changes it.
+    pub fn overlays(&self) -> Vec<PathBuf> {
+        overlays_in(&self.dir)
     }
 
     /// The cgroup's directory.
@@ -270,7 +294,7 @@ impl Home {
     /// 10 s at most: not for the supervisor's loop.
     pub fn release(&self) -> io::Result<()> {
         absent_is_fine(fs::remove_file(&self.socket))?;
-        absent_is_fine(fs::remove_file(self.overlay()))?;
+        self.overlays().into_iter().try_for_each(|overlay| absent_is_fine(fs::remove_file(overlay)))?;
         absent_is_fine(fs::remove_dir_all(self.disks()))?;
         self.release_cgroup()
     }
@@ -300,6 +324,13 @@ impl Home {
             }
         }
     }
+}
+
+/// The files of private disks in a sandbox's directory.
+pub fn overlays_in(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let is_overlay = |entry: &fs::DirEntry| entry.file_name().to_str().is_some_and(|name| name.starts_with(OVERLAY));
+    entries.filter(is_overlay).map(|entry| entry.path()).collect()
 }
 
 fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {

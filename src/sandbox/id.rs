@@ -12,6 +12,11 @@ const LENGTH: usize = 12;
 /// Longest name a sandbox may be given, in characters.
 const MAX_NAME: usize = 63;
 
+/// Random numbers of the node's kernel.
+pub fn random(into: &mut [u8]) -> io::Result<()> {
+    File::open("/dev/urandom")?.read_exact(into)
+}
+
 /// A sandbox's id: twelve characters of `[a-z0-9]`, the first a letter.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SandboxId(String);
@@ -20,7 +25,7 @@ impl SandboxId {
     /// A fresh random id.
     pub fn random() -> io::Result<Self> {
         let mut octets = [0u8; 8];
-        File::open("/dev/urandom")?.read_exact(&mut octets)?;
+        random(&mut octets)?;
         let mut number = u64::from_le_bytes(octets);
         let mut text = String::with_capacity(LENGTH);
         for at in 0..LENGTH as u64 {

@@ -72,6 +72,10 @@ const MOVES: &[(State, State)] = &[
     (State::Stopping, State::Stopped),
     (State::Error, State::Stopped),
     (State::Error, State::Running),
+    // It is put back to a snapshot, as it may be from `Paused`.
+    (State::Running, State::Resuming),
+    (State::Stopped, State::Resuming),
+    (State::Error, State::Resuming),
 ];
 
 impl State {
@@ -118,19 +122,19 @@ mod tests {
         assert_eq!(legal(Scheduling), [Creating, Stopped, Error]);
         assert_eq!(legal(Creating), [Starting, Error]);
         assert_eq!(legal(Starting), [Running, Error]);
-        assert_eq!(legal(Running), [Pausing, Stopping, Error]);
+        assert_eq!(legal(Running), [Pausing, Resuming, Stopping, Error]);
         assert_eq!(legal(Pausing), [Running, Paused, Error]);
         assert_eq!(legal(Paused), [Resuming, Stopping, Error]);
         assert_eq!(legal(Resuming), [Running, Paused, Error]);
         assert_eq!(legal(Stopping), [Stopped, Error]);
-        assert_eq!(legal(Stopped), []);
-        assert_eq!(legal(Error), [Running, Stopped]);
+        assert_eq!(legal(Stopped), [Resuming]);
+        assert_eq!(legal(Error), [Running, Resuming, Stopped]);
     }
 
     #[test]
     fn an_illegal_move_is_a_typed_error_and_changes_nothing() {
         let mut state = State::Stopped;
-        let error = state.become_(State::Running).expect_err("stopped is final");
+        let error = state.become_(State::Running).expect_err("not without a snapshot");
         assert!(error.is(Code::BadState));
         assert_eq!(state, State::Stopped);
     }

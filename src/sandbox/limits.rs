@@ -86,6 +86,19 @@ impl Limits {
     }
 }
 
+/// Lets a group take so many octets more for a while, and gives what its limit was before.
+pub fn lend_memory(cgroup: &Path, octets: u64) -> io::Result<u64> {
+    let text = fs::read_to_string(cgroup.join("memory.max"))?;
+    let before: u64 = text.trim().parse().map_err(|_| io::Error::other(format!("memory.max is {}", text.trim())))?;
+    set(cgroup, "memory.max", &before.saturating_add(octets).to_string())?;
+    Ok(before)
+}
+
+/// Puts a group's limit back that `lend_memory` gave.
+pub fn give_back_memory(cgroup: &Path, max: u64) -> io::Result<()> {
+    set(cgroup, "memory.max", &max.to_string())
+}
+
 fn set(cgroup: &Path, name: &str, value: &str) -> io::Result<()> {
     fs::write(cgroup.join(name), value).map_err(|e| io::Error::new(e.kind(), format!("{name}={value}: {e}")))
 }

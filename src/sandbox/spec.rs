@@ -1,6 +1,6 @@
 //! What is asked of a new sandbox, with its limits.
 
-use crate::wire::{Args, Code, Error, Fields};
+use crate::wire::{Args, Code, Decoded, Decoder, Error, Fields, Message, Request};
 
 use super::disk::DiskSpec;
 use super::id::check_name;
@@ -170,6 +170,31 @@ impl Spec {
         })
     }
 
+    /// The spec as one line, for a snapshot's settings. Its name is not part of it: that is one sandbox's own.
+    pub fn to_line(&self) -> String {
+        let fields = self.fields(Fields::new()).0.into_iter();
+        let request = Request::new("settings", "sandbox.create");
+        let request = fields.fold(request, |request, (key, value)| request.set_bytes(&key, &value));
+        String::from_utf8_lossy(&Message::Request(request).to_bytes()).trim_end().to_string()
+    }
+
+    /// Reads what `to_line` gives.
+    ///
+    /// # Errors
+    /// `CORRUPT` where it is no such line, or names what a sandbox cannot be.
+    pub fn of_line(line: &str, defaults: Defaults) -> Result<Self, Error> {
+        let mut decoder = Decoder::new();
+        decoder.push(line.as_bytes());
+        decoder.push(b"\n");
+        let Some(Decoded::Message(Message::Request(request))) = decoder.next() else {
+            return Err(Error::new(Code::Corrupt, "the settings of the snapshot's sandbox cannot be read"));
+        };
+        let mut args = Args::of(request);
+        Self::take(&mut args, defaults).and_then(|spec| args.finish().map(|()| spec)).map_err(|error| {
+            Error::new(Code::Corrupt, format!("the settings of the snapshot's sandbox: {}", error.message))
+        })
+    }
+
     /// The spec after a change.
     pub fn with(&self, quota: &Quota) -> Self {
         let changed = |before: Option<u64>, change: Option<u64>| match change {
@@ -281,6 +306,18 @@ mod tests {
         let changed = spec.with(&quota);
         assert_eq!((changed.cpu_quota, changed.disk_iops, changed.disk_mbps), (Some(100), None, Some(7)));
         assert_eq!(Quota::take(&mut Args::of(Request::new("1", "sandbox.update"))).unwrap(), None);
+    }
+
+    #[test]
+    fn the_settings_of_a_snapshot_are_read_as_they_were_written() {
+        let request = Request::new("1", "sandbox.create").set("vcpus", 2).set("disk_mib", 700).set("network", "on");
+        let request = request.set("deny", "10.0.0.0/8").set("net_mbps", 5).set("restart", "on-failure:3");
+        let request = request.set("env", "A=x y\n=z").set("env", "B=").set("label", "team=blue").set("disk_iops", 9);
+        let spec = take(request).unwrap();
+        assert_eq!(Spec::of_line(&spec.to_line(), DEFAULTS).unwrap(), spec);
+        for line in ["", "x", "settings sandbox.create vcpus=99", "settings sandbox.create surprise=1"] {
+            assert!(Spec::of_line(line, DEFAULTS).unwrap_err().is(Code::Corrupt), "{line}");
+        }
     }
 
     #[test]

@@ -42,39 +42,89 @@ pub enum CaptureError {
     Io(io::Error),
 }
 
+impl std::fmt::Display for CaptureError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Refused(error) => error.fmt(f),
+            Self::Io(e) => e.fmt(f),
+        }
+    }
+}
+
 impl From<io::Error> for CaptureError {
     fn from(e: io::Error) -> Self {
         Self::Io(e)
     }
 }
 
-/// Has a worker hold its guest and write its state and its whole memory into these files; `memory` is as long as the
-/// guest's memory. Gives what the worker says of it once all is written; nothing is synced. Blocks. The guest is held
-/// afterwards, or goes on where this fails.
+/// A snapshot that a child of a worker is writing.
+#[derive(Debug)]
+pub struct Capture {
+    /// What the worker says of it.
+    pub fields: Fields,
+    done: io::PipeReader,
+}
+
+/// Has a worker make its guest stand still and begin to write its state and its whole memory into these files; `memory` is as
+/// long as the guest's memory. With `next`, an empty overlay and its name, the guest's root disk is frozen at the same
+/// instant, and it goes on; else it is held. Blocks until all is decided; `Capture::finish` waits for the files. The guest
+/// goes on where this fails.
 ///
 /// # Errors
-/// The worker's own, and the error of the write that failed.
-pub fn capture(socket: &Path, pid: i32, state: &File, memory: &File) -> Result<Fields, CaptureError> {
+/// The worker's own, or the link's. Whether the disk was frozen all the same, `next_overlay` tells.
+pub fn begin_capture(
+    socket: &Path,
+    pid: i32,
+    state: &File,
+    memory: &File,
+    next: Option<(&str, &File)>,
+) -> Result<Capture, CaptureError> {
     let stream = connect(socket)?;
     stream.set_read_timeout(Some(CAPTURE))?;
-    let (mut done, theirs) = io::pipe()?;
+    let (done, theirs) = io::pipe()?;
     let page_map = File::open(format!("/proc/{pid}/pagemap"))?;
     let request = Request::new("capture", "vm.capture")
-        .set("hold", true)
         .set("state", "fd:0")
         .set("memory", "fd:1")
         .set("done", "fd:2")
         .set("page_map", "fd:3");
-    send_with_descriptors(&stream, request, &[state.as_fd(), memory.as_fd(), theirs.as_fd(), page_map.as_fd()])?;
+    let mut descriptors = vec![state.as_fd(), memory.as_fd(), theirs.as_fd(), page_map.as_fd()];
+    let request = match next {
+        Some((name, file)) => {
+            descriptors.push(file.as_fd());
+            request.set("overlay", "fd:4").set("overlay_name", name)
+        }
+        None => request.set("hold", true),
+    };
+    send_with_descriptors(&stream, request, &descriptors)?;
     drop(theirs);
-    let fields = read_answer(&stream)?;
-    // The child's last word; none where it was killed.
-    let mut octets = [0; 4];
-    done.read_exact(&mut octets).map_err(|_| io::Error::other("the process that writes it was killed"))?;
-    match i32::from_le_bytes(octets) {
-        0 => Ok(fields),
-        errno => Err(io::Error::from_raw_os_error(errno).into()),
+    Ok(Capture { fields: read_answer(&stream)?, done })
+}
+
+impl Capture {
+    /// Waits until all is written; nothing is synced.
+    ///
+    /// # Errors
+    /// That of the write that failed.
+    pub fn finish(mut self) -> io::Result<Fields> {
+        // The child's last word; none where it was killed.
+        let mut octets = [0; 4];
+        let read = self.done.read_exact(&mut octets);
+        read.map_err(|_| io::Error::other("the process that writes it was killed"))?;
+        match i32::from_le_bytes(octets) {
+            0 => Ok(self.fields),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
     }
+}
+
+/// Name of the overlay that a worker's guest writes to since a snapshot; `None` where it goes on with the one it was
+/// started with. Blocks.
+pub fn next_overlay(socket: &Path) -> Result<Option<String>, CaptureError> {
+    let stream = connect(socket)?;
+    stream.set_read_timeout(Some(CAPTURE))?;
+    send_with_descriptors(&stream, Request::new("hello", "hello"), &[])?;
+    Ok(read_answer(&stream)?.get("overlay").map(str::to_string))
 }
 
 /// The final answer to the one request of a connection.

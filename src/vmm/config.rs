@@ -144,6 +144,17 @@ pub struct CaptureConfig {
     pub hold: bool,
     /// Of a restored guest's memory only what differs from its file is written.
     pub diff: bool,
+    /// The root disk's overlay is frozen at the same instant, and this one, empty, is written from then on.
+    pub overlay: Option<NextOverlay>,
+}
+
+/// What a root disk is written to after a snapshot.
+#[derive(Debug)]
+pub struct NextOverlay {
+    /// What the supervisor calls it: the worker says it in its greeting once the guest writes to it.
+    pub name: String,
+    /// Empty, on the medium, of the disk's shape.
+    pub file: File,
 }
 
 impl CaptureConfig {
@@ -156,10 +167,17 @@ impl CaptureConfig {
             Some(given) => Some(take_named(&mut descriptors, "page_map", &given)?.into()),
             None => None,
         };
+        let overlay = match args.text("overlay_name")? {
+            Some(name) => {
+                let file = take_descriptor(&mut args, &mut descriptors, "overlay")?.into();
+                Some(NextOverlay { name, file })
+            }
+            None => None,
+        };
         let mut take = |key| take_descriptor(&mut args, &mut descriptors, key);
         let (state, memory, done) = (take("state")?.into(), take("memory")?.into(), take("done")?.into());
         args.finish()?;
-        Ok(Self { state, memory, page_map, done, hold, diff })
+        Ok(Self { state, memory, page_map, done, hold, diff, overlay })
     }
 }
 

@@ -14,7 +14,7 @@ use super::boot::{self, BootError, BootSource, layout};
 use mio::Registry;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::config::{CaptureConfig, MIN_TARGET_MIB, Source, StartConfig};
+use super::config::{CaptureConfig, MIN_TARGET_MIB, NextOverlay, Source, StartConfig};
 use super::devices::{DeviceConfig, DeviceError, DeviceSet, QUEUE_NOTIFY};
 use super::generation;
 use super::jail::{self, lists::Kind};
@@ -190,12 +190,21 @@ pub struct Machine {
     generation: EventFd,
     /// The guest stands still, and nothing of it changes.
     held: bool,
+    /// The overlay that the last snapshot was given for its root disk, and how many layers had been frozen before.
+    next_overlay: Option<(String, u64)>,
     /// Closed last: its memory slots and event descriptors are in use by the above.
     vm: Vm,
 }
 
 /// How long processors and devices have to come to rest for a snapshot, each.
 const REST: Duration = Duration::from_secs(2);
+/// How long the root disk may take to get what was written on its medium, before that.
+const FLUSH: Duration = Duration::from_secs(10);
+
+/// What a client is told of a disk that could not be flushed.
+fn disk_code(error: &io::Error) -> Code {
+    if error.kind() == io::ErrorKind::StorageFull { Code::NoCapacity } else { Code::VmFailed }
+}
 
 /// What a capture was.
 #[derive(Debug, Clone, Copy)]
@@ -276,7 +285,8 @@ impl Machine {
         // Before the guest's first instruction every thread is under its last list.
         jail::all_entered();
         jail::enter(Kind::Device).map_err(StartError::Jail)?;
-        let machine = Self { memory_bytes, processors, exits, devices, memory, generation, held: false, vm };
+        let machine =
+            Self { memory_bytes, processors, exits, devices, memory, generation, held: false, next_overlay: None, vm };
         if saved.is_some() {
             machine.renew().map_err(StartError::Renew)?;
         }
@@ -291,14 +301,35 @@ impl Machine {
 
     /// Makes the guest stand still, if it does not, and has a child of this process write its state and memory. The
     /// child tells `done` how that went: `errno` as four octets, or nothing and the end where it was killed.
-    pub fn capture(&mut self, to: &CaptureConfig) -> Result<Captured, Error> {
+    pub fn capture(&mut self, to: CaptureConfig) -> Result<Captured, Error> {
+        if to.overlay.is_some() {
+            // While the guest still runs: then freezing the layer is quick.
+            let flushed = self.devices.flush_root(Instant::now() + FLUSH);
+            flushed.map_err(|e| Error::new(disk_code(&e), format!("the disk cannot be put on its medium: {e}")))?;
+        }
         let began = Instant::now();
         self.hold()?;
-        let captured = self.write(to).map(|captured| Captured { stopped: began.elapsed(), ..captured });
+        let captured = self.write(&to);
+        let captured = captured.and_then(|captured| to.overlay.map_or(Ok(captured), |next| self.push(next, captured)));
+        let captured = captured.map(|captured| Captured { stopped: began.elapsed(), ..captured });
         if !to.hold || captured.is_err() {
             self.resume();
         }
         captured
+    }
+
+    /// Freezes the root disk's overlay. Last of a capture: what fails before leaves the disk as it was.
+    fn push(&mut self, next: NextOverlay, captured: Captured) -> Result<Captured, Error> {
+        self.next_overlay = Some((next.name, self.devices.layers_pushed()));
+        let failed = |e| Error::new(Code::VmFailed, format!("the disk's layer cannot be frozen: {e}"));
+        self.devices.push_layer(next.file, Instant::now() + REST).map_err(failed)?;
+        Ok(captured)
+    }
+
+    /// Name of the overlay that the guest's root disk is written to, where that is one that a snapshot was given.
+    pub fn next_overlay(&self) -> Option<&str> {
+        let (name, before) = self.next_overlay.as_ref()?;
+        (self.devices.layers_pushed() > *before).then_some(name)
     }
 
     fn hold(&mut self) -> Result<(), Error> {

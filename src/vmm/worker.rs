@@ -273,7 +273,9 @@ impl Worker {
                 let greeting = Fields::new().with("protocol", PROTOCOL_VERSION).with("link", WORKER_LINK);
                 let greeting = greeting.with("role", "worker");
                 let is_held = self.machine.as_ref().is_some_and(Machine::is_held);
-                Ok(Outcome::Done(if is_held { greeting.with("held", true) } else { greeting }))
+                let greeting = if is_held { greeting.with("held", true) } else { greeting };
+                let overlay = self.machine.as_ref().and_then(Machine::next_overlay);
+                Ok(Outcome::Done(overlay.iter().fold(greeting, |greeting, name| greeting.with("overlay", name))))
             }
             "vm.start" => self.start(token, request),
             "vm.watch" => {
@@ -411,7 +413,7 @@ impl Worker {
     fn capture(&mut self, token: Token, request: Request) -> Result<Outcome, Error> {
         let descriptors = self.connections.get_mut(&token).map(Connection::take_descriptors).unwrap_or_default();
         let to = CaptureConfig::parse(request, descriptors)?;
-        let captured = self.machine.as_mut().ok_or_else(not_running)?.capture(&to)?;
+        let captured = self.machine.as_mut().ok_or_else(not_running)?.capture(to)?;
         let fields = Fields::new()
             .with("state_bytes", captured.state_bytes)
             .with("memory_bytes", captured.memory_bytes)

@@ -156,6 +156,11 @@ impl Shelves {
         self.layers.join(id)
     }
 
+    /// State and memory of a snapshot, for reading.
+    pub fn open(&self, id: &str) -> io::Result<(File, File)> {
+        Ok((File::open(self.state(id))?, File::open(self.memory(id))?))
+    }
+
     /// Opens layers for reading, in the order of `ids`.
     pub fn open_layers(&self, ids: &[String]) -> io::Result<Vec<File>> {
         ids.iter().map(|id| File::open(self.layer(id))).collect()

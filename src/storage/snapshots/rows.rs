@@ -20,7 +20,7 @@ pub(in crate::storage) const MIGRATION: &str = "
         vcpus           INTEGER NOT NULL,
         memory_bytes    INTEGER NOT NULL,
         disk_bytes      INTEGER NOT NULL,
-        kind            TEXT NOT NULL,      -- pause, snapshot, template, export
+        kind            TEXT NOT NULL,      -- pause, snapshot, template, export, fork
         state           TEXT NOT NULL,      -- making, ready, removing
         memory_below    TEXT,               -- the snapshot whose memory shows in this one's holes
         memory_seal     TEXT,               -- digest of its memory file by fs-verity, in hex
@@ -92,6 +92,8 @@ words! {
         Template = "template",
         /// Made to be exported; it goes afterwards.
         Export = "export",
+        /// Made for sandboxes to go on from; it goes when they have it.
+        Fork = "fork",
     }
 }
 

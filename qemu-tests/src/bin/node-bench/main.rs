@@ -5,6 +5,7 @@
 mod fleet;
 mod jail;
 mod net;
+mod restore;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -44,12 +45,13 @@ fn main() -> ExitCode {
         ["wall"] => wall(),
         ["jail"] => jail::measure(),
         ["cycle"] => fleet::cycle(),
+        ["restore"] => restore::measure(),
         ["many"] => fleet::many(),
         ["net"] => net::measure(None),
         ["net", peer] => net::measure(Some(peer)),
         ["peer", program] => Peer::measure(program),
         _ => Err(io::Error::other(
-            "usage: node-bench boot | measure | wall | jail | cycle | many | net [PROGRAM] | peer PROGRAM",
+            "usage: node-bench boot | measure | wall | jail | cycle | restore | many | net [PROGRAM] | peer PROGRAM",
         )),
     };
     match result {

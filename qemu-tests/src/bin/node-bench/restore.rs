@@ -1,0 +1,60 @@
+//! How fast sandboxes start from a snapshot of their template, and how fast they are forked.
+
+use std::io;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use qemu_tests::bench::median;
+use qemu_tests::connection::Connection;
+use warren::wire::Request;
+
+use super::{CONTROL, MEMORY_MIB, ask, exec, exec_time, milliseconds, print};
+
+const STARTS: usize = 11;
+const FORKS: u64 = 10;
+/// The pools are full again by then.
+const AFTERWARDS: Duration = Duration::from_millis(500);
+
+/// Sandboxes that start from a snapshot, one after the other, and ten at once from one that runs.
+pub fn measure() -> io::Result<()> {
+    let mut control = Connection::open(Path::new(CONTROL))?;
+    let (mut ready, mut done) = (Vec::new(), Vec::new());
+    let mut create = |control: &mut Connection| -> io::Result<String> {
+        let begin = Instant::now();
+        let request = Request::new("c", "sandbox.create").set("memory_mib", MEMORY_MIB).set("network", "on");
+        let (_, fields) = ask(control, request)?;
+        ready.push(milliseconds(begin.elapsed()));
+        let id = fields.get("id").unwrap_or_default().to_string();
+        exec_time(control, exec(Some(&id), &["true"]))?;
+        done.push(milliseconds(begin.elapsed()));
+        Ok(id)
+    };
+    let snapshot =
+        Request::new("t", "template.snapshot").arg("base").set("memory_mib", MEMORY_MIB).set("network", "on");
+    ask(&mut control, snapshot)?;
+    for _ in 0..STARTS {
+        std::thread::sleep(AFTERWARDS);
+        let id = create(&mut control)?;
+        ask(&mut control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
+        println!("#");
+    }
+    let parent = create(&mut control)?;
+    // The first is the one that finds nothing in any cache.
+    ready.remove(0);
+    done.remove(0);
+    let condition = format!("base, 1 vCPU, {MEMORY_MIB} MiB, network, jailed; create sent to ");
+    let of = format!("median of {STARTS}");
+    print("restore_ms", median(&mut ready), "ms", &format!("{condition}its ok, the agent configured; {of}"));
+    print("restore_exec_ms", median(&mut done), "ms", &format!("{condition}the exit status of true; {of}"));
+    std::thread::sleep(AFTERWARDS);
+    let begin = Instant::now();
+    let (forks, _) = ask(&mut control, Request::new("f", "snapshot.fork").arg(&parent).set("n", FORKS))?;
+    let time = milliseconds(begin.elapsed());
+    if forks.len() as u64 != FORKS {
+        return Err(io::Error::other(format!("{} of {FORKS} forks", forks.len())));
+    }
+    let condition =
+        format!("one processor: a running sandbox's snapshot, and {FORKS} that go on from it, all configured");
+    print("fork_10_ms", time, "ms", &condition);
+    Ok(())
+}

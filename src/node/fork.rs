@@ -1,0 +1,418 @@
+//! From a snapshot to sandboxes: `snapshot.fork` makes new ones, `sandbox.rollback` puts one back.
+//!
+//! A rollback: an empty overlay is made; the sandbox's row says `resuming`, with the snapshot, its disk's layer and that
+//! overlay, durably; its worker is ended; another goes on from the snapshot. From the row on, the sandbox is what it was in
+//! the snapshot: whatever ends the supervisor or the new worker leaves it paused there.
+
+use std::io;
+
+use super::checkpoint::{Want, drop_other_overlays, overlay_shape};
+use super::finish::Extent;
+use super::instance::{Awaited, Route, Sandbox, Waiter};
+use super::requests::Job;
+use super::snapshots::Then;
+use super::start::MIB;
+use super::supervisor::{Done, Supervisor, now_ms};
+use crate::sandbox::id::SandboxId;
+use crate::sandbox::lifecycle::State;
+use crate::sandbox::spec::{Defaults, Spec};
+use crate::storage::snapshots::files::{self, unhindered};
+use crate::storage::snapshots::{SnapshotKind, SnapshotRow, SnapshotState};
+use crate::storage::state::{Change, SandboxRow};
+use crate::wire::{Code, Error, Fields, Message, Request};
+
+/// Octets of randomness that a guest gets which goes on from a snapshot.
+const SEED: usize = 64;
+
+/// What a snapshot's settings mean that do not say; they say all of it.
+const SETTINGS: Defaults = Defaults { vcpus: 1, memory_mib: 512 };
+
+/// How far a rollback is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RollingBack {
+    /// A thread makes its overlay.
+    Preparing,
+    /// The row is on its way to the database; what it was before.
+    Recording(Box<SandboxRow>),
+    /// The worker of before ends.
+    Ending,
+}
+
+impl Supervisor {
+    // ---- New sandboxes ----
+
+    /// A client wants sandboxes that go on from a snapshot, or from what a sandbox is now.
+    pub(super) fn ask_fork(&mut self, key: u64, tag: &str, from: &str, count: u64) -> Result<(), Error> {
+        let missing = match self.find_running(key, from) {
+            Ok(sandbox) => {
+                let id = sandbox.id.clone();
+                let want = Want::Fork { key, tag: tag.to_string(), count };
+                self.begin_snapshot(&id, None, SnapshotKind::Fork, want)?;
+                self.add_job(key, tag, Job::Fork { left: count, failed: None });
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        if !missing.is(Code::NotFound) {
+            return Err(missing);
+        }
+        let snapshot = self.find_snapshot(key, from).map_err(|error| match error.is(Code::NotFound) {
+            true => Error::new(Code::NotFound, format!("no sandbox or snapshot {from}")),
+            false => error,
+        })?;
+        self.add_job(key, tag, Job::Fork { left: count, failed: None });
+        self.fork_from(key, tag, &snapshot, count);
+        Ok(())
+    }
+
+    /// Makes the sandboxes of a fork.
+    pub(super) fn fork_from(&mut self, key: u64, tag: &str, snapshot: &str, count: u64) {
+        let row = self.snapshots.ready(snapshot).cloned();
+        let owner = self.clients.get(&key).map(|client| client.identity().owner.clone());
+        let waits = |node: &Self| {
+            node.clients.get(&key).is_some_and(|client| matches!(client.jobs.get(tag), Some(Job::Fork { .. })))
+        };
+        for _ in 0..count {
+            if !waits(self) {
+                break;
+            }
+            let made = row.clone().and_then(|row| {
+                let spec = Spec::of_line(&row.settings, SETTINGS)?;
+                let waiter = Waiter { client: key, tag: tag.to_string(), what: Awaited::Forked };
+                self.create(spec, owner.clone().unwrap_or_default(), waiter, Some(&row))
+            });
+            if let Err(error) = made {
+                self.forked(key, tag, Err(error));
+            }
+        }
+        // The sandboxes have what they need of it.
+        if row.is_ok_and(|row| row.kind == SnapshotKind::Fork) {
+            self.let_go_of_snapshot(snapshot);
+        }
+    }
+
+    /// One sandbox of a fork runs, or will not.
+    pub(super) fn forked(&mut self, key: u64, tag: &str, result: Result<&SandboxId, Error>) {
+        let job = self.clients.get_mut(&key).and_then(|client| client.jobs.get_mut(tag));
+        let Some(Job::Fork { left, failed }) = job else { return };
+        *left = left.saturating_sub(1);
+        if let Err(error) = &result {
+            failed.get_or_insert(error.clone());
+        }
+        let end = (*left == 0).then(|| failed.clone());
+        if let Ok(id) = result {
+            self.answer(key, &Message::item(tag, Fields::new().with("id", id)));
+        }
+        match end {
+            Some(None) => self.finish(key, &Message::ok(tag, Fields::new())),
+            Some(Some(error)) => self.finish(key, &Message::err(tag, error)),
+            None => {}
+        }
+    }
+
+    /// Nobody waits for a fork any more: sandboxes that nobody was told of go.
+    pub(super) fn forget_fork(&mut self, key: u64, tag: &str) {
+        let is_of = |waiter: &Waiter| waiter.what == Awaited::Forked && waiter.client == key && waiter.tag == tag;
+        let ids: Vec<SandboxId> =
+            self.sandboxes.values().filter(|s| s.waiters.iter().any(is_of)).map(|s| s.id.clone()).collect();
+        for id in ids {
+            if let Some(sandbox) = self.sandboxes.get_mut(&id) {
+                sandbox.waiters.retain(|waiter| !is_of(waiter));
+            }
+            self.remove(&id);
+        }
+    }
+
+    // ---- Templates ----
+
+    /// A client wants sandboxes of that shape to start from a snapshot of one that has started.
+    pub(super) fn ask_template_snapshot(&mut self, key: u64, tag: &str, spec: Spec) -> Result<(), Error> {
+        let owner = self.clients.get(&key).map(|client| client.identity().owner.clone()).unwrap_or_default();
+        let waiter = Waiter { client: key, tag: tag.to_string(), what: Awaited::Prepared };
+        let id = self.create(spec, owner, waiter, None)?;
+        self.add_job(key, tag, Job::Wait(id));
+        Ok(())
+    }
+
+    /// A sandbox that was made for its template's snapshot runs.
+    pub(super) fn template_ready(&mut self, key: u64, tag: &str, id: &SandboxId) {
+        let want = Want::Template { key, tag: tag.to_string() };
+        if let Err(error) = self.begin_snapshot(id, None, SnapshotKind::Template, want) {
+            self.finish(key, &Message::err(tag, error));
+            self.remove(id);
+        }
+    }
+
+    /// A template has a snapshot to start sandboxes from: what it was taken of goes, and those before it that are of the
+    /// same shape.
+    pub(super) fn template_prepared(&mut self, key: u64, tag: &str, id: &SandboxId, snapshot: &str) {
+        self.remove(id);
+        let new = self.snapshots.store.snapshot(snapshot).cloned();
+        let old = self.snapshots.store.snapshots().filter(|row| {
+            let same = |new: &SnapshotRow| row.id != new.id && is_for(row, new) && has_network(row) == has_network(new);
+            row.kind == SnapshotKind::Template && row.state == SnapshotState::Ready && new.as_ref().is_some_and(same)
+        });
+        let old: Vec<String> = old.map(|row| row.id.clone()).collect();
+        for id in old {
+            self.let_go_of_snapshot(&id);
+        }
+        self.finish(key, &Message::ok(tag, Fields::new().with("id", snapshot)));
+    }
+
+    /// The snapshot that a new sandbox can start from.
+    pub(super) fn template_origin(&self, spec: &Spec) -> Option<SnapshotRow> {
+        let template = self.catalogue.get(&spec.template).ok().filter(|_| spec.disks.is_empty())?;
+        let base_mib = template.manifest.size_bytes.div_ceil(MIB);
+        let disk_mib = spec.disk_mib.unwrap_or(base_mib + self.config.sandbox.default_extra_disk_mib);
+        let wanted = SnapshotRow {
+            template_sha256: template.manifest.sha256_hex(),
+            vcpus: spec.vcpus.into(),
+            memory_bytes: u64::from(spec.memory_mib) * MIB,
+            disk_bytes: disk_mib * MIB,
+            ..SnapshotRow::default()
+        };
+        let rows = self.snapshots.store.snapshots();
+        let mut rows = rows.filter(|row| row.kind == SnapshotKind::Template && row.state == SnapshotState::Ready);
+        rows.find(|row| is_for(row, &wanted) && has_network(row) == spec.network.is_some()).cloned()
+    }
+
+    /// Nobody sees a snapshot any more.
+    fn let_go_of_snapshot(&mut self, snapshot: &str) {
+        let Some(change) = files::removal(&self.snapshots.store, snapshot) else { return };
+        if let Change::PutSnapshot(row) = &change {
+            self.snapshots.store.put_snapshot((**row).clone());
+        }
+        self.database.submit(change);
+        self.collect();
+    }
+
+    // ---- Guests that go on from a snapshot ----
+
+    /// The agent of a guest that goes on from a snapshot is there: it is told who it is, and then its programs go on.
+    pub(super) fn introduce(&mut self, id: &SandboxId) {
+        let mut seed = [0; SEED];
+        if let Err(e) = crate::sandbox::id::random(&mut seed) {
+            self.fail_start(id, Error::new(Code::Internal, format!("no random numbers: {e}")));
+            return;
+        }
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let thaw = Request::new("", "system.thaw")
+            .set("id", id)
+            .set("hostname", sandbox.spec.name.as_deref().unwrap_or(id.as_str()))
+            .set("clock_ns", u128::from(now_ms()) * 1_000_000)
+            .set_bytes("seed", &seed);
+        // A new sandbox is another machine; one that goes on where it was is not.
+        let thaw = match sandbox.state == State::Starting {
+            true => thaw.set("machine_id", seed[..16].iter().map(|octet| format!("{octet:02x}")).collect::<String>()),
+            false => thaw,
+        };
+        let thaw = match &sandbox.slot {
+            Some(slot) => thaw.set("mac", slot.mac.map(|octet| format!("{octet:02x}")).join(":")),
+            None => thaw,
+        };
+        let thaw = sandbox.configure_network(thaw, &self.config.network.dns);
+        // Its programs have its own environment, whatever that of the snapshot's was.
+        let own = super::start::with_environment(Request::new("", "system.configure"), &sandbox.spec, &self.catalogue);
+        let Some(worker) = &mut sandbox.worker else { return };
+        let tag = worker.agent.request(own);
+        worker.routes.insert(tag, Route::Unheeded);
+        let tag = worker.agent.request(thaw);
+        worker.routes.insert(tag, Route::Introduce);
+        self.touched_sandboxes.insert(id.clone());
+    }
+
+    /// A guest knows who it is, or cannot be told: its network opens, and what runs in it is heard.
+    pub(super) fn introduced(&mut self, id: &SandboxId, outcome: Result<(), Error>) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let starting = sandbox.is_booting();
+        if let Err(error) = outcome {
+            let message = format!("the guest could not be told who it is: {}", error.message);
+            match starting {
+                true => self.fail_start(id, Error::new(Code::VmFailed, message)),
+                false => log::error!("sandbox {id}: {message}"),
+            }
+            return;
+        }
+        if let Some(worker) = &mut sandbox.worker {
+            worker.link.send(&Message::Request(Request::new("open", "vm.open")));
+        }
+        sandbox.reason.clear();
+        self.touched_sandboxes.insert(id.clone());
+        if starting {
+            self.runs(id);
+        }
+        self.survey(id);
+    }
+
+    // ---- Rollback ----
+
+    /// A client wants a sandbox to be what it was in a snapshot of it.
+    pub(super) fn ask_rollback(&mut self, key: u64, tag: &str, given: &str, snapshot: &str) -> Result<(), Error> {
+        let id = self.find(key, given)?;
+        let snapshot = self.find_snapshot(key, snapshot)?;
+        let row = self.snapshots.ready(&snapshot)?.clone();
+        if self.stopping.is_some() {
+            return Err(Error::new(Code::Stopping, "the node is stopping"));
+        }
+        let Some(sandbox) = self.sandboxes.get_mut(&id) else { return Ok(()) };
+        check_rollback(sandbox, &row)?;
+        let shape = overlay_shape(self.catalogue.get(&row.template)?, row.disk_bytes);
+        let random = SandboxId::random().map_err(|e| Error::new(Code::Internal, format!("no random id: {e}")))?;
+        let name = format!("{}-{random}", files::OVERLAY);
+        sandbox.rolling_back = Some(RollingBack::Preparing);
+        let (home, owned) = (sandbox.home.clone(), id.clone());
+        let work = move || {
+            let result = files::make_overlay(home.dir(), &name, &shape, &mut unhindered);
+            Done::RollbackPrepared { sandbox: owned, snapshot, overlay: name, result: result.map(drop) }
+        };
+        if let Err(e) = self.background.run("rollback", work) {
+            if let Some(sandbox) = self.sandboxes.get_mut(&id) {
+                sandbox.rolling_back = None;
+            }
+            return Err(Error::new(Code::NoCapacity, format!("no thread: {e}")));
+        }
+        self.await_(key, tag, &id, Awaited::Resumed);
+        Ok(())
+    }
+
+    /// The overlay of a rollback is there, or cannot be made.
+    pub(super) fn rollback_prepared(&mut self, id: &SandboxId, snapshot: &str, overlay: &str, result: io::Result<()>) {
+        let row = self.snapshots.ready(snapshot).cloned();
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        sandbox.rolling_back = None;
+        let made = result.map_err(|e| {
+            let code = if e.raw_os_error() == Some(libc::ENOSPC) { Code::NoCapacity } else { Code::VmFailed };
+            Error::new(code, format!("no overlay for the rollback: {e}"))
+        });
+        // Much may have happened meanwhile.
+        let ready = made.and(row).and_then(|row| check_rollback(sandbox, &row).map(|()| row));
+        let row = match ready {
+            Ok(row) => row,
+            Err(error) => {
+                drop_other_overlays(sandbox);
+                self.answer_waiters(id, Awaited::Resumed, &error);
+                if self.sandboxes.get(id).is_some_and(|s| s.worker.as_ref().is_some_and(|worker| worker.dead)) {
+                    self.bury_anyway(id);
+                }
+                return;
+            }
+        };
+        let before = sandbox.row();
+        if let Err(error) = sandbox.state.become_(State::Resuming) {
+            log::error!("sandbox {id}: {error}");
+        }
+        (sandbox.layer, sandbox.snapshot) = (row.layer, Some(row.id));
+        sandbox.home.use_overlay(overlay);
+        sandbox.rolling_back = Some(RollingBack::Recording(Box::new(before)));
+        let ticket = self.database.submit_durable(Change::PutSandbox(Box::new(sandbox.row())));
+        self.snapshots.after(ticket, Then::RolledBack(id.clone()));
+        self.hold(id);
+    }
+
+    /// The sandbox is, by its row, what it was in the snapshot; or the row was refused.
+    pub(super) fn rollback_written(&mut self, id: &SandboxId, refused: Option<Error>) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let Some(RollingBack::Recording(before)) = sandbox.rolling_back.take() else { return };
+        if let Some(error) = refused {
+            sandbox.state = State::parse(&before.state).unwrap_or(State::Error);
+            (sandbox.layer, sandbox.snapshot) = (before.layer, before.snapshot);
+            sandbox.home.use_overlay(before.overlay.as_deref().unwrap_or(files::OVERLAY));
+            drop_other_overlays(sandbox);
+            self.hold(id);
+            self.answer_waiters(id, Awaited::Resumed, &error);
+            if self.sandboxes.get(id).is_some_and(|s| s.worker.as_ref().is_some_and(|worker| worker.dead)) {
+                self.bury_anyway(id);
+            }
+            return;
+        }
+        sandbox.rolling_back = Some(RollingBack::Ending);
+        if sandbox.worker.is_none() {
+            return self.rollback_ended(id);
+        }
+        if let Err(e) = sandbox.home.kill() {
+            log::error!("sandbox {id} cannot be killed: {e}");
+        }
+        self.bury(id);
+    }
+
+    /// The worker of before is gone, and so is what it had: another goes on from the snapshot.
+    pub(super) fn rollback_ended(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        sandbox.rolling_back = None;
+        drop_other_overlays(sandbox);
+        sandbox.home.drop_paused();
+        sandbox.hung_ms = None;
+        // What ran is what ran then: the guest says.
+        sandbox.returned = true;
+        let running: Vec<u64> = sandbox.execs.values().filter(|e| e.outcome.is_none()).map(|e| e.number).collect();
+        for number in running {
+            self.exec_ended(id, number, Err(Error::new(Code::LinkLost, "the sandbox was put back to a snapshot")));
+        }
+        if let Err(error) = self.settle_worker(id, None).and_then(|()| self.schedule(id)) {
+            self.fail_start(id, error);
+        }
+    }
+
+    /// The worker of a sandbox that is rolled back has ended. Whether it is one.
+    pub(super) fn rollback_buried(&mut self, id: &SandboxId) -> bool {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return false };
+        if sandbox.rolling_back != Some(RollingBack::Ending) || sandbox.removing {
+            return false;
+        }
+        self.release(id, Extent::Worker);
+        true
+    }
+
+    /// The agent of a guest that was put back is there. From now on its disk is no longer the snapshot's: first its row
+    /// says so.
+    pub(super) fn returned_agent_ready(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let row = SandboxRow { state: State::Running.to_string(), ..sandbox.row() };
+        let ticket = self.database.submit_durable(Change::PutSandbox(Box::new(row)));
+        self.snapshots.after(ticket, Then::Returned(id.clone()));
+    }
+
+    /// The row of a sandbox that was put back says that it runs.
+    pub(super) fn returned(&mut self, id: &SandboxId, refused: Option<Error>) {
+        if self.sandboxes.get(id).is_none_or(|sandbox| sandbox.state != State::Resuming) {
+            return;
+        }
+        match refused {
+            None => self.introduce(id),
+            Some(error) => self.fail_start(id, error),
+        }
+    }
+}
+
+/// Whether two snapshots are of machines of one shape.
+fn is_for(row: &SnapshotRow, other: &SnapshotRow) -> bool {
+    let shape = |row: &SnapshotRow| (row.vcpus, row.memory_bytes, row.disk_bytes);
+    row.template_sha256 == other.template_sha256 && shape(row) == shape(other)
+}
+
+/// Whether the machine of a snapshot has a network device.
+fn has_network(row: &SnapshotRow) -> bool {
+    Spec::of_line(&row.settings, SETTINGS).is_ok_and(|spec| spec.network.is_some())
+}
+
+/// Whether a sandbox can go back to a snapshot.
+fn check_rollback(sandbox: &Sandbox, row: &SnapshotRow) -> Result<(), Error> {
+    let id = &sandbox.id;
+    let refused = |what: String| {
+        let error = Error::new(Code::BadState, what).with("sandbox", id).with("snapshot", &row.id);
+        Err(error)
+    };
+    if row.sandbox.as_deref() != Some(id.as_str()) {
+        return refused(format!("snapshot {} is not one of sandbox {id}: fork it", row.id));
+    }
+    if sandbox.snapshotting.is_some() || sandbox.rolling_back.is_some() || sandbox.restarting {
+        return refused(format!("sandbox {id} is being taken a snapshot of, put back, or started again"));
+    }
+    if sandbox.releasing || sandbox.removing {
+        return refused(format!("what is left of sandbox {id}'s worker is still being taken down"));
+    }
+    if !matches!(sandbox.state, State::Running | State::Paused | State::Stopped | State::Error) {
+        return refused(format!("sandbox {id} is {}", sandbox.state));
+    }
+    Ok(())
+}

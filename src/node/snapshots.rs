@@ -1,0 +1,328 @@
+//! Snapshots on the node: what there is of them, who sees it, how they go, and what becomes of what an earlier supervisor
+//! left half done. How they are made: `checkpoint`; what they are for: `fork`, `rollback`.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::io;
+use std::time::Duration;
+
+use super::checkpoint::Making;
+use super::requests::choose;
+use super::supervisor::{Done, Supervisor, Timer};
+use crate::sandbox::home::{Home, Places};
+use crate::sandbox::id::SandboxId;
+use crate::sandbox::worker;
+use crate::storage::snapshots::files::{self, OVERLAY, Owner, unhindered};
+use crate::storage::snapshots::store::Garbage;
+use crate::storage::snapshots::{Holding, Shelves, SnapshotKind, SnapshotRow, SnapshotState, Store};
+use crate::storage::state::{Change, LayerRow, SandboxRow, Snapshot as Rows, StateError, Ticket};
+use crate::wire::{Code, Error, Fields, Message};
+
+/// Pause before a change is asked for again that the database refused.
+pub(super) const AGAIN: Duration = Duration::from_secs(5);
+
+/// The node's snapshots.
+#[derive(Debug)]
+pub(super) struct Snapshots {
+    pub store: Store,
+    pub shelves: Shelves,
+    /// Those that are being made, by id.
+    pub making: BTreeMap<String, Making>,
+    /// What goes on when a change is in the database.
+    tickets: HashMap<Ticket, Then>,
+    /// Files without a row are to be looked for once nothing is being made.
+    sweep: bool,
+    /// Sandboxes that a supervisor before this one was taking a snapshot of.
+    pub interrupted: BTreeSet<SandboxId>,
+}
+
+/// What a change in the database was for.
+#[derive(Debug)]
+pub(super) enum Then {
+    /// The row of a snapshot that is to be made.
+    Begun(String),
+    /// A snapshot is made, or its disk's half is.
+    Committed(String),
+    /// A sandbox is about to go back to a snapshot.
+    RolledBack(SandboxId),
+    /// It is there.
+    Returned(SandboxId),
+    /// Nobody sees a snapshot any more: who asked for that.
+    Removed { client: u64, tag: String, id: String },
+    /// Rows that nobody needed are gone.
+    Collected(Garbage),
+    /// What an earlier supervisor left half done is settled.
+    Recovered,
+}
+
+impl Snapshots {
+    /// None yet: `recover` brings them in.
+    pub fn new(places: &Places) -> Self {
+        Self {
+            store: Store::default(),
+            shelves: Shelves::beside(&places.disks),
+            making: BTreeMap::new(),
+            tickets: HashMap::new(),
+            sweep: false,
+            interrupted: BTreeSet::new(),
+        }
+    }
+
+    /// Goes on when that change is in the database.
+    pub fn after(&mut self, ticket: Ticket, then: Then) {
+        self.tickets.insert(ticket, then);
+    }
+
+    /// A snapshot that can be used.
+    pub fn ready(&self, id: &str) -> Result<&SnapshotRow, Error> {
+        let row = self.store.snapshot(id).filter(|row| row.state == SnapshotState::Ready);
+        row.ok_or_else(|| Error::new(Code::NotFound, format!("no snapshot {id}")).with("snapshot", id))
+    }
+}
+
+impl Supervisor {
+    /// Settles what an earlier supervisor left half done, and gives the sandboxes' rows as they are then. Before sandboxes
+    /// are taken over.
+    pub(super) fn recover_snapshots(&mut self, rows: &Rows) -> Vec<SandboxRow> {
+        let mut sandboxes = rows.sandboxes.clone();
+        if let Err(e) = self.snapshots.shelves.prepare() {
+            log::error!("snapshots cannot be kept: {e}");
+        }
+        let holdings = sandboxes
+            .iter()
+            .map(|row| (row.id.clone(), Holding { layer: row.layer.clone(), snapshot: row.snapshot.clone() }));
+        self.snapshots.store = Store::new(rows.snapshots.clone(), rows.layers.clone(), holdings);
+        let interrupted = self.snapshots.store.interrupted();
+        let interrupted = interrupted.iter().filter_map(|row| SandboxId::parse(row.sandbox.as_deref()?));
+        self.snapshots.interrupted = interrupted.collect();
+        let owners = self.owners(&sandboxes);
+        let mut changes = match files::recover(&self.snapshots.store, &owners, &self.snapshots.shelves, &mut unhindered)
+        {
+            Ok(changes) => changes,
+            Err(e) => {
+                log::error!("snapshots that were being made cannot be settled: {e}");
+                return sandboxes;
+            }
+        };
+        // What was made for one purpose has none without whoever wanted it.
+        let passing = |row: &&SnapshotRow| matches!(row.kind, SnapshotKind::Export | SnapshotKind::Fork);
+        let passing = self.snapshots.store.snapshots().filter(passing).filter(|row| row.state == SnapshotState::Ready);
+        changes.extend(passing.filter_map(|row| files::removal(&self.snapshots.store, &row.id)).collect::<Vec<_>>());
+        for change in &changes {
+            self.take_change(change, &mut sandboxes);
+        }
+        self.snapshots.sweep = true;
+        let ticket = self.database.submit_durable(Change::Together(changes));
+        self.snapshots.after(ticket, Then::Recovered);
+        sandboxes
+    }
+
+    /// What a change of recovery's means for what is in memory.
+    fn take_change(&mut self, change: &Change, sandboxes: &mut [SandboxRow]) {
+        let store = &mut self.snapshots.store;
+        match change {
+            Change::RemoveSnapshot { id } => {
+                log::warn!("snapshot {id} was being made when the supervisor before this one ended: it is none");
+                store.remove_snapshot(id);
+            }
+            Change::PutSnapshot(row) => store.put_snapshot((**row).clone()),
+            Change::PutLayer(row) => store.put_layer(row.clone()),
+            Change::Rebase { id, layer, snapshot, overlay } => {
+                store.hold(id, Holding { layer: layer.clone(), snapshot: snapshot.clone() });
+                if let Some(row) = sandboxes.iter_mut().find(|row| row.id == *id) {
+                    (row.layer, row.overlay) = (layer.clone(), overlay.clone());
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// The sandboxes that have a directory; of those a snapshot was being made of, also what their workers say.
+    fn owners(&self, rows: &[SandboxRow]) -> BTreeMap<String, Owner> {
+        let interrupted = self.snapshots.store.interrupted();
+        let mut owners = BTreeMap::new();
+        for row in rows {
+            let Some(home) = SandboxId::parse(&row.id).map(|id| self.places.of(&id)).filter(Home::is_there) else {
+                continue;
+            };
+            let next = interrupted.iter().find(|snapshot| snapshot.sandbox.as_ref() == Some(&row.id));
+            let next = next.and_then(|snapshot| snapshot.next_overlay.as_deref());
+            let pushed = next.filter(|_| !home.processes().is_empty()).and_then(|next| has_pushed(&home, next));
+            let overlay = row.overlay.clone().unwrap_or_else(|| OVERLAY.to_string());
+            owners.insert(row.id.clone(), Owner { home: home.dir().to_path_buf(), overlay, pushed });
+        }
+        owners
+    }
+
+    /// A change is in the database, or was refused. Whether it was one of ours.
+    pub(super) fn snapshot_written(&mut self, ticket: Ticket, result: &Result<(), StateError>) -> bool {
+        let Some(then) = self.snapshots.tickets.remove(&ticket) else { return false };
+        let refused = result.as_ref().err().map(|e| {
+            log::error!("state database: {e}");
+            let code = if matches!(e, StateError::DiskFull(_)) { Code::NoCapacity } else { Code::Internal };
+            Error::new(code, format!("the state database: {e}"))
+        });
+        match (then, refused) {
+            (Then::Begun(id), None) => self.snapshot_begun(&id),
+            (Then::Begun(id), Some(error)) => self.snapshot_failed(&id, error),
+            (Then::Committed(id), None) => self.snapshot_committed(&id),
+            (Then::Committed(id), Some(_)) => self.timers.after(AGAIN, Timer::Snapshot(id)),
+            (Then::RolledBack(id), refused) => self.rollback_written(&id, refused),
+            (Then::Returned(id), refused) => self.returned(&id, refused),
+            (Then::Removed { client, tag, id }, None) => {
+                self.finish(client, &Message::ok(&tag, Fields::new().with("id", id)));
+                self.collect();
+            }
+            (Then::Removed { client, tag, .. }, Some(error)) => self.finish(client, &Message::err(&tag, error)),
+            (Then::Collected(garbage), None) => self.clear_away(garbage),
+            // They are without rows in memory, and stay until the next start.
+            (Then::Collected(_), Some(_)) => {}
+            (Then::Recovered, None) => self.sweep_snapshots(),
+            (Then::Recovered, Some(_)) => self.snapshots.sweep = false,
+        }
+        true
+    }
+
+    /// Takes away what has no row, once nothing is being made.
+    pub(super) fn sweep_snapshots(&mut self) {
+        if !self.snapshots.sweep || !self.snapshots.making.is_empty() {
+            return;
+        }
+        self.snapshots.sweep = false;
+        let owners =
+            self.sandboxes.values().filter(|sandbox| sandbox.home.is_there() && sandbox.rolling_back.is_none());
+        let owners = owners.map(|sandbox| {
+            let (home, overlay) = (sandbox.home.dir().to_path_buf(), sandbox.home.overlay_name().to_string());
+            (sandbox.id.to_string(), Owner { home, overlay, pushed: None })
+        });
+        let owners = owners.collect();
+        if let Err(e) = self.snapshots.shelves.sweep(&self.snapshots.store, &owners, &mut unhindered) {
+            log::error!("files of snapshots that nobody has cannot be taken away: {e}");
+        }
+        self.collect();
+    }
+
+    /// Rows that nobody needs go, and their files after them.
+    pub(super) fn collect(&mut self) {
+        let garbage = self.snapshots.store.garbage();
+        if garbage == Garbage::default() {
+            return;
+        }
+        garbage.snapshots.iter().for_each(|id| drop(self.snapshots.store.remove_snapshot(id)));
+        garbage.layers.iter().for_each(|id| drop(self.snapshots.store.remove_layer(id)));
+        let ticket = self.database.submit_durable(Change::Together(files::garbage_changes(&garbage)));
+        self.snapshots.after(ticket, Then::Collected(garbage));
+    }
+
+    /// Removes files whose rows are gone.
+    fn clear_away(&mut self, garbage: Garbage) {
+        let shelves = self.snapshots.shelves.clone();
+        let started = self.background.run("snapshots", move || {
+            let snapshots = garbage.snapshots.iter().map(|id| fs::remove_dir_all(shelves.snapshot(id)));
+            let layers = garbage.layers.iter().map(|id| fs::remove_file(shelves.layer(id)));
+            let failed = snapshots.chain(layers).filter_map(Result::err);
+            Done::Cleared(failed.filter(|e| e.kind() != io::ErrorKind::NotFound).collect())
+        });
+        if let Err(e) = started {
+            log::error!("no thread to remove snapshots' files: {e}");
+        }
+    }
+
+    /// What a sandbox needs of frozen files is this from now on.
+    pub(super) fn hold(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get(id) else { return };
+        let holding = Holding { layer: sandbox.layer.clone(), snapshot: sandbox.snapshot.clone() };
+        self.snapshots.store.hold(id.as_str(), holding);
+    }
+
+    // ---- What clients ask ----
+
+    /// The snapshot that is meant: by id, name or the unique start of an id.
+    pub(super) fn find_snapshot(&self, key: u64, given: &str) -> Result<String, Error> {
+        let Some(client) = self.clients.get(&key) else { return Ok(String::new()) };
+        let who = client.identity();
+        choose("snapshot", given, &who.owner, || {
+            let seen = self.snapshots.store.snapshots().filter(|row| shown(row) && who.sees(&row.owner));
+            seen.map(|row| (row.id.as_str(), row.name.as_deref(), row.owner.as_str()))
+        })
+    }
+
+    pub(super) fn list_snapshots(&mut self, key: u64, tag: &str, sandbox: Option<&str>) {
+        let Some(client) = self.clients.get(&key) else { return };
+        let seen = self.snapshots.store.snapshots().filter(|row| shown(row) && client.identity().sees(&row.owner));
+        let seen = seen.filter(|row| sandbox.is_none_or(|id| row.sandbox.as_deref() == Some(id)));
+        let rows: Vec<Fields> = seen.map(|row| self.snapshot_fields(row)).collect();
+        for row in rows {
+            self.answer(key, &Message::item(tag, row));
+        }
+        self.answer(key, &Message::ok(tag, Fields::new()));
+    }
+
+    pub(super) fn inspect_snapshot(&mut self, key: u64, tag: &str, given: &str) -> Result<(), Error> {
+        let id = self.find_snapshot(key, given)?;
+        let fields = self.snapshots.store.snapshot(&id).map(|row| self.snapshot_fields(row)).unwrap_or_default();
+        self.answer(key, &Message::ok(tag, fields));
+        Ok(())
+    }
+
+    pub(super) fn remove_snapshot(&mut self, key: u64, tag: &str, given: &str) -> Result<(), Error> {
+        let id = self.find_snapshot(key, given)?;
+        let row = self.snapshots.ready(&id)?;
+        if !matches!(row.kind, SnapshotKind::Snapshot | SnapshotKind::Template) {
+            return Err(Error::new(
+                Code::BadState,
+                format!("snapshot {id} goes by itself: it is of kind {}", row.kind),
+            ));
+        }
+        let Some(change) = files::removal(&self.snapshots.store, &id) else { return Ok(()) };
+        if let Change::PutSnapshot(row) = &change {
+            self.snapshots.store.put_snapshot((**row).clone());
+        }
+        let ticket = self.database.submit_durable(change);
+        self.add_job(key, tag, super::requests::Job::Snapshot);
+        self.snapshots.after(ticket, Then::Removed { client: key, tag: tag.to_string(), id });
+        Ok(())
+    }
+
+    /// A snapshot as clients see it.
+    fn snapshot_fields(&self, row: &SnapshotRow) -> Fields {
+        let fields = Fields::new().with("id", &row.id);
+        let named = [("name", &row.name), ("sandbox", &row.sandbox)];
+        let named = named.into_iter().filter_map(|(key, value)| Some((key, value.as_ref()?)));
+        let fields = named.fold(fields.with("owner", &row.owner), |fields, (key, value)| fields.with(key, value));
+        let layers = self.snapshots.store.layers_from(row.layer.as_deref()).unwrap_or_default();
+        let layer_bytes =
+            layers.iter().filter_map(|id| self.snapshots.store.layer(id)).map(|layer: &LayerRow| layer.bytes);
+        fields
+            .with("kind", row.kind)
+            .with("state", row.state)
+            .with("template", &row.template)
+            .with("vcpus", row.vcpus)
+            .with("memory_mib", row.memory_bytes >> 20)
+            .with("disk_mib", row.disk_bytes >> 20)
+            .with("created_ms", row.created_ms)
+            .with("bytes", row.bytes)
+            .with("layers", layers.len())
+            .with("layer_bytes", layer_bytes.sum::<u64>())
+    }
+}
+
+/// Whether clients see a snapshot: not those that are being made or removed, nor what is made in passing.
+fn shown(row: &SnapshotRow) -> bool {
+    row.state == SnapshotState::Ready && matches!(row.kind, SnapshotKind::Snapshot | SnapshotKind::Template)
+}
+
+/// Whether a worker that runs writes to this overlay, as it says itself. One that does not answer is ended: then nobody
+/// writes to either.
+pub(super) fn has_pushed(home: &Home, next: &str) -> Option<bool> {
+    match worker::next_overlay(home.socket()) {
+        Ok(overlay) => Some(overlay.as_deref() == Some(next)),
+        Err(e) => {
+            log::error!("a worker does not say which disk it writes to: {e}; it is ended");
+            if let Err(e) = home.kill() {
+                log::error!("it cannot be ended: {e}");
+            }
+            None
+        }
+    }
+}
