@@ -21,3 +21,8 @@ fn a_guest_that_runs_on_is_taken_as_it_was_and_cloned() {
 fn what_is_damaged_or_of_another_microvm_is_refused() {
     print!("{}", shared::node().rig(&["snapshot", "refused"]));
 }
+
+#[test]
+fn a_processor_that_lacks_features_of_the_snapshots_is_refused_by_their_names() {
+    print!("{}", shared::node().rig(&["snapshot", "processor"]));
+}

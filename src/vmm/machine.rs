@@ -18,7 +18,7 @@ use super::config::{CaptureConfig, MIN_TARGET_MIB, NextOverlay, Source, StartCon
 use super::devices::{DeviceConfig, DeviceError, DeviceSet, QUEUE_NOTIFY};
 use super::generation;
 use super::jail::{self, lists::Kind};
-use super::kvm::{Bus, ExitCounts, KvmError, PauseError, Processors, Vm};
+use super::kvm::{Bus, ExitCounts, KvmError, Mismatch, PauseError, Processors, Vm};
 use super::last_words::End;
 use super::memory::{GuestMemory, MemoryError};
 use super::snapshot::memory::Plan;
@@ -105,6 +105,15 @@ impl From<SavedError> for StartError {
 impl StartError {
     /// As the supervisor is told.
     pub fn to_wire(&self) -> Error {
+        if let Self::Kvm(KvmError::Mismatch(mismatch)) = self {
+            let Mismatch { missing, saved, host } = &**mismatch;
+            return Error::new(Code::CpuMismatch, self.to_string())
+                .with("missing", missing.join(" "))
+                .with("vendor", &saved.vendor)
+                .with("family", saved.family)
+                .with("host_vendor", &host.vendor)
+                .with("host_family", host.family);
+        }
         let code = match self {
             Self::Saved(_) | Self::Memory(MemoryError::File { .. }) => Code::Corrupt,
             Self::Memory(_) | Self::Event(_) => Code::NoCapacity,

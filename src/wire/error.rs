@@ -64,6 +64,8 @@ codes! {
     BadState = "BAD_STATE",
     /// A template's image or the guest kernel is damaged or not of the expected form.
     Corrupt = "CORRUPT",
+    /// A snapshot of a processor that this node's cannot stand in for; `missing` has the features that it lacks.
+    CpuMismatch = "CPU_MISMATCH",
     /// The virtual machine could not be started or ended; the sentence says why.
     VmFailed = "VM_FAILED",
     /// The guest did not answer in time.

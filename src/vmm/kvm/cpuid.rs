@@ -5,9 +5,13 @@
 //! since KVM passes on those of the host. The tables in `model` have each of it with its reason. Sources: Intel SDM
 //! 2A "CPUID", AMD APM 3 appendix E, Linux Documentation/virt/kvm/x86/cpuid.rst.
 
+mod fit;
 mod model;
 #[cfg(test)]
 mod tests;
+
+pub(super) use fit::Needs;
+pub use fit::{Make, Mismatch};
 
 use std::arch::x86_64::{__cpuid, CpuidResult};
 

@@ -12,6 +12,7 @@ mod state;
 mod stats;
 mod vcpu;
 
+pub use cpuid::{Make, Mismatch};
 pub use run::{Bus, ExitCounts, PauseError, Processors};
 pub use state::VcpuState;
 pub use stats::GuestExits;
@@ -62,6 +63,8 @@ pub enum KvmError {
     Thread(std::io::Error),
     /// The saved state of a processor or of the machine cannot be.
     Saved(SavedError),
+    /// A snapshot of a processor that can do more than this host's, or of another kind.
+    Mismatch(Box<Mismatch>),
 }
 
 impl fmt::Display for KvmError {
@@ -70,6 +73,7 @@ impl fmt::Display for KvmError {
             Self::Refused { what, cause } => write!(f, "KVM refused {what}: {cause}"),
             Self::Lacks(what) => write!(f, "the host's KVM lacks {what}"),
             Self::Saved(cause) => cause.fmt(f),
+            Self::Mismatch(cause) => cause.fmt(f),
             Self::Thread(cause) => write!(f, "a processor's thread cannot be started: {cause}"),
         }
     }
@@ -167,11 +171,16 @@ impl Vm {
     }
 
     /// Makes all processors as they were saved, and then the interrupt controllers and the clock. To be called once.
+    /// Where this host lacks something of them, nothing is made.
     pub fn restore(&self, count: u8, saved: &Saved) -> Result<Vec<Vcpu>, KvmError> {
+        for id in 0..count {
+            let processor = cpuid::Processor { id, count, has_tsc_deadline: self.has_tsc_deadline, tsc_khz: 0 };
+            state::check(&self.offer, &processor, &self.msrs, saved)?;
+        }
         let fds = (0..count).map(|id| self.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
         let now = state::moment();
         for (id, fd) in (0..).zip(&fds) {
-            state::restore(fd, id, saved, now)?;
+            state::restore(fd, id, &self.offer, saved, now)?;
         }
         state::restore_vm(&self.fd, saved)?;
         Ok((0..).zip(fds).map(|(id, fd)| Vcpu::of(self, fd, id)).collect())

@@ -19,6 +19,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
+use super::cpuid::{Needs, Offer, Processor};
 use super::{KvmError, refused};
 use crate::vmm::snapshot::saved::{Part, Saved, SavedError};
 
@@ -169,21 +170,39 @@ fn read_msrs(fd: &VcpuFd, id: u8, wanted: &[u32], has_offset: bool) -> Result<Ve
     Ok(found)
 }
 
+/// Whether a saved processor can go on on this host.
+pub(super) fn check(offer: &Offer, processor: &Processor, known: &[u32], saved: &Saved) -> Result<(), KvmError> {
+    let index = u64::from(processor.id);
+    let cpuid = cpuid_of(saved, index)?;
+    let msrs = msrs_of(saved, index)?;
+    let xcrs: kvm_xcrs = plain(saved.find("vcpu", index)?, "xcrs")?;
+    let xcr0 = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|xcr| xcr.xcr == 0).map_or(0, |xcr| xcr.value);
+    let needs = Needs { cpuid: &cpuid, xcr0, msrs: &msrs };
+    offer.fits(&needs, processor, known).map_err(|e| KvmError::Mismatch(Box::new(e)))
+}
+
+fn cpuid_of(saved: &Saved, index: u64) -> Result<Vec<kvm_cpuid_entry2>, SavedError> {
+    plains(saved.find("cpuid", index)?, "entries", KVM_MAX_CPUID_ENTRIES)
+}
+
+fn msrs_of(saved: &Saved, index: u64) -> Result<Vec<kvm_msr_entry>, SavedError> {
+    plains(saved.find("msrs", index)?, "entries", usize::from(u16::MAX))
+}
+
 /// Makes a fresh processor the saved one. `now` is the host's TSC that all processors are put back against.
-pub(super) fn restore(fd: &VcpuFd, id: u8, saved: &Saved, now: u64) -> Result<(), KvmError> {
+pub(super) fn restore(fd: &VcpuFd, id: u8, offer: &Offer, saved: &Saved, now: u64) -> Result<(), KvmError> {
     let index = u64::from(id);
+    let entries = cpuid_of(saved, index)?;
+    let lacks = |what: String| KvmError::Mismatch(Box::new(offer.lacks(what, &entries)));
     let what = |what: &str| refused(format!("the saved {what} of processor {id}"));
     let part = saved.find("vcpu", index)?;
     let khz = part.number("tsc_khz", u64::from(u32::MAX), 0)?;
     let own = u64::from(fd.get_tsc_khz().unwrap_or(0));
     if khz != 0 && own != 0 && khz.abs_diff(own) > own / TSC_TOLERANCE {
-        fd.set_tsc_khz(khz as u32).map_err(|cause| KvmError::Refused {
-            what: format!("a TSC of {khz} kHz on a host with {own} kHz"),
-            cause,
-        })?;
+        // A processor that cannot scale its TSC.
+        fd.set_tsc_khz(khz as u32).map_err(|_| lacks(format!("tsc-of-{khz}-khz")))?;
     }
-    let cpuid: Vec<kvm_cpuid_entry2> = plains(saved.find("cpuid", index)?, "entries", KVM_MAX_CPUID_ENTRIES)?;
-    let cpuid = CpuId::from_entries(&cpuid).map_err(|_| KvmError::Lacks("room for the CPUID entries".to_string()))?;
+    let cpuid = CpuId::from_entries(&entries).map_err(|_| KvmError::Lacks("room for the CPUID entries".to_string()))?;
     fd.set_cpuid2(&cpuid).map_err(what("CPUID"))?;
     let mp_state = part.number("mp_state", u64::from(u32::MAX), 0)? as u32;
     fd.set_mp_state(kvm_mp_state { mp_state }).map_err(what("state"))?;
@@ -206,13 +225,17 @@ pub(super) fn restore(fd: &VcpuFd, id: u8, saved: &Saved, now: u64) -> Result<()
             return Err(what("TSC")(errno::Error::last()));
         }
     }
-    let msrs: Vec<kvm_msr_entry> = plains(saved.find("msrs", index)?, "entries", usize::from(u16::MAX))?;
-    write_msrs(fd, id, &msrs)?;
+    write_msrs(fd, id, &msrs_of(saved, index)?, lacks)?;
     let events: kvm_vcpu_events = plain(part, "events")?;
     fd.set_vcpu_events(&events).map_err(what("events"))
 }
 
-fn write_msrs(fd: &VcpuFd, id: u8, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
+fn write_msrs(
+    fd: &VcpuFd,
+    id: u8,
+    entries: &[kvm_msr_entry],
+    lacks: impl Fn(String) -> KvmError,
+) -> Result<(), KvmError> {
     let mut rest = entries;
     while !rest.is_empty() {
         let some = &rest[..rest.len().min(MSRS_AT_ONCE)];
@@ -221,10 +244,7 @@ fn write_msrs(fd: &VcpuFd, id: u8, entries: &[kvm_msr_entry]) -> Result<(), KvmE
         if let Some(msr) = some.get(count) {
             // KVM lists some that it takes on other hosts only; there is nothing in them then.
             if msr.data != 0 {
-                return Err(KvmError::Lacks(format!(
-                    "MSR {:#x}, which has {:#x} in the snapshot",
-                    msr.index, msr.data
-                )));
+                return Err(lacks(format!("msr-{:#x}={:#x}", msr.index, msr.data)));
             }
             rest = &rest[count + 1..];
         } else {

@@ -109,7 +109,8 @@ impl Part {
         self.fields.get("part").unwrap_or_default()
     }
 
-    fn index(&self) -> u64 {
+    /// Its number among those of the name.
+    pub fn index(&self) -> u64 {
         self.fields.number("index").unwrap_or(0)
     }
 
@@ -163,6 +164,11 @@ impl Saved {
     /// Adds a part.
     pub fn push(&mut self, part: Part) {
         self.parts.push(part);
+    }
+
+    /// All parts, in their order.
+    pub fn parts(&self) -> &[Part] {
+        &self.parts
     }
 
     /// A part, if it is there.

@@ -2,6 +2,8 @@
 
 use qemu_tests::rig::{Setup, Vm};
 use qemu_tests::timing;
+use warren::vmm::snapshot::Saved;
+use warren::vmm::snapshot::saved::Part;
 use warren::wire::Request;
 
 pub fn run(arguments: &[&str]) {
@@ -10,7 +12,8 @@ pub fn run(arguments: &[&str]) {
         ["processors"] => processors(),
         ["running"] => running(),
         ["refused"] => refused(),
-        _ => panic!("usage: snapshot again|processors|running|refused"),
+        ["processor"] => processor(),
+        _ => panic!("usage: snapshot again|processors|running|refused|processor"),
     }
 }
 
@@ -149,4 +152,84 @@ fn refused() {
     memory.set_len(128 << 20).expect("a file can be made longer");
     let error = refused(Setup::new().restored(&snapshot).descriptor_with("disk", "more:rw:", memory));
     assert_eq!(error.code, "CORRUPT", "another device: {error}");
+}
+
+/// A state whose processor could do what this one cannot.
+fn processor() {
+    let vm = Setup::new().start();
+    vm.agent();
+    let snapshot = vm.freeze(true);
+    let state = std::fs::read(snapshot.path("state")).expect("it has a state");
+    let write = |octets: &[u8]| std::fs::write(snapshot.path("state"), octets).expect("a file can be written");
+    let refused = |change: &dyn Fn(&mut Leaf)| {
+        write(&with_cpuid(&state, change));
+        let (error, words) = Setup::new().restored(&snapshot).try_start().expect_err("it was taken");
+        println!("{error}");
+        assert_eq!(error.code, "CPU_MISMATCH", "{error}");
+        assert_eq!(words.map(|words| words.reason).as_deref(), Some("start-failed"));
+        error
+    };
+    let error = refused(&|entry| match (entry.function, entry.index) {
+        (0x1, 0) => entry.ecx |= 1 << 12 | 1 << 29,
+        (0x7, 0) => (entry.ebx, entry.edx) = (entry.ebx | 1 << 16, entry.edx | 1 << 23),
+        _ => {}
+    });
+    let missing = error.fields.get("missing").expect("it says what is missing");
+    for name in ["avx512f", "avx512_fp16"] {
+        assert!(missing.split(' ').any(|word| word == name), "{missing}");
+        assert!(error.message.contains(name), "{error}");
+    }
+    let error = refused(&|entry| {
+        if entry.function == 0 {
+            let word = |octets: &[u8; 4]| u32::from_le_bytes(*octets);
+            (entry.ebx, entry.edx, entry.ecx) = (word(b"Genu"), word(b"ineI"), word(b"ntel"));
+        }
+    });
+    assert_eq!((error.fields.get("vendor"), error.fields.get("missing")), (Some("GenuineIntel"), Some("")));
+    assert_ne!(error.fields.get("host_vendor"), Some("GenuineIntel"));
+    // With nothing changed but less asked for, it goes on.
+    write(&with_cpuid(&state, &|entry| {
+        if (entry.function, entry.index) == (0x7, 0) {
+            entry.ebx &= !(1 << 29);
+        }
+    }));
+    let vm = Setup::new().restored(&snapshot).start();
+    vm.restored_agent();
+    assert_eq!(vm.sh("echo on"), "on\n");
+}
+
+/// What a CPUID entry of a state is changed by.
+#[derive(Default)]
+struct Leaf {
+    function: u32,
+    index: u32,
+    ebx: u32,
+    ecx: u32,
+    edx: u32,
+}
+
+/// The same state with other CPUID entries.
+fn with_cpuid(state: &[u8], change: &dyn Fn(&mut Leaf)) -> Vec<u8> {
+    const LEN: usize = 40;
+    let saved = Saved::decode(state).expect("it can be read");
+    let mut other = Saved::default();
+    for part in saved.parts() {
+        let Some(entries) = part.bytes("entries").filter(|_| part.name() == "cpuid") else {
+            other.push(part.clone());
+            continue;
+        };
+        let mut octets = Vec::with_capacity(entries.len());
+        for entry in entries.chunks_exact(LEN) {
+            // function, index, flags, eax, ebx, ecx, edx, padding: <asm/kvm.h>.
+            let mut words: Vec<u32> =
+                entry.as_chunks::<4>().0.iter().map(|octets| u32::from_le_bytes(*octets)).collect();
+            let mut leaf = Leaf { function: words[0], index: words[1], ..Leaf::default() };
+            [leaf.ebx, leaf.ecx, leaf.edx] = [words[4], words[5], words[6]];
+            change(&mut leaf);
+            words[4..7].copy_from_slice(&[leaf.ebx, leaf.ecx, leaf.edx]);
+            words.iter().for_each(|word| octets.extend(word.to_le_bytes()));
+        }
+        other.push(Part::new("cpuid", part.index()).with_bytes("entries", &octets));
+    }
+    other.encode()
 }

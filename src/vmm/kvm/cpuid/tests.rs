@@ -299,3 +299,96 @@ fn the_page_about_the_processor_has_the_codes_tables() {
     }
     assert_eq!(rows.len(), expected.len());
 }
+
+/// What a guest of `saved` would have saved, after a change, put back on `host`.
+fn moved(saved: &Offer, host: &Offer, change: impl FnOnce(&mut Vec<kvm_cpuid_entry2>)) -> Result<(), Mismatch> {
+    let mut cpuid = saved.filter(&processor(0, 2));
+    change(&mut cpuid);
+    host.fits(&Needs { cpuid: &cpuid, xcr0: 0b111, msrs: &[] }, &processor(0, 2), &[])
+}
+
+fn missing(result: Result<(), Mismatch>) -> Vec<String> {
+    result.expect_err("it does not fit").missing
+}
+
+#[test]
+fn a_snapshot_fits_on_its_own_host_and_on_one_that_has_more() {
+    for host in [amd(), intel()] {
+        assert_eq!(moved(&host, &host, |_| ()), Ok(()));
+        // What follows the guest's registers and the number of its processors says nothing.
+        let dynamic = |cpuid: &mut Vec<kvm_cpuid_entry2>| {
+            patch(cpuid, 0x1, |e| e.edx ^= bits(&[9, 28]));
+            patch(cpuid, 0x7, |e| e.ecx |= bit(4));
+        };
+        assert_eq!(moved(&host, &host, dynamic), Ok(()));
+        let less = |cpuid: &mut Vec<kvm_cpuid_entry2>| patch(cpuid, 0x7, |e| e.ebx &= !bit(5));
+        assert_eq!(moved(&host, &host, less), Ok(()));
+    }
+    // A program that hid less had its guests use what this one hides.
+    let hidden = |cpuid: &mut Vec<kvm_cpuid_entry2>| patch(cpuid, 0x7, |e| e.ebx |= bit(11));
+    assert_eq!(moved(&intel(), &intel(), hidden), Ok(()), "KVM offers RTM");
+}
+
+#[test]
+fn what_a_host_lacks_is_named() {
+    let mut poor = intel();
+    patch(&mut poor.entries, 0x1, |e| e.ecx &= !bits(&[20, 25]));
+    patch(&mut poor.entries, 0x7, |e| {
+        e.ebx &= !bits(&[5, 16]);
+        e.edx &= !bit(4);
+    });
+    patch(&mut poor.entries, 0x4000_0001, |e| e.eax &= !bit(5));
+    let error = moved(&intel(), &poor, |_| ()).expect_err("it does not fit");
+    assert_eq!(error.missing, ["aes", "avx2", "avx512f", "fsrm", "kvm_steal_time", "sse4_2"]);
+    let text = "the snapshot is of a processor of GenuineIntel family 6, this host's is GenuineIntel family 6 without \
+                aes, avx2, avx512f, fsrm, kvm_steal_time, sse4_2";
+    assert_eq!(error.to_string(), text);
+    let unnamed = |cpuid: &mut Vec<kvm_cpuid_entry2>| patch(cpuid, 0x7, |e| e.edx |= bit(6));
+    assert_eq!(missing(moved(&amd(), &amd(), unnamed)), ["cpuid-7.0-edx-6"]);
+    let far = |cpuid: &mut Vec<kvm_cpuid_entry2>| patch(cpuid, 0x8000_0008, |e| e.eax = 0x3034);
+    assert_eq!(missing(moved(&amd(), &amd(), far)), ["52-bit-addresses"]);
+    assert_eq!(missing(moved(&amd(), &amd(), |cpuid| cpuid.push(entry(0x7, 1, [bit(4), 0, 0, 0])))), ["avx_vnni"]);
+}
+
+#[test]
+fn another_maker_or_family_is_refused_whatever_it_can_do() {
+    let error = moved(&amd(), &intel(), |_| ()).expect_err("it does not fit");
+    assert_eq!((error.saved.vendor.as_str(), error.saved.family), ("AuthenticAMD", 25));
+    assert_eq!((error.host.vendor.as_str(), error.host.family), ("GenuineIntel", 6));
+    assert!(error.missing.iter().any(|name| name == "sse4a" || name == "topoext"), "{error}");
+    let older = |cpuid: &mut Vec<kvm_cpuid_entry2>| patch(cpuid, 0x1, |e| e.eax = 0x0080_0f12);
+    let error = moved(&amd(), &amd(), older).expect_err("it does not fit");
+    assert_eq!((error.saved.family, error.missing.len()), (23, 0));
+    let text = "the snapshot is of a processor of AuthenticAMD family 23, this host's is AuthenticAMD family 25";
+    assert_eq!(error.to_string(), text);
+    let model = |cpuid: &mut Vec<kvm_cpuid_entry2>| patch(cpuid, 0x1, |e| e.eax = 0x00a2_0f12);
+    assert_eq!(moved(&amd(), &amd(), model), Ok(()), "another model of the family");
+}
+
+#[test]
+fn extended_state_and_registers_that_a_host_lacks_are_named() {
+    let host = amd();
+    let cpuid = host.filter(&processor(0, 1));
+    let msr = |index, data| kvm_bindings::kvm_msr_entry { index, data, ..Default::default() };
+    let fits = |xcr0, msrs: &[_]| host.fits(&Needs { cpuid: &cpuid, xcr0, msrs }, &processor(0, 1), &[0x10, 0x174]);
+    assert_eq!(fits(0b111, &[msr(0x174, 16), msr(0x48, 0)]), Ok(()));
+    assert_eq!(missing(fits(0b111, &[msr(0x48, 1), msr(0x174, 16)])), ["msr-0x48"]);
+    assert_eq!(missing(fits(0b10_0111, &[])), ["avx512-opmask"]);
+    assert_eq!(missing(fits(1 << 63, &[])), ["cpuid-d.0-eax-63"]);
+    // AVX's part of the state at another place than the host has it.
+    let place = |cpuid: &mut Vec<kvm_cpuid_entry2>| {
+        let part = cpuid.iter_mut().find(|e| (e.function, e.index) == (0xd, 2));
+        part.expect("the leaf is in the table").ebx = 0x280;
+    };
+    assert_eq!(missing(moved(&host, &host, place)), ["avx-state-layout"]);
+}
+
+#[test]
+fn saved_cpuid_of_any_contents_is_answered() {
+    assert!(missing(moved(&amd(), &intel(), |cpuid| cpuid.clear())).is_empty(), "nothing is needed, of no maker");
+    let all = |cpuid: &mut Vec<kvm_cpuid_entry2>| {
+        cpuid.iter_mut().for_each(|e| (e.eax, e.ebx, e.ecx, e.edx) = (u32::MAX, u32::MAX, u32::MAX, u32::MAX));
+    };
+    let error = moved(&amd(), &amd(), all).expect_err("it does not fit");
+    assert!(error.missing.len() > 50 && error.to_string().len() < 400, "{error}");
+}
