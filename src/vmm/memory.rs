@@ -6,16 +6,19 @@
 //!
 //! Layout: RAM from 0 up to the MMIO gap at 3 GiB, the rest from 4 GiB on.
 
-use std::collections::BTreeMap;
+mod mapping;
+
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+
+use mapping::{Mapping, Restored};
 
 /// Start of the hole in RAM that holds MMIO windows, IOAPIC and LAPIC.
 pub const GAP_START: u64 = 3 << 30;
@@ -27,9 +30,6 @@ pub const PAGE: u64 = 4096;
 pub const MAX_BYTES: u64 = 1 << 40;
 /// Slices that one system call takes (`IOV_MAX` of Linux).
 pub const MAX_SLICES: usize = 1024;
-
-/// Mappings start at a multiple of this, so that transparent huge pages and KVM's large pages fit.
-const HUGE_PAGE: usize = 2 << 20;
 
 /// Why guest memory could not be made or reached.
 #[derive(Debug)]
@@ -94,104 +94,11 @@ pub struct Region {
     pub host_addr: u64,
 }
 
-/// An owned private mapping: anonymous memory, or a restored guest's on top of its file.
-struct Mapping {
-    start: *mut libc::c_void,
-    len: usize,
-}
-
-// SAFETY: the mapping is plain memory without thread affinity; all access to it goes through the checked
-// accessors of `GuestMemory`, which make no references and tolerate concurrent change.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    /// Maps `len` octets (a multiple of a page) at a multiple of `HUGE_PAGE`.
-    fn new(len: usize) -> io::Result<Self> {
-        let padded = len.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
-        // SAFETY: a fresh private anonymous mapping at an address of the kernel's choice touches nothing
-        // that exists.
-        let start = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                padded,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let head = (start as usize).next_multiple_of(HUGE_PAGE) - start as usize;
-        let tail = padded - head - len;
-        let aligned = start.wrapping_byte_add(head);
-        if head > 0 {
-            // SAFETY: the first `head` octets of our own mapping; nothing points there.
-            unsafe { libc::munmap(start, head) };
-        }
-        if tail > 0 {
-            // SAFETY: the last `tail` octets of our own mapping; nothing points there.
-            unsafe { libc::munmap(aligned.wrapping_byte_add(len), tail) };
-        }
-        // A core dump of a worker is no place for a guest's memory. Best effort: it changes no behaviour.
-        // SAFETY: the range is our own mapping.
-        unsafe { libc::madvise(aligned, len, libc::MADV_DONTDUMP) };
-        // Huge pages: a fault in guest memory costs an exit and is the largest part of a guest's boot; 15 faults
-        // instead of 5,000 took it from 97 to 68 virtual ms, for 5 MiB more of memory. Best effort as well.
-        // SAFETY: the range is our own mapping.
-        unsafe { libc::madvise(aligned, len, libc::MADV_HUGEPAGE) };
-        Ok(Self { start: aligned, len })
-    }
-
-    /// The same over a file from `offset` (a multiple of a page) on: what is written stays in this process.
-    fn of_file(len: usize, file: &File, offset: u64) -> io::Result<Self> {
-        let mapping = Self::new(len)?;
-        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-        // SAFETY: replaces our own mapping, whole, to which nothing points yet; `Drop` unmaps what is there then.
-        let mapped = unsafe {
-            libc::mmap(
-                mapping.start,
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED,
-                file.as_fd().as_raw_fd(),
-                offset,
-            )
-        };
-        if mapped == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the range is our own mapping. Best effort, as above.
-        unsafe { libc::madvise(mapping.start, len, libc::MADV_DONTDUMP) };
-        Ok(mapping)
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: `start`/`len` are what is left of our own mapping; accessors borrow the `GuestMemory`
-        // that owns it, so none is under way.
-        unsafe { libc::munmap(self.start, self.len) };
-    }
-}
-
 struct Inner {
     regions: Vec<Region>,
     /// Keeps the regions mapped; in the order of `regions`.
     _mappings: Vec<Mapping>,
     restored: Option<Restored>,
-}
-
-/// What is known of a restored guest's memory beside its mappings.
-struct Restored {
-    /// Where its file has data: offsets, start and end, in ascending order.
-    data: Vec<(u64, u64)>,
-    /// Host addresses, start and end, of what the guest gave up: such a page is no longer the file's. At most as many as
-    /// the kernel lets a process have mappings.
-    given_up: Mutex<BTreeMap<u64, u64>>,
 }
 
 /// A handle to the guest's memory. Clones share the same memory; it is unmapped with the last one.
@@ -241,14 +148,11 @@ impl GuestMemory {
                 Some(file) => Mapping::of_file(size as usize, file, offset),
             };
             let mapping = mapping.map_err(|cause| MemoryError::Map { bytes, cause })?;
-            regions.push(Region { guest_addr, size, host_addr: mapping.start as u64 });
+            regions.push(Region { guest_addr, size, host_addr: mapping.host_addr() });
             mappings.push(mapping);
         }
         let restored = match file {
-            Some(file) => {
-                let data = data_of(file, bytes).map_err(|cause| MemoryError::Map { bytes, cause })?;
-                Some(Restored { data, given_up: Mutex::default() })
-            }
+            Some(file) => Some(Restored::of(file, bytes).map_err(|cause| MemoryError::Map { bytes, cause })?),
             None => None,
         };
         Ok(Self { inner: Arc::new(Inner { regions, _mappings: mappings, restored }) })
@@ -261,15 +165,13 @@ impl GuestMemory {
 
     /// Where the file of a restored guest has data: offsets, start and end, in ascending order.
     pub fn file_data(&self) -> &[(u64, u64)] {
-        self.inner.restored.as_ref().map_or(&[], |restored| &restored.data)
+        self.inner.restored.as_ref().map_or(&[], Restored::data)
     }
 
     /// What a restored guest gave up of a region so far: host addresses, start and end. In ascending order.
     pub fn given_up(&self, region: &Region) -> Vec<(u64, u64)> {
-        let Some(Restored { given_up, .. }) = &self.inner.restored else { return Vec::new() };
-        let ranges = given_up.lock().unwrap_or_else(PoisonError::into_inner);
-        let of_region = ranges.range(region.host_addr..region.host_addr + region.size);
-        of_region.map(|(start, end)| (*start, *end)).collect()
+        let (start, end) = (region.host_addr, region.host_addr + region.size);
+        self.inner.restored.as_ref().map_or_else(Vec::new, |restored| restored.given_up(start..end))
     }
 
     /// The ranges of RAM, in ascending order; one or two.
@@ -341,9 +243,10 @@ impl GuestMemory {
             return Ok(0);
         }
         let base = slice.iovec.iov_base.wrapping_byte_add(from - start);
-        if let Some(Restored { given_up, .. }) = &self.inner.restored {
-            replace(base, to - from)?;
-            remember(&mut given_up.lock().unwrap_or_else(PoisonError::into_inner), from as u64, to as u64);
+        if let Some(restored) = &self.inner.restored {
+            // SAFETY: whole pages of a checked range of one of our mappings, which the slice's borrow keeps alive. No
+            // reference to its octets exists, and their change is what every accessor here expects of guest memory.
+            unsafe { restored.give_up(base, to - from) }?;
             return Ok(to - from);
         }
         // SAFETY: whole pages of a checked range of a private anonymous mapping that the slice's borrow keeps alive. No
@@ -413,52 +316,6 @@ impl GuestMemory {
         }
         Ok(self.host_pointer(addr, 2)?.cast())
     }
-}
-
-/// Where the first `bytes` octets of a file have data (lseek(2), SEEK_DATA), rounded outwards to pages.
-fn data_of(file: &File, bytes: u64) -> io::Result<Vec<(u64, u64)>> {
-    let seek = |from: u64, whence| -> io::Result<u64> {
-        let from = libc::off_t::try_from(from).map_err(|_| io::ErrorKind::InvalidInput)?;
-        // SAFETY: takes plain numbers.
-        let at = unsafe { libc::lseek(file.as_raw_fd(), from, whence) };
-        u64::try_from(at).map_err(|_| io::Error::last_os_error())
-    };
-    let (mut found, mut at) = (Vec::new(), 0);
-    while at < bytes {
-        let start = match seek(at, libc::SEEK_DATA) {
-            Ok(start) => start,
-            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => break,
-            Err(e) => return Err(e),
-        };
-        let end = seek(start, libc::SEEK_HOLE)?;
-        found.push((start / PAGE * PAGE, end.next_multiple_of(PAGE).min(bytes)));
-        at = end.max(start + 1);
-    }
-    Ok(found)
-}
-
-/// Puts fresh memory in the place of a range, whole pages of guest memory.
-fn replace(base: *mut libc::c_void, len: usize) -> io::Result<()> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-    // SAFETY: the caller has whole pages of a checked range of one of our mappings, which `Drop` unmaps whatever it
-    // consists of. No reference to its octets exists, and their change is what every accessor here expects.
-    if unsafe { libc::mmap(base, len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) } == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the range is our own mapping. Best effort: it changes no behaviour.
-    unsafe { libc::madvise(base, len, libc::MADV_DONTDUMP) };
-    Ok(())
-}
-
-/// Adds a range to a set of them, which are apart from each other.
-fn remember(ranges: &mut BTreeMap<u64, u64>, mut start: u64, mut end: u64) {
-    while let Some((&other, &other_end)) = ranges.range(..=end).next_back()
-        && other_end >= start
-    {
-        ranges.remove(&other);
-        (start, end) = (start.min(other), end.max(other_end));
-    }
-    ranges.insert(start, end);
 }
 
 /// A checked range of guest memory, laid out as a `struct iovec`. It borrows the memory, so it cannot
