@@ -3,7 +3,6 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +20,7 @@ use super::jail::{self, lists::Kind};
 use super::kvm::{Bus, ExitCounts, KvmError, Mismatch, PauseError, Processors, Vm};
 use super::last_words::End;
 use super::memory::{GuestMemory, MemoryError};
+use super::snapshot::child::Child;
 use super::snapshot::memory::Plan;
 use super::snapshot::{Saved, SavedError, saved};
 use crate::wire::{Code, Error, Fields};
@@ -167,25 +167,9 @@ fn read_state(file: &File, vcpus: u8, memory_bytes: u64) -> Result<Saved, StartE
     Ok(state)
 }
 
-/// Does `work` in a copy of this process, where memory stays as it is now, and tells `done` its `errno`, 0 when all went
-/// well. Other threads are not there, and may have held any lock: `work` allocates nothing and takes no lock.
-fn in_child(done: &File, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-    // SAFETY: a plain copy of the process: no flags, no stack, no pointers. The child makes system calls only, as the
-    // caller promises, and ends without running anything of the C library's. Nobody waits for it: SIGCHLD is ignored.
-    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
-    if pid < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    if pid == 0 {
-        let errno = work().map_or_else(|e| e.raw_os_error().unwrap_or(libc::EIO), |()| 0);
-        let octets = errno.to_le_bytes();
-        // SAFETY: writes octets that are alive; `exit_group` does not come back.
-        unsafe {
-            libc::write(done.as_raw_fd(), octets.as_ptr().cast(), octets.len());
-            libc::syscall(libc::SYS_exit_group, 0);
-        }
-    }
-    Ok(())
+/// Why a snapshot cannot be taken.
+fn cannot(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |e| Error::new(Code::VmFailed, format!("the snapshot cannot be taken: {what}: {e}"))
 }
 
 /// A running microVM.
@@ -318,21 +302,23 @@ impl Machine {
         }
         let began = Instant::now();
         self.hold()?;
-        let captured = self.write(&to);
-        let captured = captured.and_then(|captured| to.overlay.map_or(Ok(captured), |next| self.push(next, captured)));
-        let captured = captured.map(|captured| Captured { stopped: began.elapsed(), ..captured });
-        if !to.hold || captured.is_err() {
+        let taken = self.take(&to);
+        let taken = taken.and_then(|taken| to.overlay.map_or(Ok(()), |next| self.push(next)).map(|()| taken));
+        let stopped = began.elapsed();
+        if !to.hold || taken.is_err() {
             self.resume();
         }
-        captured
+        let (saved, child, captured) = taken?;
+        let state = saved.encode();
+        child.give(&state).map_err(cannot("its state"))?;
+        Ok(Captured { state_bytes: state.len() as u64, stopped, ..captured })
     }
 
     /// Freezes the root disk's overlay. Last of a capture: what fails before leaves the disk as it was.
-    fn push(&mut self, next: NextOverlay, captured: Captured) -> Result<Captured, Error> {
+    fn push(&mut self, next: NextOverlay) -> Result<(), Error> {
         self.next_overlay = Some((next.name, self.devices.layers_pushed()));
         let failed = |e| Error::new(Code::VmFailed, format!("the disk's layer cannot be frozen: {e}"));
-        self.devices.push_layer(next.file, Instant::now() + REST).map_err(failed)?;
-        Ok(captured)
+        self.devices.push_layer(next.file, Instant::now() + REST).map_err(failed)
     }
 
     /// Name of the overlay that the guest's root disk is written to, where that is one that a snapshot was given.
@@ -367,27 +353,18 @@ impl Machine {
         }
     }
 
-    fn write(&self, to: &CaptureConfig) -> Result<Captured, Error> {
-        let failed = |what: &'static str| {
-            move |e: io::Error| Error::new(Code::VmFailed, format!("the snapshot cannot be taken: {what}: {e}"))
-        };
+    /// What has to be done while the guest stands still: reading its state, and making the child that has its memory.
+    fn take(&self, to: &CaptureConfig) -> Result<(Saved, Child, Captured), Error> {
         let mut saved = Saved::new(self.processors.count(), self.memory_bytes);
         self.devices.save(&mut saved);
         self.vm.save(&self.processors, &mut saved).map_err(|e| Error::new(Code::VmFailed, e.to_string()))?;
-        let state = saved.encode();
-        let plan = Plan::new(&self.memory, to.page_map.as_ref(), to.diff).map_err(failed("its pages"))?;
+        let plan = Plan::new(&self.memory, to.page_map.as_ref(), to.diff).map_err(cannot("its pages"))?;
         let mut buffer = Plan::buffer();
-        let work = || {
-            to.state.write_all_at(&state, 0)?;
-            plan.write(&self.memory, &to.memory, &mut buffer)
-        };
-        in_child(&to.done, work).map_err(failed("a process for it"))?;
-        Ok(Captured {
-            state_bytes: state.len() as u64,
-            memory_bytes: plan.bytes(),
-            is_diff: plan.is_diff,
-            stopped: Duration::ZERO,
-        })
+        let write = || plan.write(&self.memory, &to.memory, &mut buffer);
+        let child = Child::make(&to.done, &to.state, write).map_err(cannot("a process for it"))?;
+        let captured =
+            Captured { state_bytes: 0, memory_bytes: plan.bytes(), is_diff: plan.is_diff, stopped: Duration::ZERO };
+        Ok((saved, child, captured))
     }
 
     /// The devices, for events and streams.

@@ -265,7 +265,7 @@ impl Serial {
         registers.fifo = octet("fifo", 0)? == 1;
         registers.transmitter_pending = octet("transmitter_pending", 0)? == 1;
         registers.overrun = octet("overrun", 0)? == 1;
-        registers.input = part.bytes("input").unwrap_or_default().iter().copied().take(INPUT_BYTES).collect();
+        registers.input = part.bytes("input")?.unwrap_or_default().into_iter().take(INPUT_BYTES).collect();
         let transmitter = registers.transmitter_pending && registers.interrupt_enable & IER_TRANSMITTER != 0;
         self.interrupt_if(transmitter || registers.receiver_interrupts());
         Ok(())

@@ -77,12 +77,12 @@ unsafe impl Plain for kvm_cpuid_entry2 {}
 /// A field of a part as a structure.
 fn plain<T: Plain>(part: &Part, key: &'static str) -> Result<T, SavedError> {
     let octets = part.exact(key, size_of::<T>())?;
-    T::of(octets).ok_or_else(|| part.wrong(key, "is of another length"))
+    T::of(&octets).ok_or_else(|| part.wrong(key, "is of another length"))
 }
 
 /// A field of a part as structures.
 fn plains<T: Plain>(part: &Part, key: &'static str, max: usize) -> Result<Vec<T>, SavedError> {
-    let octets = part.bytes(key).unwrap_or_default();
+    let octets = part.bytes(key)?.unwrap_or_default();
     if !octets.len().is_multiple_of(size_of::<T>()) || octets.len() / size_of::<T>() > max {
         return Err(part.wrong(key, format!("has {} octets, must have a multiple of {}", octets.len(), size_of::<T>())));
     }
@@ -218,7 +218,7 @@ pub(super) fn restore(fd: &VcpuFd, id: u8, offer: &Offer, saved: &Saved, now: u6
     fd.set_xcrs(&plain(part, "xcrs")?).map_err(what("extended control registers"))?;
     fd.set_debug_regs(&plain(part, "debugregs")?).map_err(what("debug registers"))?;
     fd.set_lapic(&plain(saved.find("lapic", index)?, "regs")?).map_err(what("local APIC"))?;
-    if part.bytes("tsc").is_some() {
+    if part.get("tsc").is_some() {
         let mut offset = part.number("tsc", u64::MAX, 0)?.wrapping_sub(now);
         // SAFETY: the attribute names eight octets that are alive, which the kernel reads.
         if unsafe { ioctl_with_ref(fd, KVM_SET_DEVICE_ATTR(), &tsc_attribute(&mut offset)) } != 0 {

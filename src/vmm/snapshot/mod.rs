@@ -4,7 +4,9 @@
 //! controllers), then processors, then the controllers and the clock, then memory. `machine` has it; docs/snapshots.md
 //! says what a snapshot is.
 
+pub mod child;
 pub mod memory;
+mod packed;
 pub mod saved;
 
 pub use saved::{Saved, SavedError};

@@ -2,25 +2,29 @@
 //! person reads the file.
 //!
 //! ```text
-//! warren item part=snapshot version=1 vcpus=1 memory_bytes=134217728
-//! warren item part=vcpu index=0 regs="…" …
+//! warren item part=snapshot version=2 vcpus=1 memory_bytes=134217728
+//! warren item part=vcpu index=0 regs=48ffz12. …
 //! …
 //! warren ok sha256=…
 //! ```
 //!
 //! Each line is a part, found by its name and number. Keys and parts that a reader does not know are ignored; one that
-//! is missing has the default that the reader gives it. `version` grows only when an older reader would go wrong. The
-//! last line is the SHA-256 of all octets before it.
+//! is missing has the default that the reader gives it. `version` grows only when an older reader would go wrong: in the
+//! first, octets stood as they are in quotes; since the second they are short words (`packed`), because the guest waits
+//! for this file to be read. The last line is the SHA-256 of all octets before it.
 
 use std::fmt;
 use std::fmt::Write as _;
 
 use sha2::{Digest, Sha256};
 
+use super::packed::{pack, unpack};
 use crate::wire::{Decoded, Decoder, Fields, Message};
 
 /// The form that this program writes, and the newest that it reads.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
+/// From this one on octets are `packed`.
+const PACKED_SINCE: u64 = 2;
 /// Longest file, in octets: sixteen processors need less than one mebibyte.
 pub const MAX_BYTES: usize = 4 << 20;
 /// Most parts of a file.
@@ -81,15 +85,25 @@ impl fmt::Display for SavedError {
 impl std::error::Error for SavedError {}
 
 /// One part: a row of fields with its name and number.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Part {
     fields: Fields,
+    /// Its octets are packed.
+    packed: bool,
 }
+
+impl PartialEq for Part {
+    fn eq(&self, other: &Self) -> bool {
+        self.fields == other.fields
+    }
+}
+
+impl Eq for Part {}
 
 impl Part {
     /// An empty part.
     pub fn new(name: &str, index: u64) -> Self {
-        Self { fields: Fields::new().with("part", name).with("index", index) }
+        Self { fields: Fields::new().with("part", name).with("index", index), packed: true }
     }
 
     /// Adds a number or a text.
@@ -100,7 +114,7 @@ impl Part {
 
     /// Adds octets.
     pub fn with_bytes(mut self, key: &str, value: &[u8]) -> Self {
-        self.fields = self.fields.with_bytes(key, value);
+        self.fields = self.fields.with(key, pack(value));
         self
     }
 
@@ -120,8 +134,13 @@ impl Part {
     }
 
     /// A field's octets, where it is there.
-    pub fn bytes(&self, key: &str) -> Option<&[u8]> {
-        self.fields.bytes(key)
+    pub fn bytes(&self, key: &'static str) -> Result<Option<Vec<u8>>, SavedError> {
+        match self.fields.bytes(key) {
+            Some(word) if self.packed => {
+                unpack(word).map(Some).ok_or_else(|| self.wrong(key, "is no row of octets, or a very long one"))
+            }
+            octets => Ok(octets.map(<[u8]>::to_vec)),
+        }
     }
 
     /// The error about a field of this part.
@@ -139,8 +158,8 @@ impl Part {
     }
 
     /// Octets of exactly that length, which must be there.
-    pub fn exact(&self, key: &'static str, len: usize) -> Result<&[u8], SavedError> {
-        let octets = self.fields.bytes(key).ok_or_else(|| self.wrong(key, "is missing"))?;
+    pub fn exact(&self, key: &'static str, len: usize) -> Result<Vec<u8>, SavedError> {
+        let octets = self.bytes(key)?.ok_or_else(|| self.wrong(key, "is missing"))?;
         if octets.len() != len {
             return Err(self.wrong(key, format!("has {} octets, must have {len}", octets.len())));
         }
@@ -223,7 +242,7 @@ impl Saved {
         while let Some(decoded) = decoder.next() {
             match decoded {
                 Decoded::Message(Message::Item { fields, .. }) if saved.parts.len() < MAX_PARTS => {
-                    saved.parts.push(Part { fields });
+                    saved.parts.push(Part { fields, packed: true });
                 }
                 Decoded::Message(other) => return Err(SavedError::NotSaved(format!("a line {other:.60?}"))),
                 Decoded::Bad { error, .. } => return Err(SavedError::NotSaved(error.message)),
@@ -233,6 +252,7 @@ impl Saved {
         if !(1..=VERSION).contains(&version) {
             return Err(SavedError::Version { version });
         }
+        saved.parts.iter_mut().for_each(|part| part.packed = version >= PACKED_SINCE);
         Ok(saved)
     }
 }
@@ -301,6 +321,7 @@ mod tests {
         let balloon = MmioTransport::new(memory, Balloon::new(1 << 20)).unwrap();
         balloon.restore(saved.find(PART, 0).unwrap()).unwrap();
         assert_eq!(balloon.save(0), *saved.find(PART, 0).unwrap(), "it is what it was, to the last field");
+        assert_eq!(saved.find("serial", 0).unwrap().bytes("input").unwrap().unwrap(), b"ls\n");
     }
 
     #[test]
@@ -308,8 +329,8 @@ mod tests {
         let mut saved = some();
         saved.push(Part::new("toaster", 9).with("slices", 2));
         assert!(Saved::decode(&saved.encode()).is_ok());
-        let newer = Saved { parts: vec![Part::new("snapshot", 0).with("version", 2)] };
-        assert_eq!(Saved::decode(&newer.encode()), Err(SavedError::Version { version: 2 }));
+        let newer = Saved { parts: vec![Part::new("snapshot", 0).with("version", 3)] };
+        assert_eq!(Saved::decode(&newer.encode()), Err(SavedError::Version { version: 3 }));
         let none = Saved { parts: vec![Part::new("vcpu", 0)] };
         assert_eq!(Saved::decode(&none.encode()), Err(SavedError::Missing { part: "snapshot".into(), index: 0 }));
     }
@@ -323,7 +344,9 @@ mod tests {
             "saved state, vcpu 1: regs has 400 octets, must have 144"
         );
         assert_eq!(part.exact("lapic", 1).unwrap_err().to_string(), "saved state, vcpu 1: lapic is missing");
-        let odd = Part::new("vcpu", 3).with("mp_state", "x");
+        let odd = Part::new("vcpu", 3).with("mp_state", "x").with("lapic", "0");
+        let error = odd.exact("lapic", 1).unwrap_err().to_string();
+        assert_eq!(error, "saved state, vcpu 3: lapic is no row of octets, or a very long one");
         let error = odd.number("mp_state", 9, 0).unwrap_err().to_string();
         assert_eq!(error, "saved state, vcpu 3: mp_state is x, must be a number up to 9");
         assert!(matches!(Saved::decode(&vec![b'a'; MAX_BYTES + 1]), Err(SavedError::TooLong { .. })));
