@@ -135,6 +135,8 @@ impl GuestMemory {
         if bytes == 0 || !bytes.is_multiple_of(PAGE) || bytes > MAX_BYTES {
             return Err(MemoryError::Size { bytes });
         }
+        let data = file.map(|file| mapping::data_of(file, bytes)).transpose();
+        let data = data.map_err(|cause| MemoryError::Map { bytes, cause })?;
         let low = bytes.min(GAP_START);
         let mut regions = Vec::with_capacity(2);
         let mut mappings = Vec::with_capacity(2);
@@ -145,17 +147,13 @@ impl GuestMemory {
             let offset = regions.iter().map(|region: &Region| region.size).sum();
             let mapping = match file {
                 None => Mapping::new(size as usize),
-                Some(file) => Mapping::of_file(size as usize, file, offset),
+                Some(file) => Mapping::of_file(size as usize, file, offset, data.as_deref().unwrap_or_default()),
             };
             let mapping = mapping.map_err(|cause| MemoryError::Map { bytes, cause })?;
             regions.push(Region { guest_addr, size, host_addr: mapping.host_addr() });
             mappings.push(mapping);
         }
-        let restored = match file {
-            Some(file) => Some(Restored::of(file, bytes).map_err(|cause| MemoryError::Map { bytes, cause })?),
-            None => None,
-        };
-        Ok(Self { inner: Arc::new(Inner { regions, _mappings: mappings, restored }) })
+        Ok(Self { inner: Arc::new(Inner { regions, _mappings: mappings, restored: data.map(Restored::new) }) })
     }
 
     /// Whether it came from a file.

@@ -4,7 +4,8 @@
 //! and TLB misses cost nothing there: rows compare with each other and with `PEER`, not with real hardware. A guest of
 //! several processors runs on a second node, by wall time: virtual time has one CPU.
 //!
-//! `bench PART…` measures only some of it: `boot`, `measure`, `jail`, `cycle`, `restore`, `peer`, `net`, `many`, `wall`.
+//! `bench PART…` measures only some of it: `boot`, `measure`, `jail`, `cycle`, `restore`, `clones`, `peer`, `net`, `many`,
+//! `wall`.
 
 use std::fs;
 use std::io;
@@ -51,7 +52,7 @@ fn main() -> ExitCode {
     let (mut beside, mut net) = (vec!["node-bench", "peer"], vec!["node-bench", "net"]);
     beside.extend(peer.iter().map(|_| "/test/peer"));
     net.extend(peer.iter().map(|_| "/test/peer"));
-    let parts = ["measure", "jail", "cycle", "restore"].map(|part| vec!["node-bench", part]);
+    let parts = ["measure", "jail", "cycle", "restore", "clones"].map(|part| vec!["node-bench", part]);
     for argv in parts.into_iter().chain([beside, net]) {
         if asked(argv[1]) && (argv[1] != "peer" || peer.is_some()) {
             complete &= measure(&node, &argv, &mut rows);

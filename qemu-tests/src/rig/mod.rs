@@ -54,6 +54,8 @@ pub struct Setup {
     keys: Vec<(String, String)>,
     /// State, memory and overlay of a snapshot, instead of a kernel.
     snapshot: Option<(File, File, PathBuf)>,
+    /// That overlay is shared, below an empty one.
+    shares_disk: bool,
     /// Key, what stands before `fd:N` in its value, descriptor.
     descriptors: Vec<(String, String, OwnedFd)>,
 }
@@ -79,6 +81,7 @@ impl Setup {
             command_line: String::new(),
             keys: Vec::new(),
             snapshot: None,
+            shares_disk: false,
             descriptors: Vec::new(),
         }
     }
@@ -89,6 +92,11 @@ impl Setup {
         let path = |name: &str| snapshot.home.path().join(name);
         self.snapshot = Some((open(&path("state")), open(&path("memory")), path("overlay")));
         self
+    }
+
+    /// The same with an empty overlay over its disk, which all clones share.
+    pub fn cloned(self, snapshot: &Snapshot) -> Self {
+        Self { shares_disk: true, ..self.restored(snapshot) }
     }
 
     /// With that many processors.
@@ -176,8 +184,9 @@ impl Setup {
         // Of a block device as well.
         let base_bytes = (&base).seek(SeekFrom::End(0)).expect("a base has a size");
         let overlay = create("overlay");
-        if let Some((.., frozen)) = &self.snapshot {
-            copy_sparse(&open(frozen), &overlay);
+        let frozen = self.snapshot.as_ref().map(|(.., overlay)| open(overlay));
+        if let Some(frozen) = frozen.as_ref().filter(|_| !self.shares_disk) {
+            copy_sparse(frozen, &overlay);
         } else {
             overlay::create(&overlay, self.disk_mib * MIB, base_bytes, [0; 32]).expect("an overlay can be made");
         }
@@ -199,7 +208,8 @@ impl Setup {
             }
         };
         let own = [("kvm", kvm), ("serial", serial), ("base", base), ("overlay", overlay)];
-        let own = own.into_iter().chain(source);
+        let layer = frozen.filter(|_| self.shares_disk).map(|layer| ("layer", layer));
+        let own = own.into_iter().chain(source).chain(layer);
         let mut descriptors: Vec<(String, String, OwnedFd)> =
             own.map(|(key, file)| (key.to_string(), String::new(), file.into())).collect();
         descriptors.extend(self.descriptors);
@@ -209,6 +219,7 @@ impl Setup {
         for (key, value) in &self.keys {
             request = request.set(key, value);
         }
+        let began = Instant::now();
         let stream = UnixStream::connect(path("socket")).expect("the worker's socket exists");
         stream.set_read_timeout(Some(timing::hang())).expect("a socket takes a time limit");
         let raw: Vec<_> = descriptors.iter().map(|(_, _, descriptor)| descriptor.as_fd()).collect();
@@ -220,6 +231,8 @@ impl Setup {
             home,
             process,
             shape: (self.vcpus, self.memory_mib),
+            began,
+            took: began.elapsed(),
             control: OnceLock::new(),
             agent: OnceLock::new(),
         };
@@ -312,6 +325,8 @@ pub struct Vm {
     process: Worker,
     /// Processors and MiB of memory.
     shape: (u8, u64),
+    began: Instant,
+    took: Duration,
     control: OnceLock<Client>,
     agent: OnceLock<Client>,
     home: TempDir,
@@ -320,7 +335,28 @@ pub struct Vm {
 impl Vm {
     /// A new connection to the worker's socket.
     pub fn connect(&self) -> Client {
-        Client::open(&self.home.path().join("socket")).expect("the worker listens")
+        Client::open(&self.socket()).expect("the worker listens")
+    }
+
+    /// The worker's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.home.path().join("socket")
+    }
+
+    /// What its files take where they are, in KiB: overlay, console's log and the others.
+    pub fn files_kib(&self) -> u64 {
+        let names = fs::read_dir(self.home.path()).into_iter().flatten().flatten();
+        names.map(|entry| entry.metadata().map_or(0, |meta| meta.blocks() / 2)).sum()
+    }
+
+    /// When `vm.start` was sent.
+    pub fn began(&self) -> Instant {
+        self.began
+    }
+
+    /// How long it took the worker to answer that: the guest ran then.
+    pub fn took(&self) -> Duration {
+        self.took
     }
 
     /// The connection to the worker that this value uses itself.

@@ -72,6 +72,11 @@ impl Worker {
         overhead_kib(self.pid(), memory_mib)
     }
 
+    /// What its guest has changed of its memory, in KiB.
+    pub fn guest_kib(&self, memory_mib: u64) -> io::Result<u64> {
+        Ok(private_kib(self.pid(), memory_mib)?.1)
+    }
+
     /// Waits for its end; `None` when it runs on after `limit`.
     pub fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
         let end = Instant::now() + limit;
@@ -119,25 +124,55 @@ impl Drop for Worker {
     }
 }
 
-/// Private memory of a process outside of its guest's memory (which is its largest mapping, at least `memory_mib`
-/// long), in KiB.
+/// Private memory of a process outside of its guest's memory, in KiB.
 pub fn overhead_kib(pid: u32, memory_mib: u64) -> io::Result<u64> {
+    Ok(private_kib(pid, memory_mib)?.0)
+}
+
+/// A mapping of a process as smaps (proc(5)) has it, in KiB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct MappingUse {
+    size: u64,
+    private: u64,
+    /// What is no file's.
+    changed: u64,
+    /// Core dumps leave it out.
+    left_out: bool,
+}
+
+/// What is private of a process outside of its guest's memory, and what its guest has changed of that; in KiB. The
+/// guest's are the mappings that core dumps leave out, `memory_mib` or more of them, or else the largest one.
+fn private_kib(pid: u32, memory_mib: u64) -> io::Result<(u64, u64)> {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let mut mappings: Vec<(u64, u64)> = Vec::new();
+    let mut mappings: Vec<MappingUse> = Vec::new();
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
-        let (Some(key), value) = (words.next(), words.next().and_then(|word| word.parse::<u64>().ok())) else {
+        let Some(key) = words.next() else { continue };
+        if key == "Size:" {
+            mappings.push(MappingUse::default());
+        }
+        let Some(last) = mappings.last_mut() else { continue };
+        if key == "VmFlags:" {
+            last.left_out = words.any(|flag| flag == "dd");
             continue;
-        };
-        match (key, value, mappings.last_mut()) {
-            ("Size:", Some(size), _) => mappings.push((size, 0)),
-            ("Private_Clean:" | "Private_Dirty:", Some(kib), Some(last)) => last.1 += kib,
+        }
+        let Some(kib) = words.next().and_then(|word| word.parse::<u64>().ok()) else { continue };
+        match key {
+            "Size:" => last.size = kib,
+            "Private_Clean:" | "Private_Dirty:" => last.private += kib,
+            "Anonymous:" => last.changed = kib,
             _ => {}
         }
     }
-    let guest = mappings.iter().max().copied().unwrap_or_default();
-    if guest.0 < memory_mib * 1024 {
+    let least = memory_mib * 1024;
+    let all: u64 = mappings.iter().map(|mapping| mapping.private).sum();
+    let mut guest: Vec<MappingUse> = mappings.iter().copied().filter(|mapping| mapping.left_out).collect();
+    if guest.iter().map(|mapping| mapping.size).sum::<u64>() < least {
+        guest = mappings.into_iter().max().into_iter().filter(|mapping| mapping.size >= least).collect();
+    }
+    if guest.is_empty() {
         return Err(io::Error::other(format!("process {pid} maps no guest memory")));
     }
-    Ok(mappings.iter().map(|mapping| mapping.1).sum::<u64>() - guest.1)
+    let of_guest: u64 = guest.iter().map(|mapping| mapping.private).sum();
+    Ok((all - of_guest, guest.iter().map(|mapping| mapping.changed).sum()))
 }

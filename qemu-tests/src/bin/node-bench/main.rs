@@ -2,17 +2,17 @@
 //!
 //! Rows go to standard output, tab-separated. All files are in RAM: a disk's speed has no meaning in virtual time.
 
+mod clones;
 mod fleet;
 mod jail;
 mod net;
+mod peer;
 mod restore;
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{self, Write};
 use std::path::Path;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -47,11 +47,12 @@ fn main() -> ExitCode {
         ["cycle"] => fleet::cycle(),
         ["restore"] => restore::measure(),
         ["many"] => fleet::many(),
+        ["clones"] => clones::measure(),
         ["net"] => net::measure(None),
         ["net", peer] => net::measure(Some(peer)),
-        ["peer", program] => Peer::measure(program),
+        ["peer", program] => peer::Peer::measure(program),
         _ => Err(io::Error::other(
-            "usage: node-bench boot | measure | wall | jail | cycle | restore | many | net [PROGRAM] | peer PROGRAM",
+            "usage: node-bench boot | measure | wall | jail | cycle | restore | clones | many | net [PROGRAM] | peer PROGRAM",
         )),
     };
     match result {
@@ -279,153 +280,4 @@ fn measure() -> io::Result<()> {
     print("block_exits_per_mib", rate, "1/MiB", "exits of the guest during the block rows above");
     ask(&mut control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
     Ok(())
-}
-
-/// Firecracker with the same guest kernel, initramfs and drive.
-struct Peer {
-    process: Child,
-    api: UnixStream,
-}
-
-impl Peer {
-    /// Starts a virtual machine, with a network device where the name of a TAP and an address are given; gives it and
-    /// the time from its process' start to the first vsock octet.
-    fn start(program: &str, cmdline: &str, network: Option<(&str, &str)>) -> io::Result<(Self, Connection, Duration)> {
-        let (api, vsock, drive) = ("/run/peer.api", "/run/peer.vsock", "/run/peer.drive");
-        for path in [api, vsock, &format!("{vsock}_1024"), drive] {
-            let _ = fs::remove_file(path);
-        }
-        fs::copy("/usr/share/warren/templates/base/rootfs.img", drive)?;
-        File::options().write(true).open(drive)?.set_len(512 << 20)?;
-        let listener = UnixListener::bind(format!("{vsock}_1024"))?;
-
-        let start = Instant::now();
-        let log = File::create("/run/peer.log")?;
-        let process = Command::new(program)
-            .args(["--api-sock", api, "--level", "Off"])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()?;
-        let api = loop {
-            match UnixStream::connect(api) {
-                Ok(stream) => break stream,
-                Err(_) if start.elapsed() > Duration::from_secs(10) => {
-                    return Err(io::Error::other("the peer has no socket"));
-                }
-                Err(_) => std::thread::sleep(Duration::from_micros(200)),
-            }
-        };
-        let mut peer = Self { process, api };
-        peer.put("/machine-config", &format!(r#"{{"vcpu_count":1,"mem_size_mib":{MEMORY_MIB}}}"#))?;
-        let image = "/usr/share/warren";
-        peer.put(
-            "/boot-source",
-            &format!(r#"{{"kernel_image_path":"{image}/vmlinux","initrd_path":"{image}/initramfs.img","boot_args":"{cmdline}"}}"#),
-        )?;
-        peer.put(
-            "/drives/root",
-            &format!(r#"{{"drive_id":"root","path_on_host":"{drive}","is_root_device":false,"is_read_only":false}}"#),
-        )?;
-        if let Some((tap, mac)) = network {
-            let body = format!(r#"{{"iface_id":"eth0","host_dev_name":"{tap}","guest_mac":"{mac}"}}"#);
-            peer.put("/network-interfaces/eth0", &body)?;
-        }
-        peer.put("/vsock", &format!(r#"{{"guest_cid":3,"uds_path":"{vsock}"}}"#))?;
-        peer.put("/actions", r#"{"action_type":"InstanceStart"}"#)?;
-        let (mut stream, _) = listener.accept()?;
-        let mut first = [0u8; 1];
-        stream.read_exact(&mut first)?;
-        let time = start.elapsed();
-
-        // The rest of the agent's greeting.
-        let mut agent = Connection::over(stream);
-        agent.feed(&first);
-        agent.receive()?;
-        Ok((peer, agent, time))
-    }
-
-    /// One request of the API: HTTP over the socket, kept open.
-    fn put(&mut self, path: &str, body: &str) -> io::Result<()> {
-        let length = body.len();
-        write!(
-            self.api,
-            "PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
-        )?;
-        // 204 without a body, or an error with one.
-        let mut answer = Vec::new();
-        let mut chunk = [0u8; 4096];
-        while !answer.windows(4).any(|four| four == b"\r\n\r\n") {
-            match self.api.read(&mut chunk)? {
-                0 => break,
-                n => answer.extend_from_slice(&chunk[..n]),
-            }
-        }
-        if answer.starts_with(b"HTTP/1.1 204") {
-            return Ok(());
-        }
-        Err(io::Error::other(format!("the peer refused {path}: {}", String::from_utf8_lossy(&answer))))
-    }
-
-    fn measure(program: &str) -> io::Result<()> {
-        // Both guests get the same line: devices are found by ACPI, so nothing in it is a worker's alone.
-        let cmdline = peer_cmdline()?;
-        let mut times = Vec::new();
-        let mut last = None;
-        for _ in 0..BOOTS {
-            drop(last.take());
-            let (peer, agent, time) = Self::start(program, &cmdline, None)?;
-            times.push(milliseconds(time));
-            last = Some((peer, agent));
-        }
-        let Some((peer, mut agent)) = last else { return Ok(()) };
-        let version = Command::new(program).arg("--version").output()?;
-        let version = String::from_utf8_lossy(&version.stdout).lines().next().unwrap_or_default().to_string();
-        let condition =
-            format!("{version}; its process' start to first vsock octet, same guest, no jail; cmdline {cmdline}");
-        print("peer_cold_boot_ms", median(&mut times), "ms", &condition);
-        // As the supervisor does for a sandbox: the root file system is as large as its disk.
-        ask(&mut agent, Request::new("g", "system.configure").set("grow", true))?;
-        ask(&mut agent, exec(None, &["true"]))?;
-        print(
-            "peer_worker_overhead_kib",
-            overhead_kib(peer.process.id(), MEMORY_MIB)? as f64,
-            "KiB",
-            "private pages outside guest memory",
-        );
-        let mut times = Vec::new();
-        for _ in 0..EXECS {
-            times.push(milliseconds(exec_time(&mut agent, exec(None, &["true"]))?));
-        }
-        print("peer_exec_true_ms", median(&mut times), "ms", "straight to the agent, no node in between");
-        print("peer_vsock_mib_per_s", stream(&mut agent, None)?, "MiB/s", "its vsock socket to a program's stdin");
-        block(&mut agent, None)?.print("peer_", "raw file in tmpfs");
-        agent.stream().shutdown(Shutdown::Both)?;
-        Ok(())
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// The command line that a worker gives its guest, as one of them sees it.
-fn peer_cmdline() -> io::Result<String> {
-    let mut control = Connection::open(Path::new(CONTROL))?;
-    let create = Request::new("c", "sandbox.create").set("memory_mib", MEMORY_MIB);
-    let id = ask(&mut control, create)?.1.get("id").unwrap_or_default().to_string();
-    control.send(&Message::Request(exec(Some(&id), &["cat", "/proc/cmdline"])))?;
-    let mut line = Vec::new();
-    loop {
-        match control.receive()? {
-            Message::Data { channel, payload, .. } if channel == "stdout" => line.extend(payload),
-            message if message.is_final() => break,
-            _ => {}
-        }
-    }
-    ask(&mut control, Request::new("r", "sandbox.remove").arg(&id).set("force", true))?;
-    Ok(String::from_utf8_lossy(&line).trim().to_string())
 }

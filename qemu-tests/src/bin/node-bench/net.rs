@@ -11,7 +11,8 @@ use qemu_tests::client::Client;
 use qemu_tests::rig::{Setup, Tap, TapFlags, own_network, put_guest_tool, switch_on};
 use warren::wire::Request;
 
-use crate::{MEMORY_MIB, Peer, exec, peer_cmdline, print};
+use crate::peer::{Peer, peer_cmdline};
+use crate::{MEMORY_MIB, exec, print};
 
 const NODE: &str = "10.8.0.0";
 const GUEST: &str = "10.8.0.1";
