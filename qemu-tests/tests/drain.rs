@@ -143,3 +143,20 @@ fn an_external_that_is_away_is_named_and_the_node_serves() {
     assert_eq!(done.field("sentinel"), "behind");
     node.power_off();
 }
+
+#[test]
+fn a_drain_can_pause_what_still_runs() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    sandbox.sh("echo memory > /dev/shm/file");
+    let drain = Request::new("", "node.drain").set("deadline_s", 0).set("action", "pause");
+    assert_eq!(node.control().ok(drain).field("sandboxes"), "0");
+    assert_eq!(sandbox.state(), "paused");
+    assert!(node.control().err(sandbox.request("sandbox.resume")).is(Code::Draining));
+    node.control().ok(Request::new("", "node.undrain"));
+    node.control().ok(sandbox.request("sandbox.resume"));
+    assert_eq!(sandbox.sh("cat /dev/shm/file"), "memory\n");
+    sandbox.remove().expect("it can be removed");
+    let error = node.control().err(Request::new("", "node.drain").set("action", "forget"));
+    assert!(error.is(Code::BadArgument), "{error}");
+}

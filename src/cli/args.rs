@@ -220,6 +220,9 @@ pub enum NodeVerb {
         /// Stop those that still run after so many seconds; without it they end by themselves
         #[arg(long, value_name = "SECONDS")]
         deadline: Option<u64>,
+        /// Pause them then, where they can be, instead of stopping them
+        #[arg(long, requires = "deadline")]
+        pause: bool,
     },
     /// Take new sandboxes again
     Undrain,

@@ -122,7 +122,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
             NodeVerb::Ledger { all } => show::ledger(&mut connect()?, *all, cli.json),
             NodeVerb::Backup { file } => backup::backup(&mut connect()?, file),
             NodeVerb::Restore { file, force } => backup::restore(&mut connect()?, file, *force),
-            NodeVerb::Drain { deadline } => show::drain(&mut connect()?, *deadline, cli.json),
+            NodeVerb::Drain { deadline, pause } => show::drain(&mut connect()?, *deadline, *pause, cli.json),
             NodeVerb::Undrain => show::undrain(&mut connect()?),
             NodeVerb::Info => show::node(&mut connect()?, cli.json),
             NodeVerb::Stop => show::stop_node(&mut connect()?, "poweroff"),

@@ -356,8 +356,9 @@ pub fn ledger(client: &mut Client, all: bool, json: bool) -> Result<u8, Failure>
 }
 
 /// `warren node drain`.
-pub fn drain(client: &mut Client, deadline: Option<u64>, json: bool) -> Result<u8, Failure> {
+pub fn drain(client: &mut Client, deadline: Option<u64>, pause: bool, json: bool) -> Result<u8, Failure> {
     let request = Request::new("", "node.drain");
+    let request = if pause { request.set("action", "pause") } else { request };
     let request = deadline.into_iter().fold(request, |request, seconds| request.set("deadline_s", seconds));
     let call = client.start(request)?;
     let done = loop {

@@ -35,7 +35,12 @@ pub enum Command {
         force: bool,
     },
     /// Takes no new sandboxes; those that run end, by themselves or after that time.
-    NodeDrain(Option<Duration>),
+    NodeDrain {
+        /// How long they have.
+        deadline: Option<Duration>,
+        /// They are paused then.
+        pauses: bool,
+    },
     /// Takes new sandboxes again.
     NodeUndrain,
     /// The audit log.
@@ -221,7 +226,7 @@ verbs! {
     "help", "", "the verbs", |_, args, _| done(args, Command::Help);
     "node.info", "", "state and capacity of the node", |_, args, _| done(args, Command::NodeInfo);
     "node.stop", "[mode=poweroff|reboot]", "stop every sandbox, then the node", node_stop;
-    "node.drain", "[deadline_s=0..31536000]", "take no new sandboxes, and wait until none runs and all is written", node_drain;
+    "node.drain", "[deadline_s=0..31536000] [action=stop|pause]", "take no new sandboxes, and wait until none runs and all is written", node_drain;
     "node.undrain", "", "take new sandboxes again", |_, args, _| done(args, Command::NodeUndrain);
     "node.audit", "[owner=OWNER] [before=ID] [limit=1..1000]", "who did what, newest first", node_audit;
     "node.ledger", "[all=true]", "where record and kernel differ on what sandboxes hold", |_, mut args, _| {
@@ -362,7 +367,15 @@ const MAX_DRAIN_S: u64 = 365 * 24 * 3600;
 
 fn node_drain(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
     let deadline = args.number("deadline_s", 0..=MAX_DRAIN_S)?.map(Duration::from_secs);
-    done(args, Command::NodeDrain(deadline))
+    let pauses = match args.text("action")?.as_deref() {
+        None | Some("stop") => false,
+        Some("pause") => true,
+        Some(other) => {
+            let message = format!("action={other} is neither stop nor pause");
+            return Err(Error::new(Code::BadArgument, message).with("argument", "action"));
+        }
+    };
+    done(args, Command::NodeDrain { deadline, pauses })
 }
 
 fn sandbox_create(_: &str, mut args: Args, defaults: Defaults) -> Result<Command, Error> {

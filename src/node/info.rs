@@ -46,7 +46,7 @@ impl Supervisor {
                 .with("disk_available_mib", disk.blocks_available() * disk.fragment_size() / (1024 * 1024)),
             Err(_) => fields,
         };
-        let until = self.drain.as_ref().and_then(|drain| drain.until_ms);
+        let until = self.drain.as_ref().and_then(|drain| drain.row.until_ms);
         let fields = until.into_iter().fold(fields, |fields, until| fields.with("drain_until_ms", until));
         self.externals
             .fields(fields)

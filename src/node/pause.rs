@@ -38,8 +38,15 @@ pub enum Pausing {
 impl Supervisor {
     /// A client wants a sandbox paused.
     pub(super) fn ask_pause(&mut self, key: u64, tag: &str, given: &str) -> Result<(), Error> {
-        let sandbox = self.find_running(key, given)?;
-        let id = sandbox.id.clone();
+        let id = self.find_running(key, given)?.id.clone();
+        self.begin_pause(&id)?;
+        self.await_(key, tag, &id, Awaited::Paused);
+        Ok(())
+    }
+
+    /// Begins to pause a sandbox that runs.
+    pub(super) fn begin_pause(&mut self, id: &SandboxId) -> Result<(), Error> {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
         if sandbox.spec.disks.iter().any(|disk| disk.is_the_nodes()) {
             // What others write to it meanwhile would not go with the memory.
             let message = format!("sandbox {id} has a disk that is the node's: it cannot be paused");
@@ -50,9 +57,8 @@ impl Supervisor {
         }
         sandbox.state.become_(State::Pausing)?;
         sandbox.pausing = Some(Pausing::Recording);
-        self.await_(key, tag, &id, Awaited::Paused);
-        let writing = self.record(&id);
-        if let Some(sandbox) = self.sandboxes.get_mut(&id) {
+        let writing = self.record(id);
+        if let Some(sandbox) = self.sandboxes.get_mut(id) {
             sandbox.writing = writing;
         }
         Ok(())
@@ -147,7 +153,7 @@ impl Supervisor {
         self.thaw(id);
         self.watch_health(id);
         self.record(id);
-        if self.stopping.as_ref().is_some_and(|stopping| !stopping.hands_over)
+        if (self.stopping.as_ref().is_some_and(|stopping| !stopping.hands_over) || self.is_drained_by_now())
             && let Err(e) = self.stop(id, None)
         {
             log::error!("sandbox {id}: {e}");

@@ -239,7 +239,7 @@ impl Supervisor {
             Command::NodeLedger { all } => self.ask_ledger(key, tag, all),
             Command::NodeBackup => self.ask_backup(key, tag)?,
             Command::NodeRestore { force } => self.ask_restore(key, tag, force)?,
-            Command::NodeDrain(deadline) => self.ask_drain(key, tag, deadline),
+            Command::NodeDrain { deadline, pauses } => self.ask_drain(key, tag, deadline, pauses),
             Command::NodeUndrain => {
                 self.undrain();
                 self.answer(key, &Message::ok(tag, Fields::new()));

@@ -278,12 +278,31 @@ pub enum Change {
     },
     /// All of these or none.
     Together(Vec<Change>),
-    /// The node is being drained, until the inner time where there is one (Unix, milliseconds); or not any more.
-    Drain(Option<Option<u64>>),
+    /// The node is being drained, or not any more.
+    Drain(Option<DrainRow>),
     /// A request was taken.
     BeginAudit(Box<AuditRow>),
     /// It has its answer.
     EndAudit(AuditEnd),
+}
+
+/// That the node is being drained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DrainRow {
+    /// When sandboxes are ended, Unix time in milliseconds; without it they end by themselves.
+    pub until_ms: Option<u64>,
+    /// They are paused then, where they can be, and not stopped.
+    pub pauses: bool,
+}
+
+impl DrainRow {
+    const PAUSES: &str = "pause";
+
+    /// Reads what was written; what it does not know is left out.
+    pub(super) fn parse(text: &str) -> Self {
+        let mut words = text.split(' ');
+        Self { until_ms: words.clone().find_map(|word| word.parse().ok()), pauses: words.any(|w| w == Self::PAUSES) }
+    }
 }
 
 /// Brings the tables to `SCHEMA_VERSION`. A database of a newer program is refused and left alone.
@@ -515,9 +534,10 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
         Change::RemoveAllocation { sandbox_id } => {
             connection.prepare("DELETE FROM allocations WHERE sandbox_id = ?1")?.execute([sandbox_id])?
         }
-        Change::Drain(Some(until)) => {
-            let until = until.map(|until| until.to_string()).unwrap_or_default();
-            return set_meta(connection, super::state::DRAIN, &until);
+        Change::Drain(Some(row)) => {
+            let until = row.until_ms.map(|until| until.to_string());
+            let words = until.into_iter().chain(row.pauses.then(|| DrainRow::PAUSES.to_string()));
+            return set_meta(connection, super::state::DRAIN, &words.collect::<Vec<_>>().join(" "));
         }
         Change::Drain(None) => connection.execute("DELETE FROM meta WHERE key = ?1", [super::state::DRAIN])?,
         Change::PutSnapshot(row) => return snapshots::put_snapshot(connection, row),

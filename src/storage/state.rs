@@ -19,7 +19,7 @@ use rusqlite::{Connection, ErrorCode};
 use super::audit::{self, AuditQuery, AuditRow};
 use super::backup;
 use super::schema;
-pub use super::schema::{AllocationRow, Change, ExecutionRow, SCHEMA_VERSION, SandboxRow, TemplateRow};
+pub use super::schema::{AllocationRow, Change, DrainRow, ExecutionRow, SCHEMA_VERSION, SandboxRow, TemplateRow};
 use super::snapshots::rows as snapshots;
 pub use super::snapshots::rows::{LayerRow, SnapshotKind, SnapshotRow, SnapshotState};
 
@@ -128,8 +128,8 @@ pub struct Snapshot {
     pub layers: Vec<LayerRow>,
     /// Number of the next row of the audit log.
     pub next_audit: u64,
-    /// Where the node is being drained: by when, Unix time in milliseconds, or none.
-    pub drain: Option<Option<u64>>,
+    /// Where the node is being drained.
+    pub drain: Option<DrainRow>,
 }
 
 /// What the thread is asked for.
@@ -437,7 +437,7 @@ pub(super) fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateErro
         snapshots: snapshots::snapshots(&connection)?,
         layers: snapshots::layers(&connection)?,
         next_audit: audit::take_up(&connection)?,
-        drain: schema::meta(&connection, DRAIN)?.map(|deadline| deadline.parse().ok()),
+        drain: schema::meta(&connection, DRAIN)?.map(|text| DrainRow::parse(&text)),
     };
     Ok((connection, snapshot))
 }
