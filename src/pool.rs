@@ -177,8 +177,13 @@ impl<T, W: PartialEq> Pool<T, W> {
     /// Somebody waits no longer. `false` when they did not.
     pub fn forget(&mut self, who: &W) -> bool {
         let before = self.waiting.len();
-        self.waiting.retain(|(waiting, _)| waiting != who);
+        self.forget_if(|waiting| waiting == who);
         self.waiting.len() < before
+    }
+
+    /// Those of whom that is so wait no longer.
+    pub fn forget_if(&mut self, which: impl Fn(&W) -> bool) {
+        self.waiting.retain(|(waiting, _)| !which(waiting));
     }
 
     /// Nobody waits any longer; gives all who did.

@@ -173,6 +173,7 @@ impl Supervisor {
                 Message::Err { error, .. } => self.configured(id, Err(error)),
                 _ => {}
             },
+            Route::Parked => self.parked_answered(id),
             Route::Probe => worker.probe.answered(),
             Route::Freeze => {
                 let frozen = matches!(&message, Message::Ok { fields, .. } if fields.get("frozen") == Some("true"));

@@ -8,7 +8,7 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-pub use tables::{Control, Disks, Health, Jail, Level, Log, MAX_DNS, Network, Node, Paths, Pool, Sandbox};
+pub use tables::{Control, Disks, Health, Jail, Level, Log, MAX_DNS, Network, Node, Paths, Pool, Sandbox, Warm};
 use toml::de::{DeTable, DeValue};
 
 use crate::sentinel;
@@ -36,6 +36,8 @@ pub struct Config {
     pub worker_pool: Pool,
     /// `[overlay_pool]`
     pub overlay_pool: Pool,
+    /// `[[warm]]`, one for each pool.
+    pub warm: Vec<Warm>,
     /// `[jail]`
     pub jail: Jail,
     /// `[disks]`
@@ -121,6 +123,7 @@ impl Config {
             "overlay_pool.max_age_s",
             "overlay_pool.wait_ms",
         ])?;
+        self.warm.iter().try_for_each(Warm::validate)?;
         self.jail.validate()?;
         self.disks.validate()?;
         self.network.settings(&self.paths.run)?;

@@ -46,6 +46,7 @@ impl Supervisor {
         log::info!("the node is drained for a client");
         self.database.submit(Change::Drain(Some(kept)));
         self.add_job(key, tag, Job::Drain);
+        self.empty_warm();
         self.time_drain();
     }
 
@@ -59,6 +60,7 @@ impl Supervisor {
             self.finish(client, &Message::err(&tag, error));
         }
         self.resume_restarts();
+        self.warm.look = true;
     }
 
     /// A client does not wait for it any more. It goes on.

@@ -310,6 +310,7 @@ impl Supervisor {
 
     /// Takes a sandbox away, by force if it has a worker.
     pub(super) fn remove(&mut self, id: &SandboxId) {
+        self.unparked_by_end(id, "it was removed");
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let removing = std::mem::replace(&mut sandbox.removing, true);
         if removing && sandbox.worker.is_some() {
@@ -457,6 +458,7 @@ impl Supervisor {
         stopping.hands_over = false;
         stopping.mode = stopping.mode.or(mode);
         stopping.waiters.extend(waiter);
+        self.empty_warm();
         let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
         for id in ids {
             let state = self.sandboxes.get(&id).map(|sandbox| sandbox.state);
@@ -473,6 +475,7 @@ impl Supervisor {
     /// Begins the end of this process only.
     pub(super) fn hand_over(&mut self) {
         self.stopping.get_or_insert_with(|| Stopping { hands_over: true, ..Stopping::default() });
+        self.empty_warm();
     }
 
     /// Sandboxes may be asked for.

@@ -79,7 +79,7 @@ impl Supervisor {
             let made = row.clone().and_then(|row| {
                 let spec = Spec::of_line(&row.settings, SETTINGS)?;
                 let waiter = Waiter { client: key, tag: tag.to_string(), what: Awaited::Forked };
-                self.create(spec, owner.clone().unwrap_or_default(), waiter, Some(&row))
+                self.create(spec, owner.clone().unwrap_or_default(), Some(waiter), Some(&row))
             });
             if let Err(error) = made {
                 self.forked(key, tag, Err(error));
@@ -129,7 +129,7 @@ impl Supervisor {
     pub(super) fn ask_template_snapshot(&mut self, key: u64, tag: &str, spec: Spec) -> Result<(), Error> {
         let owner = self.clients.get(&key).map(|client| client.identity().owner.clone()).unwrap_or_default();
         let waiter = Waiter { client: key, tag: tag.to_string(), what: Awaited::Prepared };
-        let id = self.create(spec, owner, waiter, None)?;
+        let id = self.create(spec, owner, Some(waiter), None)?;
         self.add_job(key, tag, Job::Wait(id));
         Ok(())
     }

@@ -11,7 +11,7 @@ impl Supervisor {
     /// The fields of `node.info`.
     pub(super) fn info(&self) -> Fields {
         let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-        let live = self.sandboxes.values().filter(|sandbox| sandbox.state.is_live());
+        let live = self.sandboxes.values().filter(|sandbox| sandbox.state.is_live() && sandbox.parked.is_none());
         let (mut vcpus, mut memory, mut count) = (0u64, 0u64, 0u64);
         for sandbox in live {
             count += 1;

@@ -13,6 +13,7 @@ use super::health::Probe;
 use super::pause::Pausing;
 use super::pools::Held;
 use super::stats::Inquiry;
+use super::warm::Parked;
 use crate::init::ChildStatus;
 use crate::network::plan::Slot;
 use crate::sandbox::agent::Agent;
@@ -48,6 +49,8 @@ pub enum Route {
     },
     /// Whether it is there.
     Probe,
+    /// Whether one that waits in a pool is there.
+    Parked,
     /// `system.freeze` before a pause or a snapshot.
     Freeze,
     /// `system.thaw` that tells a guest who it is.
@@ -183,6 +186,8 @@ pub struct Sandbox {
     pub after_network: Option<Extent>,
     /// The user id that its worker runs by, until all of that is taken down.
     pub uid: Option<u32>,
+    /// It waits in a pool for whoever asks for one like it, or is on its way there.
+    pub parked: Option<Parked>,
     /// What it has of the pools.
     pub held: Held,
     /// Its worker, while it has one that was started.
@@ -233,6 +238,7 @@ impl Sandbox {
             holds_slot: false,
             after_network: None,
             uid: None,
+            parked: None,
             held: Held::default(),
             worker: None,
             execs: BTreeMap::new(),

@@ -33,6 +33,7 @@ mod start;
 mod stats;
 mod supervisor;
 mod timers;
+mod warm;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

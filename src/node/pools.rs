@@ -167,7 +167,8 @@ impl Supervisor {
         let workers = fields("workers", &self.pools.workers.shown());
         let workers = self.pools.idle().fold(workers, |fields, id| fields.with("idle", id));
         let slots = self.network.as_ref().map(|network| fields("slots", &network.pool()));
-        [Some(workers), Some(fields("overlays", &self.pools.overlays.shown())), slots].into_iter().flatten().collect()
+        let rows = [Some(workers), Some(fields("overlays", &self.pools.overlays.shown())), slots].into_iter().flatten();
+        rows.chain(self.warm.rows()).collect()
     }
 
     fn refill_later(&mut self) {

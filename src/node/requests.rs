@@ -14,7 +14,7 @@ use crate::sandbox::exec::{Sink, output_index};
 use crate::sandbox::flow::Gate;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
-use crate::sandbox::spec::{Defaults, Spec};
+use crate::sandbox::spec::Spec;
 use crate::storage::state::Ticket;
 use crate::wire::{Code, Decoded, Error, Fields, Filled, Message, PROTOCOL_VERSION, Request};
 
@@ -58,6 +58,8 @@ pub enum Job {
     Backup,
     /// It sends a database.
     Restore(super::backup::Upload),
+    /// It waits for a sandbox that has started already.
+    Warm,
     /// It waits for a snapshot to be there, or gone.
     Snapshot,
     /// It waits for the sandboxes of a fork.
@@ -193,10 +195,7 @@ impl Supervisor {
 
     fn take_request(&mut self, key: u64, request: Request) {
         let tag = request.tag.clone();
-        let defaults = Defaults {
-            vcpus: u8::try_from(self.config.sandbox.default_vcpus).unwrap_or(1),
-            memory_mib: u32::try_from(self.config.sandbox.default_memory_mib).unwrap_or(512),
-        };
+        let defaults = self.config.sandbox.defaults();
         let Some(client) = self.clients.get(&key) else { return };
         if let Err(error) = client.admit(&tag) {
             return self.answer_aside(key, &Message::err(&tag, error));
@@ -259,9 +258,16 @@ impl Supervisor {
             Command::TemplateSnapshot(spec) => self.ask_template_snapshot(key, tag, spec)?,
             Command::SandboxCreate { spec, owner, progress, cold } => {
                 let owner = self.owner_of_new(key, owner, &spec)?;
+                let spec = match cold {
+                    true => spec,
+                    false => match self.create_warm(key, tag, spec, &owner, progress)? {
+                        Some(spec) => spec,
+                        None => return Ok(()),
+                    },
+                };
                 let waiter = Waiter { client: key, tag: tag.to_string(), what: Awaited::Created { progress } };
                 let origin = if cold { None } else { self.template_origin(&spec) };
-                let id = self.create(spec, owner, waiter, origin.as_ref())?;
+                let id = self.create(spec, owner, Some(waiter), origin.as_ref())?;
                 if self.sandboxes.contains_key(&id) {
                     self.add_job(key, tag, Job::Wait(id));
                 }
@@ -337,7 +343,7 @@ impl Supervisor {
 
     /// Whether a sandbox is there for a client.
     fn sees(&self, key: u64, sandbox: &Sandbox) -> bool {
-        self.clients.get(&key).is_some_and(|client| client.identity().sees(&sandbox.owner))
+        sandbox.parked.is_none() && self.clients.get(&key).is_some_and(|client| client.identity().sees(&sandbox.owner))
     }
 
     /// A sandbox's row as a client sees it.
@@ -500,6 +506,7 @@ impl Supervisor {
             Job::NetworkChange(ticket) => self.forget_network_change(ticket),
             Job::Drain => self.forget_drain(key, tag),
             Job::Fork { .. } => self.forget_fork(key, tag),
+            Job::Warm => self.forget_warm(key, tag),
             // Whoever makes or takes a copy of the database sees that nobody waits for it.
             Job::Logs(_) | Job::NodeStop | Job::Backup | Job::Restore(_) | Job::Ledger | Job::Audit(_) => {}
             // It is made all the same, and seen in the list.

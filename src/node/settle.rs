@@ -122,6 +122,7 @@ impl Supervisor {
             | Job::Backup
             | Job::Ledger
             | Job::Snapshot
+            | Job::Warm
             | Job::Fork { .. }
             | Job::Audit(_) => false,
         };

@@ -12,6 +12,7 @@ use super::health::Probe;
 use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
 use super::pools::Shape;
 use super::supervisor::{Done, Source, Supervisor, Timer, now_ms};
+use super::warm::Parked;
 use crate::network::MTU;
 use crate::sandbox::agent::{Agent, Approach};
 use crate::sandbox::berth::Berth;
@@ -38,16 +39,45 @@ impl Supervisor {
         &mut self,
         spec: Spec,
         owner: String,
-        waiter: Waiter,
+        waiter: Option<Waiter>,
         origin: Option<&SnapshotRow>,
     ) -> Result<SandboxId, Error> {
+        self.check_new(&spec, &owner)?;
+        let idle = self.take_idle();
+        let id = match &idle {
+            Some(item) => item.thing.id.clone(),
+            None => SandboxId::random().map_err(|e| Error::new(Code::Internal, format!("no random id: {e}")))?,
+        };
+        let mut sandbox = Sandbox::new(id.clone(), owner, spec, self.places.of(&id), now_ms());
+        sandbox.state = State::Scheduling;
+        sandbox.waiters.extend(waiter);
+        if let Some(row) = origin {
+            sandbox.template_sha256.clone_from(&row.template_sha256);
+            (sandbox.layer, sandbox.snapshot) = (row.layer.clone(), Some(row.id.clone()));
+        }
+        self.sandboxes.insert(id.clone(), sandbox);
+        if origin.is_some() {
+            self.hold(&id);
+        }
+        self.notify_waiters(&id);
+        self.fit_account(&id);
+        if let Err(error) = self.settle_worker(&id, idle).and_then(|()| self.schedule(&id)) {
+            self.discard(&id);
+            return Err(error);
+        }
+        Ok(id)
+    }
+
+    /// Whether the node takes a new sandbox.
+    pub(super) fn check_new(&self, spec: &Spec, owner: &str) -> Result<(), Error> {
         if self.stopping.is_some() {
             return Err(Error::new(Code::Stopping, "the node is stopping"));
         }
         if self.drain.is_some() {
             return Err(Error::new(Code::Draining, "the node is being drained: node.undrain takes that back"));
         }
-        let live = self.sandboxes.values().filter(|sandbox| sandbox.state.is_live()).count() as u64;
+        let live = self.sandboxes.values().filter(|sandbox| sandbox.state.is_live() && sandbox.parked.is_none());
+        let live = live.count() as u64;
         let max = self.config.sandbox.max_sandboxes;
         if live >= max {
             return Err(
@@ -66,29 +96,7 @@ impl Supervisor {
         if !self.catalogue.importing {
             self.catalogue.row(&spec.template)?;
         }
-        let idle = self.take_idle();
-        let id = match &idle {
-            Some(item) => item.thing.id.clone(),
-            None => SandboxId::random().map_err(|e| Error::new(Code::Internal, format!("no random id: {e}")))?,
-        };
-        let mut sandbox = Sandbox::new(id.clone(), owner, spec, self.places.of(&id), now_ms());
-        sandbox.state = State::Scheduling;
-        sandbox.waiters.push(waiter);
-        if let Some(row) = origin {
-            sandbox.template_sha256.clone_from(&row.template_sha256);
-            (sandbox.layer, sandbox.snapshot) = (row.layer.clone(), Some(row.id.clone()));
-        }
-        self.sandboxes.insert(id.clone(), sandbox);
-        if origin.is_some() {
-            self.hold(&id);
-        }
-        self.notify_waiters(&id);
-        self.fit_account(&id);
-        if let Err(error) = self.settle_worker(&id, idle).and_then(|()| self.schedule(&id)) {
-            self.discard(&id);
-            return Err(error);
-        }
-        Ok(id)
+        Ok(())
     }
 
     /// Goes on with a sandbox once its template is known to be whole.
@@ -377,6 +385,9 @@ impl Supervisor {
 
     /// The agent of a sandbox greeted: the sandbox runs.
     pub(super) fn agent_ready(&mut self, id: &SandboxId) {
+        if self.park(id) {
+            return;
+        }
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let from_snapshot = sandbox.origin().is_some();
         match sandbox.state {
@@ -460,6 +471,7 @@ impl Supervisor {
         if of_guest && self.lacks_room(id) {
             error = no_room(&error.message);
         }
+        self.unparked_by_end(id, &error.message);
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         if sandbox.restarting && !sandbox.removing {
             self.restart_failed(id, &error);
@@ -489,7 +501,10 @@ impl Supervisor {
 
     pub(super) fn boot_expired(&mut self, id: &SandboxId, pid: i32) {
         let Some(sandbox) = self.sandboxes.get(id) else { return };
-        if sandbox.is_booting() && sandbox.worker.as_ref().is_some_and(|worker| worker.pid == pid) {
+        if sandbox.is_booting()
+            && !sandbox.parked.is_some_and(Parked::is_ready)
+            && sandbox.worker.as_ref().is_some_and(|worker| worker.pid == pid)
+        {
             let seconds = self.config.sandbox.boot_timeout_s;
             let error = Error::new(Code::GuestTimeout, format!("the guest's agent did not answer within {seconds} s"));
             let error = with_console(error, sandbox);

@@ -31,6 +31,7 @@ use super::pools::{Pools, Shape};
 use super::requests::Job;
 use super::snapshots::Snapshots;
 use super::timers::Timers;
+use super::warm::WarmPools;
 use crate::control::access::{Identity, Peer};
 use crate::control::client::Client;
 use crate::control::port::Port;
@@ -101,6 +102,8 @@ pub(super) enum Timer {
     Restart(SandboxId),
     /// The pools have something to do.
     Pools,
+    /// The pools of sandboxes that have started have something to do.
+    Warm,
 }
 
 /// What a background thread has done.
@@ -196,6 +199,8 @@ pub struct Supervisor {
     pub(super) backups: Backups,
     pub(super) places: Places,
     pub(super) snapshots: Snapshots,
+    /// Sandboxes that were started before anybody asked.
+    pub(super) warm: WarmPools,
     /// The network's thread, once it runs.
     pub(super) network: Option<Network>,
     pub(super) network_settings: Settings,
@@ -294,6 +299,7 @@ impl Supervisor {
             ledger: Ledger::default(),
             backups: Backups::default(),
             snapshots: Snapshots::new(&places),
+            warm: WarmPools::new(&config.warm, config.sandbox.defaults())?,
             places,
             network: None,
             network_settings,
@@ -375,6 +381,7 @@ impl Supervisor {
             self.expire(timer);
         }
         self.tend_pools();
+        self.tend_warm();
         self.tend_drain();
         self.settle();
         Ok(())
@@ -575,6 +582,7 @@ impl Supervisor {
             Timer::Probe => self.probe_tick(),
             Timer::Restart(id) => self.restart(&id),
             Timer::Pools => self.pools_due(),
+            Timer::Warm => self.warm_due(),
         }
     }
 

@@ -15,6 +15,8 @@ use crate::network::policy::special;
 use crate::pool::Limits;
 use crate::sandbox::disk::is_file_name;
 use crate::sandbox::id::check_name;
+use crate::sandbox::spec::{Defaults, Spec};
+use crate::wire::{Args, Error, Request};
 
 /// Most name servers: what resolvers take (MAXNS, resolv.conf(5)).
 pub const MAX_DNS: usize = 3;
@@ -245,6 +247,78 @@ impl Pool {
     }
 }
 
+/// Sandboxes of one shape that are started before anybody asks for one.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Warm {
+    /// Their template.
+    pub template: String,
+    /// Virtual CPUs; the node's default when not said.
+    pub vcpus: Option<u64>,
+    /// Memory in MiB; the node's default when not said.
+    pub memory_mib: Option<u64>,
+    /// Size of the root disk in MiB; the template's and the node's default on top when not said.
+    pub disk_mib: Option<u64>,
+    /// With a network that reaches the public internet.
+    pub network: bool,
+    /// Kept ready, 0–256.
+    pub min_ready: u64,
+    /// Ready or on their way at most, 1–65,536.
+    pub max: u64,
+    /// Seconds after which an unused one beyond `min_ready` goes, 1–86,400.
+    pub idle_timeout_s: u64,
+    /// Seconds after which one that is unused is replaced, 60–2,592,000.
+    pub max_age_s: u64,
+    /// Milliseconds that a request waits for one before it gets a sandbox like any other, 0–600,000.
+    pub wait_ms: u64,
+}
+
+impl Default for Warm {
+    fn default() -> Self {
+        Self {
+            template: "base".to_string(),
+            vcpus: None,
+            memory_mib: None,
+            disk_mib: None,
+            network: false,
+            min_ready: 1,
+            max: 8,
+            idle_timeout_s: 300,
+            max_age_s: 3600,
+            wait_ms: 0,
+        }
+    }
+}
+
+impl Warm {
+    /// What bounds its pool.
+    pub fn limits(&self) -> Limits {
+        limits(self.min_ready, self.max, self.idle_timeout_s, self.max_age_s, self.wait_ms)
+    }
+
+    /// What its sandboxes are.
+    ///
+    /// # Errors
+    /// As of a request for such a sandbox.
+    pub fn spec(&self, defaults: Defaults) -> Result<Spec, Error> {
+        let shape = [("vcpus", self.vcpus), ("memory_mib", self.memory_mib), ("disk_mib", self.disk_mib)];
+        let shape = shape.into_iter().filter_map(|(key, value)| Some((key, value?)));
+        let request = Request::new("", "sandbox.create").set("template", &self.template);
+        let request = request.set("network", if self.network { "on" } else { "off" });
+        Spec::take(&mut Args::of(shape.fold(request, |request, (key, value)| request.set(key, value))), defaults)
+    }
+
+    pub(super) fn validate(&self) -> Result<(), (&'static str, String)> {
+        let defaults = Defaults { vcpus: 1, memory_mib: 512 };
+        self.spec(defaults).map_err(|error| ("warm", error.message))?;
+        within("warm.min_ready", self.min_ready, 0..=256)?;
+        within("warm.max", self.max, 1..=65_536)?;
+        within("warm.idle_timeout_s", self.idle_timeout_s, 1..=86_400)?;
+        within("warm.max_age_s", self.max_age_s, 60..=2_592_000)?;
+        within("warm.wait_ms", self.wait_ms, 0..=600_000)
+    }
+}
+
 fn limits(min_ready: u64, max: u64, idle_s: u64, age_s: u64, wait_ms: u64) -> Limits {
     let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
     Limits {
@@ -395,6 +469,14 @@ impl Control {
 }
 
 impl Sandbox {
+    /// What a sandbox has of which a request says nothing.
+    pub fn defaults(&self) -> Defaults {
+        Defaults {
+            vcpus: u8::try_from(self.default_vcpus).unwrap_or(1),
+            memory_mib: u32::try_from(self.default_memory_mib).unwrap_or(512),
+        }
+    }
+
     /// `boot_timeout_s` as a duration.
     pub fn boot_timeout(&self) -> Duration {
         Duration::from_secs(self.boot_timeout_s)
