@@ -56,10 +56,10 @@ peers: deps
 
 # --- parts -----------------------------------------------------------------------------------------------------
 
-build: node $(B)/templates.img $(B)/data.img
+build: node $(B)/templates.img $(B)/code.img $(B)/data.img
 node: $(B)/bzImage $(B)/host-initramfs.img
 kernels: $(B)/vmlinux $(B)/bzImage
-templates: $(B)/templates/base/manifest.toml $(B)/templates/python/manifest.toml
+templates: $(B)/templates/base/manifest.toml $(B)/templates/python/manifest.toml $(B)/templates/code/manifest.toml
 
 # cargo knows best what is out of date; a copy is made only when the binary changed, so nothing after it is rebuilt.
 binaries: deps
@@ -87,6 +87,10 @@ $(B)/templates/%/manifest.toml: rootfs/template rootfs/ext4-image rootfs/debian-
 	touch $@
 $(B)/templates.img: rootfs/template-disk $(B)/templates/python/manifest.toml
 	@rootfs/template-disk $@ $(B)/templates/python
+# A disk of its own: it is large, and importing it takes time that nodes without it need not spend.
+$(B)/code.img: rootfs/template-disk $(B)/templates/code/manifest.toml
+	@rootfs/template-disk $@ $(B)/templates/code
+$(B)/templates/code/manifest.toml: rootfs/templates/python/*
 $(B)/data.img: rootfs/data-filesystem | deps
 	@mkdir -p $(B)
 	rootfs/data-filesystem $@

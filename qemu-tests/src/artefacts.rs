@@ -13,6 +13,8 @@ pub enum Artefact {
     DataImage,
     /// The disk that templates are imported from.
     TemplateDisk,
+    /// The disk that the template `code` is imported from.
+    CodeDisk,
     /// The whole disk image, with the QEMU profile's kernel.
     DiskImage,
     /// The binary `warren`.
@@ -35,6 +37,7 @@ impl Artefact {
             Self::HostInitramfs => ("host-initramfs.img", "WARREN_HOST_INITRAMFS", "build"),
             Self::DataImage => ("data.img", "WARREN_DATA_IMAGE", "build"),
             Self::TemplateDisk => ("templates.img", "WARREN_TEMPLATE_DISK", "build"),
+            Self::CodeDisk => ("code.img", "WARREN_CODE_DISK", "build"),
             Self::DiskImage => ("qemu.img", "WARREN_DISK_IMAGE", "build/qemu.img"),
             Self::Warren => ("warren", "WARREN_BINARY", "binaries"),
             Self::Burrow => ("burrow", "WARREN_BURROW", "binaries"),

@@ -81,6 +81,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("cold_boot_ms", Target::AtMost(60.0)),
     ("cold_boot_ms", Target::AtMostOf(0.9, "peer_cold_boot_ms")),
     ("exec_true_ms", Target::AtMost(5.0)),
+    ("code_run_python_ms", Target::AtMost(3.0)),
     ("jail_cost_ms", Target::AtMost(3.0)),
     ("restore_ms", Target::AtMost(8.0)),
     ("restore_exec_ms", Target::AtMost(15.0)),

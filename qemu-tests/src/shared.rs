@@ -30,6 +30,12 @@ pub fn node_with_templates() -> Turn {
     node_from(|| Boot::kernel().template_disk(&Artefact::TemplateDisk.path()))
 }
 
+/// The same with the disk of the template `code` besides.
+pub fn node_with_code() -> Turn {
+    let boot = || Boot::kernel().template_disk(&Artefact::TemplateDisk.path());
+    node_from(|| boot().template_disk(&Artefact::CodeDisk.path()))
+}
+
 fn node_from(boot: impl FnOnce() -> Boot) -> Turn {
     let mut node = NODE.lock().unwrap_or_else(PoisonError::into_inner);
     if node.as_ref().is_some_and(|node| !node.is_running()) {

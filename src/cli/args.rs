@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use clap_complete::Shell;
 
+use super::code::args::{CodeArgs, ContextVerb};
 use crate::wire::Request;
 
 /// Where the node listens when neither `--socket` nor `WARREN_SOCKET` says otherwise.
@@ -46,6 +47,14 @@ pub enum Verb {
     Create(CreateArgs),
     /// Run a command in a sandbox
     Exec(ExecArgs),
+    /// Run code in a sandbox
+    Code(CodeArgs),
+    /// Interpreters in a sandbox that keep their state between runs of code
+    Context {
+        /// What to do
+        #[command(subcommand)]
+        verb: ContextVerb,
+    },
     /// Open an interactive shell in a sandbox
     Sh {
         /// Id, unique prefix of an id, or name of the sandbox
@@ -414,8 +423,17 @@ pub struct RunArgs {
     /// Remove the sandbox when the command has ended
     #[arg(long, conflicts_with = "detach")]
     pub rm: bool,
-    /// The template
-    #[arg(value_name = "TEMPLATE")]
+    /// Run the code of FILE in this language, in a sandbox of its own that goes with it
+    #[arg(long, visible_alias = "language", value_name = "LANGUAGE", conflicts_with_all = ["interactive", "tty", "detach", "workdir", "command"])]
+    pub lang: Option<String>,
+    /// The template of a sandbox for code [default: the smallest that has the language]
+    #[arg(long = "template", value_name = "TEMPLATE", requires = "lang")]
+    pub template_option: Option<String>,
+    /// A directory for the pictures and documents that the code shows
+    #[arg(long, value_name = "DIR", requires = "lang")]
+    pub save: Option<PathBuf>,
+    /// The template; with --lang the file with the code, or - for standard input
+    #[arg(value_name = "TEMPLATE|FILE")]
     pub template: String,
     /// The command and its arguments; without one, a shell
     #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]

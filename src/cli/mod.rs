@@ -1,7 +1,7 @@
 //! The command line: connects to a node's control socket and speaks its protocol.
 //!
 //! `args` says what may be typed, `client` speaks to the node, `run` has the verbs around commands, `show` those
-//! that list and change, `copy` moves files, `bridge` serves a node in QEMU to many clients.
+//! that list and change, `code` runs code, `copy` moves files, `bridge` serves a node in QEMU to many clients.
 //!
 //! Exit codes: 0, 1 for a failure (`error: CODE: sentence` on standard error), 2 for misuse, 141 when the reader of
 //! standard output has gone. `exec`, `run` and `sh` pass the command's own code on and have 125 for Warren's
@@ -18,6 +18,7 @@ mod args;
 mod backup;
 mod bridge;
 pub mod client;
+pub mod code;
 mod copy;
 mod exec;
 mod output;
@@ -95,7 +96,12 @@ pub fn main() -> ExitCode {
 fn dispatch(cli: &Cli) -> Result<u8, Failure> {
     let connect = || Client::connect(&cli.socket());
     match &cli.verb {
-        Verb::Run(args) => run::run(cli, args),
+        Verb::Run(args) => match &args.lang {
+            Some(language) => code::run(cli, args, language),
+            None => run::run(cli, args),
+        },
+        Verb::Code(args) => code::code(cli, args),
+        Verb::Context { verb } => code::context(&mut connect()?, verb, cli.json),
         Verb::Exec(args) => run::exec(cli, args),
         Verb::Sh { id } => run::sh(cli, id),
         Verb::Create(args) => run::create(&mut connect()?, args, cli.json),

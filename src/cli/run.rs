@@ -137,7 +137,7 @@ fn with_how(mut request: Request, how: &HowArgs, env: &[String], mode: Mode) -> 
 }
 
 /// Creates a sandbox, with its progress on standard error where that is a terminal. Gives the final reply.
-fn make(client: &mut Client, shape: &Shape, template: Option<&str>) -> Result<Fields, Error> {
+pub(super) fn make(client: &mut Client, shape: &Shape, template: Option<&str>) -> Result<Fields, Error> {
     let mut status = StatusLine::new();
     let mut request = Request::new("", "sandbox.create");
     let named = [("template", template), ("name", shape.name.as_deref()), ("owner", shape.owner.as_deref())];
@@ -209,7 +209,7 @@ fn unmake(client: &mut Client, call: &Call) {
 }
 
 /// Removes a sandbox after its command, on a connection of its own: the first may be what broke.
-fn remove(cli: &Cli, id: &str) {
+pub(super) fn remove(cli: &Cli, id: &str) {
     let gone = Client::connect(&cli.socket())
         .and_then(|mut client| client.call(Request::new("", "sandbox.remove").arg(id).set("force", true)));
     match gone {
@@ -221,6 +221,6 @@ fn remove(cli: &Cli, id: &str) {
     }
 }
 
-fn id_of(fields: &Fields) -> Result<String, Error> {
+pub(super) fn id_of(fields: &Fields) -> Result<String, Error> {
     fields.get("id").map(str::to_string).ok_or_else(|| local(PROTOCOL_ERROR, "the node created a sandbox without id"))
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::access::Role;
+use super::code::{self, Bounds, RunAsk};
 use crate::init::StopMode;
 use crate::sandbox::id::check_name;
 use crate::sandbox::lifecycle::State;
@@ -155,7 +156,25 @@ pub enum Command {
         /// The program's number.
         exec: u64,
     },
-    /// Something about one program that the agent does: a signal, a new window size.
+    /// Runs code.
+    CodeRun {
+        /// Id, name or unique prefix.
+        sandbox: String,
+        /// What is to be run, and how.
+        ask: Box<RunAsk>,
+    },
+    /// The code runs of a sandbox.
+    CodeList(String),
+    /// A new context for code.
+    CodeContextCreate {
+        /// Id, name or unique prefix.
+        sandbox: String,
+        /// Of what it runs.
+        language: String,
+        /// What its runs may use.
+        bounds: Bounds,
+    },
+    /// Something about one program or context that the agent does: a signal, a new window size, a restart.
     ExecControl {
         /// Id, name or unique prefix.
         sandbox: String,
@@ -196,7 +215,7 @@ impl Verb {
     pub fn role(&self) -> Role {
         match self.name {
             "hello" | "help" | "node.info" | "sandbox.list" | "sandbox.stats" => Role::Monitor,
-            "template.list" | "template.inspect" | "sandbox.inspect" | "sandbox.logs" | "exec.list"
+            "template.list" | "template.inspect" | "sandbox.inspect" | "sandbox.logs" | "exec.list" | "code.list"
             | "snapshot.list" | "snapshot.inspect" => Role::Viewer,
             "node.stop" | "node.drain" | "node.undrain" | "node.audit" | "node.ledger" | "node.backup"
             | "node.restore" => Role::Admin,
@@ -206,8 +225,16 @@ impl Verb {
 
     /// Whether its requests go to the audit log: all that may change something.
     pub fn is_audited(&self) -> bool {
-        let looks =
-            matches!(self.name, "node.audit" | "node.ledger" | "exec.attach" | "file.read" | "file.list" | "file.stat");
+        let looks = matches!(
+            self.name,
+            "node.audit"
+                | "node.ledger"
+                | "exec.attach"
+                | "code.context.list"
+                | "file.read"
+                | "file.list"
+                | "file.stat"
+        );
         self.role() > Role::Viewer && !looks
     }
 }
@@ -316,6 +343,17 @@ verbs! {
     "exec.attach", "SANDBOX exec=N", "replay a program's output and follow it", exec_attach;
     "exec.signal", "SANDBOX exec=N signal=NAME|NUMBER", "signal a program's process group", exec_signal;
     "exec.resize", "SANDBOX exec=N cols=N rows=N", "new size of a program's terminal", exec_resize;
+    "code.run",
+    "SANDBOX language=NAME|context=N [env=K=V]* [user=USER] [memory_mib=16..32768] [network=on|off] [dependency=NAME]* [timeout_ms=1..86400000] [detach=true]",
+    "run code; channels source, stdout, stderr, result", code::run;
+    "code.list", "SANDBOX", "the code runs of a sandbox", code::list;
+    "code.context.create",
+    "SANDBOX language=NAME [env=K=V]* [user=USER] [memory_mib=16..32768] [network=on|off] [dependency=NAME]*",
+    "start an interpreter that keeps its state between runs", code::create;
+    "code.context.list", "SANDBOX", "the contexts of a sandbox", code::contexts;
+    "code.context.interrupt", "SANDBOX context=N", "interrupt what a context runs", code::context;
+    "code.context.restart", "SANDBOX context=N", "start a context's interpreter anew", code::context;
+    "code.context.delete", "SANDBOX context=N", "end a context", code::context;
     "file.read", "SANDBOX path=PATH [offset=N] [length=N]", "read a file; channel content", file;
     "file.write", "SANDBOX path=PATH [mode=OCTAL] [user=USER] [append=true]", "write a file at once; channel content", file;
     "file.list", "SANDBOX path=PATH", "the entries of a directory", file;

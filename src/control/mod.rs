@@ -2,5 +2,6 @@
 
 pub mod access;
 pub mod client;
+pub mod code;
 pub mod command;
 pub mod port;

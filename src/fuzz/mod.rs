@@ -16,6 +16,7 @@ mod net;
 mod netlink;
 mod node;
 mod overlay;
+mod runner;
 mod saved;
 mod sentinel_log;
 mod snmp;
@@ -36,6 +37,7 @@ pub use net::net;
 pub use netlink::netlink;
 pub use node::node;
 pub use overlay::overlay;
+pub use runner::runner;
 pub use saved::saved;
 pub use sentinel_log::sentinel_log;
 pub use snmp::snmp;
@@ -81,7 +83,7 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 19] = [
+    const TARGETS: [Target; 20] = [
         ("block", block),
         ("bundle", bundle),
         ("elf", elf),
@@ -95,6 +97,7 @@ mod tests {
         ("node", node),
         ("mmio", mmio),
         ("overlay", overlay),
+        ("runner", runner),
         ("saved", saved),
         ("sentinel_log", sentinel_log),
         ("snmp", snmp),

@@ -17,13 +17,14 @@ use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use super::code::{Context, Told};
 use super::connection::{Connection, Job, greeting, hello};
 use super::exec::{Exec, Held, Users};
 use super::freeze::Freeze;
 use super::identity::Identity;
 use super::port::{self, Port};
 use super::settings::Settings;
-use super::tasks::Tasks;
+use super::tasks::{Task, Tasks};
 use super::uplink::Call;
 use super::{boot, memory, report, socket, system};
 use crate::wire::Fields;
@@ -45,9 +46,11 @@ pub(super) enum Kind {
     Stdout,
     Stderr,
     Frozen,
+    Result,
+    Context,
 }
 
-const KINDS: [Kind; 9] = [
+const KINDS: [Kind; 11] = [
     Kind::Listener,
     Kind::Signals,
     Kind::Tasks,
@@ -57,15 +60,27 @@ const KINDS: [Kind; 9] = [
     Kind::Stdout,
     Kind::Stderr,
     Kind::Frozen,
+    Kind::Result,
+    Kind::Context,
 ];
 /// Bits of a token that are its kind.
 const KIND_BITS: u32 = 4;
 
+/// Contexts that runs have for themselves are numbered from here on.
+const OWN_CONTEXTS: u64 = 1 << 32;
 /// Largest number of a program that fits a token with its kind.
 pub(super) const EXEC_MAX: u64 = u64::MAX >> 8;
 
 fn token(kind: Kind, number: u64) -> Token {
     Token((number as usize) << KIND_BITS | kind as usize)
+}
+
+/// Has the streams of a code run watched.
+pub(super) fn watch_outputs(registry: &mio::Registry, id: u64, streams: [&File; 3]) -> io::Result<()> {
+    let kinds = [Kind::Stdout, Kind::Stderr, Kind::Result];
+    streams.into_iter().zip(kinds).try_for_each(|(stream, kind)| {
+        registry.register(&mut SourceFd(&stream.as_raw_fd()), token(kind, id), Interest::READABLE)
+    })
 }
 
 fn of_token(token: Token) -> (Kind, u64) {
@@ -80,6 +95,10 @@ pub(super) enum Due {
     Timeout(u64),
     /// A program has ended and those it left behind had their second.
     Linger(u64),
+    /// A code run's time to heed an interrupt is over.
+    Grace(u64),
+    /// A code run's files were looked for long enough.
+    Artifacts(u64),
     /// Look again whether the port's host side is there.
     Port,
     /// Who waits for the programs to stand still has waited long enough.
@@ -112,6 +131,16 @@ pub(super) struct Agent {
     pub(super) execs: BTreeMap<u64, Exec>,
     pub(super) next_exec: u64,
     pub(super) by_pid: BTreeMap<libc::pid_t, u64>,
+    /// What code runs in, by its number.
+    pub(super) contexts: BTreeMap<u64, Context>,
+    pub(super) next_context: u64,
+    /// The number of the next one that a run has for itself.
+    pub(super) next_own_context: u64,
+    pub(super) busy_contexts: BTreeSet<u64>,
+    /// Files that the last run was told to have changed.
+    pub(super) told: Told,
+    /// Threads of the agent's own, by their numbers, and the code run that each is for.
+    pub(super) own_tasks: BTreeMap<u64, (Task, u64)>,
     /// Programs that were reaped, oldest first.
     pub(super) finished: VecDeque<u64>,
     pub(super) held: Held,
@@ -164,6 +193,12 @@ impl Agent {
             execs: BTreeMap::new(),
             next_exec: 1,
             by_pid: BTreeMap::new(),
+            contexts: BTreeMap::new(),
+            next_context: 1,
+            next_own_context: OWN_CONTEXTS,
+            busy_contexts: BTreeSet::new(),
+            told: Told::default(),
+            own_tasks: BTreeMap::new(),
             finished: VecDeque::new(),
             held: Rc::default(),
             users: None,
@@ -262,7 +297,7 @@ impl Agent {
 
     /// How long to wait for events.
     pub(super) fn patience(&self) -> Option<Duration> {
-        let at_once = !self.busy_links.is_empty() || !self.busy_execs.is_empty();
+        let at_once = !self.busy_links.is_empty() || !self.busy_execs.is_empty() || !self.busy_contexts.is_empty();
         if at_once || !self.chores_finished {
             return Some(Duration::ZERO);
         }
@@ -330,12 +365,16 @@ impl Agent {
                     self.busy_links.insert(number);
                 }
             }
-            Kind::Status | Kind::Stdin | Kind::Stdout | Kind::Stderr => {
+            Kind::Context => {
+                self.busy_contexts.insert(number);
+            }
+            Kind::Status | Kind::Stdin | Kind::Stdout | Kind::Stderr | Kind::Result => {
                 if let Some(exec) = self.execs.get_mut(&number) {
                     match kind {
                         Kind::Stdin => exec.stdin.writable |= writable,
                         Kind::Stdout => exec.stdout.readable |= readable,
                         Kind::Stderr => exec.stderr.readable |= readable,
+                        Kind::Result => exec.result.readable |= readable,
                         _ => {}
                     }
                     self.busy_execs.insert(number);
@@ -384,6 +423,10 @@ impl Agent {
     /// Passes on what threads said. What belongs to a request that has ended is dropped.
     pub(super) fn collect_tasks(&mut self) {
         while let Some(report) = self.tasks.next() {
+            if report.link == 0 {
+                self.own_task_reported(&report);
+                continue;
+            }
             let Some(Connection { link, jobs, .. }) = self.links.get_mut(&report.link) else { continue };
             let task = jobs.iter_mut().enumerate().find_map(|(at, slot)| match &mut slot.job {
                 Job::Task(task) if task.number == report.number => Some((at, task)),
@@ -414,11 +457,13 @@ impl Agent {
                 return;
             }
             match due {
-                Due::Timeout(id) => {
-                    if let Some(exec) = self.execs.get_mut(&id) {
-                        exec.time_out();
-                    }
-                }
+                Due::Timeout(id) => match self.execs.get_mut(&id) {
+                    Some(exec) if exec.run.is_some() => self.time_out_run(id),
+                    Some(exec) => exec.time_out(),
+                    None => {}
+                },
+                Due::Grace(id) => self.end_by_force(id),
+                Due::Artifacts(id) => self.answer_without_files(id),
                 Due::Linger(id) => {
                     if let Some(exec) = self.execs.get_mut(&id)
                         && !exec.is_alive()
@@ -439,6 +484,9 @@ impl Agent {
     pub(super) fn end(&mut self) {
         for exec in self.execs.values() {
             exec.kill_all();
+        }
+        for context in std::mem::take(&mut self.contexts).into_values() {
+            context.kill();
         }
         self.execs.clear();
         if let Some(users) = &mut self.users {

@@ -40,7 +40,7 @@ impl Agent {
                 Ok(0) => break,
                 Ok(pid) => match self.by_pid.remove(&pid) {
                     Some(id) => self.reaped(id, status, &usage),
-                    None => orphans = true,
+                    None => orphans |= !self.context_reaped(pid, status),
                 },
                 Err(Errno::EINTR) => {}
                 Err(_) => {
@@ -155,6 +155,11 @@ impl Agent {
 
 /// What the client is told when a program could not be started.
 pub(super) fn start_error(exec: &Exec, failure: Failure) -> Error {
+    failed_to_start(&exec.name(), failure)
+}
+
+/// The same for a program of that name.
+pub(super) fn failed_to_start(name: &str, failure: Failure) -> Error {
     let what = match failure.stage {
         Stage::Session => "make a session",
         Stage::Terminal => "take the terminal",
@@ -163,10 +168,11 @@ pub(super) fn start_error(exec: &Exec, failure: Failure) -> Error {
         Stage::User => "become the user",
         Stage::Directory => "enter the working directory",
         Stage::Program => "run the program",
+        Stage::Network => "make a network of its own",
     };
     // As shells do: 127 for what is not there, 126 for what cannot be run.
     let exit = if failure.stage == Stage::Program && failure.errno == Errno::ENOENT { 127 } else { 126 };
-    Error::new(Code::ExecFailed, format!("cannot {what} for {}: {}", exec.name(), failure.errno.desc()))
+    Error::new(Code::ExecFailed, format!("cannot {what} for {name}: {}", failure.errno.desc()))
         .with("errno", format!("{:?}", failure.errno))
         .with("exit", exit)
 }

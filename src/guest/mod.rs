@@ -11,6 +11,7 @@
 mod agent;
 mod boot;
 mod children;
+mod code;
 mod connection;
 mod exec;
 mod files;
@@ -28,6 +29,9 @@ mod system;
 mod tasks;
 mod uplink;
 mod verbs;
+
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use code::Lines as RunnerLines;
 
 use std::io::Write;
 use std::os::fd::OwnedFd;

@@ -29,11 +29,17 @@ enum Visit {
 impl Agent {
     /// Visits what was marked, until nothing moves.
     pub(super) fn work(&mut self) {
+        self.serve_contexts();
         while let Some(id) = self.busy_execs.pop_first() {
             let Some(exec) = self.execs.get_mut(&id) else { continue };
             match &exec.attached {
                 Some(attachment) => {
                     self.busy_links.insert(attachment.link);
+                }
+                None if exec.run.as_ref().is_some_and(|run| run.cancelled) => {
+                    // It is not to be held up by what it writes and nobody reads.
+                    let scratch = &mut self.scratch;
+                    exec.outputs().for_each(|output| output.discard(scratch));
                 }
                 None => {
                     if let ExecVisit::Failed(failure) = exec.advance() {
@@ -131,6 +137,7 @@ impl Agent {
         let mut progress = false;
         let mut failures = Vec::new();
         let mut cgroups = Vec::new();
+        let mut settled = Vec::new();
         let freeze = connection.jobs.iter().any(|slot| matches!(slot.job, Job::Freeze(_)));
         let freeze = freeze.then(|| (self.freeze_is_decided(), self.freeze_fields()));
         let Connection { link, jobs, .. } = connection;
@@ -140,8 +147,10 @@ impl Agent {
                 Job::Exec(id) => match execs.get_mut(id) {
                     None => Visit::Done,
                     Some(exec) => match exec.pump(link, &slot.tag, scratch) {
-                        ExecVisit::Idle => Visit::Idle,
-                        ExecVisit::Progress => Visit::Progress,
+                        visit @ (ExecVisit::Idle | ExecVisit::Progress) => {
+                            settled.extend(Self::is_settled(exec).then_some(*id));
+                            if visit == ExecVisit::Idle { Visit::Idle } else { Visit::Progress }
+                        }
                         ExecVisit::Done => {
                             exec.attached = None;
                             cgroups.extend(exec.cgroup.take());
@@ -174,6 +183,7 @@ impl Agent {
         if let Some(users) = &mut self.users {
             cgroups.into_iter().for_each(|cgroup| users.retire(cgroup));
         }
+        settled.into_iter().for_each(|id| self.settled(id));
         for (id, failure) in failures {
             self.fail_start(id, failure);
         }
@@ -190,6 +200,7 @@ impl Agent {
             && let Some(exec) = self.execs.get_mut(&id)
         {
             exec.attached = None;
+            self.drop_run(id);
         }
         connection.link.send(&Message::err(tag, error));
     }

@@ -89,6 +89,12 @@ impl Agent {
             "exec.signal" => self.exec_signal(args),
             "exec.resize" => self.exec_resize(args),
             "exec.forget" => self.exec_forget(args),
+            "code.run" => self.code_run(link, connection, &tag, args),
+            "code.context.create" => self.context_create(args),
+            "code.context.list" => self.context_list(connection, &tag, args),
+            "code.context.interrupt" => self.context_interrupt(args),
+            "code.context.restart" => self.context_restart(args),
+            "code.context.delete" => self.context_delete(args),
             "file.read" => self.file_read(link, &tag, args),
             "file.write" => self.file_write(link, &tag, args),
             "file.list" => {
@@ -123,12 +129,19 @@ impl Agent {
     fn cancel(&mut self, connection: &mut Connection, tag: &str) {
         // One that has ended already was answered already.
         let Some(job) = connection.job(tag) else { return };
+        let mut run = None;
         if let Job::Exec(id) = job
             && let Some(exec) = self.execs.get(id)
         {
-            exec.kill_all();
+            run = exec.run.is_some().then_some(*id);
+            if run.is_none() {
+                exec.kill_all();
+            }
         }
         self.abandon(connection, tag, Error::new(Code::Cancelled, "cancelled by its client"));
+        if let Some(id) = run {
+            self.cancel_run(id);
+        }
     }
 
     fn data(&mut self, connection: &mut Connection, tag: &str, channel: &str, payload: Vec<u8>) {
@@ -140,6 +153,10 @@ impl Agent {
                 Some(exec) => exec.stdin.push(payload),
                 None => Ok(()),
             },
+            (Job::Exec(id), "source") => {
+                let id = *id;
+                self.source(id, &payload)
+            }
             (Job::Task(task), "content") => task.content(payload),
             _ => Err(no_channel(channel)),
         };
@@ -154,6 +171,12 @@ impl Agent {
             (Some(Job::Exec(id)), "stdin") => {
                 if let Some(exec) = self.execs.get_mut(id) {
                     exec.stdin.end();
+                }
+            }
+            (Some(Job::Exec(id)), "source") => {
+                let id = *id;
+                if let Err(error) = self.source_ended(id) {
+                    self.abandon(connection, tag, error);
                 }
             }
             (Some(Job::Task(task)), "content") => {
@@ -224,6 +247,8 @@ impl Agent {
             terminal: terminal.then(|| size(cols.unwrap_or(80), rows.unwrap_or(24))),
             stdin,
             confined: self.pid1,
+            isolated: false,
+            passed: Vec::new(),
         };
         let mut cgroup = self.users.as_mut().and_then(|users| users.create(id));
         let failed = |what: &str| Error::new(Code::NoCapacity, format!("cannot start a program: {what}"));
@@ -269,11 +294,12 @@ impl Agent {
     ) -> Result<Begun, Error> {
         let stdout = args.number("stdout", 0..=u64::MAX)?.unwrap_or(0);
         let stderr = args.number("stderr", 0..=u64::MAX)?.unwrap_or(0);
+        let result = args.number("result", 0..=u64::MAX)?.unwrap_or(0);
         let id = self.exec_of(&mut args)?;
         args.finish()?;
         self.release(connection, link, id);
         if let Some(exec) = self.execs.get_mut(&id) {
-            let row = exec.attach(Attachment { link, tag: tag.to_string() }, stdout, stderr);
+            let row = exec.attach(Attachment { link, tag: tag.to_string() }, [stdout, stderr, result]);
             connection.link.send(&Message::item(tag, row));
             connection.jobs.push(Slot { tag: tag.to_string(), job: Job::Exec(id) });
         }
@@ -409,17 +435,17 @@ fn size(cols: u64, rows: u64) -> Size {
     Size { cols: u16::try_from(cols).unwrap_or(u16::MAX), rows: u16::try_from(rows).unwrap_or(u16::MAX) }
 }
 
-fn string(argument: &str, value: Vec<u8>) -> Result<CString, Error> {
+pub(super) fn string(argument: &str, value: Vec<u8>) -> Result<CString, Error> {
     CString::new(value)
         .map_err(|_| Error::new(Code::BadArgument, format!("{argument} has a NUL")).with("argument", argument))
 }
 
-fn strings(argument: &str, values: Vec<Vec<u8>>) -> Result<Vec<CString>, Error> {
+pub(super) fn strings(argument: &str, values: Vec<Vec<u8>>) -> Result<Vec<CString>, Error> {
     values.into_iter().map(|value| string(argument, value)).collect()
 }
 
 /// Where a program of that name may be: itself when it has a slash, else in the directories of PATH.
-fn candidates(program: &[u8], path: &[u8]) -> Vec<Vec<u8>> {
+pub(super) fn candidates(program: &[u8], path: &[u8]) -> Vec<Vec<u8>> {
     if program.is_empty() {
         return Vec::new();
     }

@@ -17,7 +17,7 @@ use super::supervisor::{Done, Supervisor, Timer, now_ms};
 use crate::sandbox::agent::Agent;
 use crate::sandbox::census::user_of;
 use crate::sandbox::death;
-use crate::sandbox::exec::Exec;
+use crate::sandbox::exec::{CodeRun, Exec};
 use crate::sandbox::home::{Home, Places};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::ledger::{Account, Resource};
@@ -163,6 +163,9 @@ impl Supervisor {
         for row in executions.iter().filter(|row| row.sandbox_id == sandbox.id.as_str()) {
             let argv = row.argv.iter().map(|arg| arg.clone().into_bytes()).collect();
             let mut exec = Exec::new(row.exec_id, argv, row.started_ms);
+            if let Some(language) = &row.language {
+                exec.is_run(CodeRun { language: language.clone(), context: row.context, running: true });
+            }
             exec.reopen(&sandbox.home, capacity);
             if row.state != "running" {
                 let mut fields = Fields::new();

@@ -7,7 +7,7 @@ use super::requests::Job;
 use super::supervisor::{Supervisor, TURN, now_ms};
 use crate::control::client::ANSWERS_HIGH;
 use crate::sandbox::agent::{Approach, Heard};
-use crate::sandbox::exec::{Exec, Sink, output_index};
+use crate::sandbox::exec::{CodeRun, Exec, Sink, output_index};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::worker;
@@ -230,7 +230,10 @@ impl Supervisor {
         let Some(exec) = sandbox.execs.get_mut(&number) else { return };
         match message {
             Message::Data { channel, payload, .. } => {
-                let Some(index) = output_index(&channel).filter(|_| exec.unkept.is_none()) else { return };
+                let Some(index) = output_index(&channel).filter(|&index| exec.unkept.is_none() && exec.has(index))
+                else {
+                    return;
+                };
                 match exec.take(&sandbox.home, capacity, index, &payload) {
                     Ok(()) => {}
                     // No room on the data partition: this program ends for it, and not its sandbox.
@@ -255,9 +258,17 @@ impl Supervisor {
                     exec.end(index);
                 }
             }
-            Message::Credit { channel, octets, .. } if channel == "stdin" => exec.stdin.allow(octets),
+            Message::Credit { channel, octets, .. } if channel == exec.input() => exec.stdin.allow(octets),
             Message::Item { fields, .. } => {
-                let fields = Fields::new().with("exec", number).with("pid", fields.number("pid").unwrap_or(0));
+                let fields = match &mut exec.code {
+                    Some(run) => {
+                        run.running = fields.get("state") == Some("running");
+                        Fields::new()
+                            .with("exec", number)
+                            .with("state", if run.running { "running" } else { "pending" })
+                    }
+                    None => Fields::new().with("exec", number).with("pid", fields.number("pid").unwrap_or(0)),
+                };
                 for viewer in exec.viewers.iter().filter(|viewer| viewer.owner) {
                     if let Some(client) = self.clients.get_mut(&viewer.client) {
                         client.send(&Message::item(&viewer.tag, fields.clone()));
@@ -306,6 +317,8 @@ impl Supervisor {
         self.touch_viewers(id, number);
     }
 
+    /// Starts a program, or a code run.
+    #[allow(clippy::too_many_arguments)] // a request, and what it is about
     pub(super) fn start_exec(
         &mut self,
         key: u64,
@@ -314,6 +327,7 @@ impl Supervisor {
         argv: Vec<Vec<u8>>,
         request: Request,
         detach: bool,
+        run: Option<CodeRun>,
     ) -> Result<(), Error> {
         let sandbox = self.find_running(key, given)?;
         let id = sandbox.id.clone();
@@ -324,6 +338,9 @@ impl Supervisor {
         sandbox.next_exec += 1;
         let mut exec = Exec::new(number, argv, now_ms());
         exec.route = Some(route);
+        if let Some(run) = run {
+            exec.is_run(run);
+        }
         if !detach {
             exec.watch(key, tag, true);
         }
@@ -376,6 +393,10 @@ impl Supervisor {
                     // It was started in the last moments of the supervisor before, which could not write it down.
                     let argv = vec![fields.bytes("argv").unwrap_or_default().to_vec()];
                     let mut exec = Exec::new(number, argv, now_ms());
+                    if let Some(language) = fields.get("language") {
+                        let language = language.chars().take(32).collect();
+                        exec.is_run(CodeRun { language, context: None, running: true });
+                    }
                     exec.reopen(&sandbox.home, self.config.sandbox.exec_ring_kib * 1024);
                     sandbox.next_exec = sandbox.next_exec.max(number.saturating_add(1));
                     sandbox.execs.insert(number, exec);
@@ -421,8 +442,11 @@ fn take_over(sandbox: &mut Sandbox, number: u64) {
         worker.routes.insert(tag, Route::Unheeded);
         return;
     };
-    let [stdout, stderr] = exec.offsets();
-    let request = Request::new("", "exec.attach").set("exec", number).set("stdout", stdout).set("stderr", stderr);
+    let [stdout, stderr, result] = exec.offsets();
+    let mut request = Request::new("", "exec.attach").set("exec", number).set("stdout", stdout).set("stderr", stderr);
+    if exec.code.is_some() {
+        request = request.set("result", result);
+    }
     let route = worker.agent.request(request);
     worker.routes.insert(route.clone(), Route::Exec(number));
     exec.rejoin(route);

@@ -138,6 +138,7 @@ fn fields(template: &Template) -> Fields {
         .with("origin", if *origin == Origin::BuiltIn { "built-in" } else { "imported" })
         .with("user", manifest.defaults.user)
         .with("cwd", &manifest.defaults.cwd);
+    let fields = manifest.languages.keys().fold(fields, |fields, language| fields.with("language", language));
     manifest.defaults.env.iter().fold(fields, |fields, entry| fields.with("env", entry))
 }
 

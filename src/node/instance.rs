@@ -414,6 +414,8 @@ impl Sandbox {
             timeout: matches!(outcome, Some(Ok(fields)) if fields.get("timeout") == Some("true")),
             cpu_ms: number("cpu_ms"),
             peak_kib: number("peak_kib"),
+            language: exec.code.as_ref().map(|run| run.language.clone()),
+            context: exec.code.as_ref().and_then(|run| run.context),
         }
     }
 }

@@ -8,6 +8,7 @@ mod background;
 mod backup;
 mod catalogue;
 mod checkpoint;
+mod code;
 mod components;
 pub mod config;
 mod delegation;

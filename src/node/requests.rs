@@ -304,7 +304,7 @@ impl Supervisor {
             Command::SandboxUpdate { sandbox, update } => self.ask_update(key, tag, &sandbox, update)?,
             Command::SandboxLogs { sandbox, follow } => self.open_logs(key, tag, &sandbox, follow)?,
             Command::ExecStart { sandbox, argv, request, detach } => {
-                self.start_exec(key, tag, &sandbox, argv, request, detach)?;
+                self.start_exec(key, tag, &sandbox, argv, request, detach, None)?;
             }
             Command::ExecList(name) => {
                 let id = self.find(key, &name)?;
@@ -317,6 +317,11 @@ impl Supervisor {
                     self.answer(key, &Message::item(tag, row));
                 }
                 self.answer(key, &Message::ok(tag, Fields::new()));
+            }
+            Command::CodeRun { sandbox, ask } => self.run_code(key, tag, &sandbox, *ask)?,
+            Command::CodeList(sandbox) => self.list_code(key, tag, &sandbox)?,
+            Command::CodeContextCreate { sandbox, language, bounds } => {
+                self.create_context(key, tag, &sandbox, &language, &bounds)?;
             }
             Command::ExecAttach { sandbox, exec } => self.attach_exec(key, tag, &sandbox, exec)?,
             Command::ExecControl { sandbox, request } | Command::File { sandbox, request } => {
@@ -403,7 +408,7 @@ impl Supervisor {
         }
     }
 
-    fn relay(&mut self, key: u64, tag: &str, given: &str, request: Request) -> Result<(), Error> {
+    pub(super) fn relay(&mut self, key: u64, tag: &str, given: &str, request: Request) -> Result<(), Error> {
         let sandbox = self.find_running(key, given)?;
         let id = sandbox.id.clone();
         let Some(worker) = &mut sandbox.worker else { return Ok(()) };
@@ -423,15 +428,16 @@ impl Supervisor {
         let taken = match job {
             Job::Restore(upload) if channel == "content" => upload.take(std::mem::take(&mut payload)),
             Job::Relay { up, .. } if channel == "content" => up.take(channel, payload.len()),
-            Job::Exec { sandbox, number } if channel == "stdin" => {
+            Job::Exec { sandbox, number } if matches!(channel, "stdin" | "source") => {
                 match self.sandboxes.get_mut(sandbox).and_then(|sandbox| sandbox.execs.get_mut(number)) {
+                    Some(exec) if exec.input() != channel => Err(no_channel(channel)),
                     Some(exec) if exec.viewers.iter().any(|v| v.owner && v.client == key && v.tag == tag) => {
                         exec.stdin.take(channel, payload.len())
                     }
                     _ => return,
                 }
             }
-            _ => Err(Error::new(Code::BadArgument, format!("this request has no channel {channel} from the client"))),
+            _ => Err(no_channel(channel)),
         };
         match taken {
             Ok(()) => self.pass_to_agent(key, tag, |route| Message::data(route, channel, payload)),
@@ -585,6 +591,10 @@ pub(super) fn choose<'a, I: Iterator<Item = (&'a str, Option<&'a str>, &'a str)>
         }
         _ => Err(Error::new(Code::NotFound, format!("no {what} {given}")).with(what, given)),
     }
+}
+
+fn no_channel(channel: &str) -> Error {
+    Error::new(Code::BadArgument, format!("this request has no channel {channel} from the client"))
 }
 
 fn forbidden(verb: &Verb, role: Role) -> Error {

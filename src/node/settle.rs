@@ -33,11 +33,12 @@ impl Supervisor {
                     worker.agent.send(&Message::credit(&route, channel, octets));
                 }
             }
+            let input = exec.input();
             if let Some(owner) = exec.viewers.iter().find(|viewer| viewer.owner)
                 && let Some(octets) = exec.stdin.grant(worker.agent.queued())
                 && let Some(client) = self.clients.get_mut(&owner.client)
             {
-                client.send(&Message::credit(&owner.tag, "stdin", octets));
+                client.send(&Message::credit(&owner.tag, input, octets));
                 self.touched_clients.insert(owner.client);
             }
         }

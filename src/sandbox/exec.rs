@@ -8,7 +8,9 @@ use super::ring::Ring;
 use crate::wire::{Code, Error, FRAME, Fields, INITIAL_CREDIT, Message};
 
 /// The output channels, in the order of the arrays below.
-pub const OUTPUTS: [&str; 2] = ["stdout", "stderr"];
+pub const OUTPUTS: [&str; 3] = ["stdout", "stderr", "result"];
+/// Those of a program that is no code run.
+const PROGRAM_OUTPUTS: usize = 2;
 
 /// The index of an output channel.
 pub fn output_index(channel: &str) -> Option<usize> {
@@ -45,9 +47,9 @@ pub struct Viewer {
     pub tag: String,
     /// Whether the program is this client's: it feeds stdin, and the program ends with it.
     pub owner: bool,
-    seen: [u64; 2],
-    credit: [u64; 2],
-    ended: [bool; 2],
+    seen: [u64; 3],
+    credit: [u64; 3],
+    ended: [bool; 3],
 }
 
 /// What a viewer is to be sent; the caller has the client.
@@ -56,6 +58,17 @@ pub trait Sink {
     fn send(&mut self, message: &Message);
     /// Octets queued toward it.
     fn queued(&self) -> usize;
+}
+
+/// What a program is that is a code run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CodeRun {
+    /// Its language; empty where its context knows it.
+    pub language: String,
+    /// The context that it runs in.
+    pub context: Option<u64>,
+    /// It does not wait for its context or source any more.
+    pub running: bool,
 }
 
 /// A program in a sandbox.
@@ -77,7 +90,9 @@ pub struct Exec {
     pub unkept: Option<Error>,
     /// Who watches it.
     pub viewers: Vec<Viewer>,
-    outputs: [Output; 2],
+    /// Where it is a code run.
+    pub code: Option<CodeRun>,
+    outputs: [Output; 3],
 }
 
 impl Exec {
@@ -93,35 +108,60 @@ impl Exec {
             stdin: Gate::default(),
             unkept: None,
             viewers: Vec::new(),
-            outputs: [output(), output()],
+            code: None,
+            outputs: [output(), output(), Output { ended: true, ..output() }],
         }
+    }
+
+    /// It is a code run, which has a channel of results. To be said before anybody watches it.
+    pub fn is_run(&mut self, code: CodeRun) {
+        self.code = Some(code);
+        self.outputs[PROGRAM_OUTPUTS].ended = false;
+    }
+
+    /// The channel that its owner feeds.
+    pub fn input(&self) -> &'static str {
+        if self.code.is_some() { "source" } else { "stdin" }
+    }
+
+    /// Whether it has this one of the output channels.
+    pub fn has(&self, index: usize) -> bool {
+        index < self.channels()
+    }
+
+    /// The channels that it has.
+    fn channels(&self) -> usize {
+        if self.code.is_some() { OUTPUTS.len() } else { PROGRAM_OUTPUTS }
     }
 
     /// Takes up the outputs that an earlier supervisor kept.
     pub fn reopen(&mut self, home: &Home, capacity: u64) {
-        for (output, channel) in self.outputs.iter_mut().zip(OUTPUTS) {
+        let channels = self.channels();
+        for (output, channel) in self.outputs.iter_mut().zip(OUTPUTS).take(channels) {
             output.ring = Ring::open(&home.output(self.number, channel), capacity).ok();
             output.granted = output.total() + INITIAL_CREDIT;
         }
     }
 
     /// Octets kept of each output: where a new link to the agent goes on.
-    pub fn offsets(&self) -> [u64; 2] {
-        [self.outputs[0].total(), self.outputs[1].total()]
+    pub fn offsets(&self) -> [u64; 3] {
+        self.outputs.each_ref().map(Output::total)
     }
 
     /// Adds a viewer that begins at the oldest output that is kept. Gives the octets lost before it.
     pub fn watch(&mut self, client: u64, tag: &str, owner: bool) -> u64 {
-        let seen = [self.outputs[0].oldest(), self.outputs[1].oldest()];
+        let seen = self.outputs.each_ref().map(Output::oldest);
+        let channels = self.channels();
         self.viewers.push(Viewer {
             client,
             tag: tag.to_string(),
             owner,
             seen,
-            credit: [INITIAL_CREDIT; 2],
-            ended: [false; 2],
+            credit: [INITIAL_CREDIT; 3],
+            // Of a channel that it does not have nobody hears.
+            ended: [false, false, channels == PROGRAM_OUTPUTS],
         });
-        seen[0] + seen[1]
+        seen.iter().sum()
     }
 
     /// Takes output from the agent. Fails when the agent broke its credit (`CREDIT_EXCEEDED`) or the ring cannot
@@ -192,7 +232,7 @@ impl Exec {
                 sink.send(&Message::end(&viewer.tag, OUTPUTS[index]));
             }
         }
-        let Some(outcome) = self.outcome.as_ref().filter(|_| viewer.ended == [true; 2]) else { return false };
+        let Some(outcome) = self.outcome.as_ref().filter(|_| viewer.ended == [true; 3]) else { return false };
         sink.send(&match outcome {
             Ok(fields) => Message::ok(&viewer.tag, fields.clone()),
             Err(error) => Message::err(&viewer.tag, error.clone()),
@@ -222,6 +262,30 @@ impl Exec {
         for output in &mut self.outputs {
             output.granted = output.total() + INITIAL_CREDIT;
         }
+    }
+
+    /// A code run as a row of `code.list`.
+    pub fn code_fields(&self) -> Option<Fields> {
+        let code = self.code.as_ref()?;
+        let mut fields = Fields::new().with("exec", self.number);
+        if !code.language.is_empty() {
+            fields = fields.with("language", &code.language);
+        }
+        if let Some(context) = code.context {
+            fields = fields.with("context", context);
+        }
+        let fields = fields.with("started_ms", self.started_ms);
+        Some(match &self.outcome {
+            None if code.running => fields.with("state", "running"),
+            None => fields.with("state", "pending"),
+            Some(Ok(outcome)) => {
+                let state = if outcome.get("exit") == Some("0") { "completed" } else { "failed" };
+                fields.with("state", state).and(outcome.clone())
+            }
+            Some(Err(error)) => {
+                fields.with("state", "failed").with("code", &error.code).with("message", &error.message)
+            }
+        })
     }
 
     /// The program as a row of `exec.list`.

@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod backup;
 pub mod block_devices;
+pub mod languages;
 pub mod medium;
 pub mod memory_file;
 pub mod overlay;

@@ -93,6 +93,10 @@ const MIGRATIONS: &[&str] = &[
     ) STRICT, WITHOUT ROWID;
 ",
     snapshots::MIGRATION,
+    "
+    ALTER TABLE executions ADD COLUMN language TEXT;                        -- of a code run; NULL for a program
+    ALTER TABLE executions ADD COLUMN context INTEGER;                      -- that it ran in
+",
 ];
 
 /// Rows that a table may bring at start: more than a node can ever have made is not read.
@@ -207,6 +211,10 @@ pub struct ExecutionRow {
     pub cpu_ms: Option<u64>,
     /// Peak memory in KiB.
     pub peak_kib: Option<u64>,
+    /// Of a code run.
+    pub language: Option<String>,
+    /// The context that a code run ran in.
+    pub context: Option<u64>,
 }
 
 /// What one sandbox holds on the node. Written before its sandbox's row, and forgotten after it.
@@ -404,7 +412,8 @@ pub(super) fn templates(connection: &Connection) -> Result<Vec<TemplateRow>, Sta
 pub(super) fn executions(connection: &Connection) -> Result<Vec<ExecutionRow>, StateError> {
     rows(
         connection,
-        "SELECT sandbox_id, exec_id, argv, state, started_ms, ended_ms, exit, signal, timeout, cpu_ms, peak_kib
+        "SELECT sandbox_id, exec_id, argv, state, started_ms, ended_ms, exit, signal, timeout, cpu_ms, peak_kib,
+                language, context
            FROM executions ORDER BY sandbox_id, exec_id LIMIT ?1",
         |row| {
             Ok(ExecutionRow {
@@ -419,6 +428,8 @@ pub(super) fn executions(connection: &Connection) -> Result<Vec<ExecutionRow>, S
                 timeout: row.get(8)?,
                 cpu_ms: maybe_unsigned(row, 9)?,
                 peak_kib: maybe_unsigned(row, 10)?,
+                language: row.get(11)?,
+                context: maybe_unsigned(row, 12)?,
             })
         },
     )
@@ -509,8 +520,8 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
         Change::PutExecution(row) => connection
             .prepare(
                 "INSERT OR REPLACE INTO executions (sandbox_id, exec_id, argv, state, started_ms, ended_ms, exit,
-                                                    signal, timeout, cpu_ms, peak_kib)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+                                                    signal, timeout, cpu_ms, peak_kib, language, context)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
             )?
             .execute(params![
                 row.sandbox_id,
@@ -524,6 +535,8 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 row.timeout,
                 row.cpu_ms.map(signed),
                 row.peak_kib.map(signed),
+                row.language,
+                row.context.map(signed),
             ])?,
         Change::RemoveExecution { sandbox_id, exec_id } => connection
             .prepare("DELETE FROM executions WHERE sandbox_id = ?1 AND exec_id = ?2")?

@@ -110,6 +110,8 @@ fn execution(sandbox_id: &str, exec_id: u64) -> ExecutionRow {
         timeout: true,
         cpu_ms: Some(7),
         peak_kib: None,
+        language: Some("python".to_string()),
+        context: Some(2),
     }
 }
 

@@ -21,6 +21,7 @@ use std::thread::JoinHandle;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use super::languages::Languages;
 use super::templates::{
     BLOCK, Defaults, IMAGE, MANIFEST, Manifest, Origin, RawManifest, Template, TemplateError, check_hash, load,
 };
@@ -139,6 +140,8 @@ struct RawEntry {
     size_bytes: u64,
     #[serde(default)]
     defaults: Defaults,
+    #[serde(default)]
+    languages: Languages,
     offset: u64,
 }
 
@@ -200,10 +203,10 @@ fn parse_header(header: &[u8], path: &Path) -> Result<Entries, TemplateError> {
 }
 
 fn parse_entry(value: toml::Value, header_bytes: u64, place: &str) -> Result<Entry, TemplateError> {
-    let RawEntry { name, description, sha256, size_bytes, defaults, offset } = value
+    let RawEntry { name, description, sha256, size_bytes, defaults, languages, offset } = value
         .try_into()
         .map_err(|error: toml::de::Error| TemplateError::invalid(place, error.message().replace('\n', "; ")))?;
-    let manifest = Manifest::check(RawManifest { name, description, sha256, size_bytes, defaults }, place)?;
+    let manifest = Manifest::check(RawManifest { name, description, sha256, size_bytes, defaults, languages }, place)?;
     if !offset.is_multiple_of(BLOCK) || offset < header_bytes || offset.checked_add(manifest.size_bytes).is_none() {
         return Err(TemplateError::invalid(
             place,

@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::languages::{self, Languages};
+
 /// Name of the image in a template's folder.
 pub const IMAGE: &str = "rootfs.img";
 /// Name of the manifest in a template's folder.
@@ -42,6 +44,8 @@ pub struct Manifest {
     pub size_bytes: u64,
     /// For execs that say nothing else.
     pub defaults: Defaults,
+    /// How code is run.
+    pub languages: Languages,
 }
 
 /// How an exec runs that says nothing else.
@@ -183,6 +187,8 @@ pub(super) struct RawManifest {
     pub(super) size_bytes: u64,
     #[serde(default)]
     pub(super) defaults: Defaults,
+    #[serde(default)]
+    pub(super) languages: Languages,
 }
 
 impl Manifest {
@@ -224,12 +230,16 @@ impl Manifest {
         if let Some(entry) = env.iter().find(|entry| !is_env_entry(entry)) {
             return bad(format!("defaults.env entry {entry:?} is not KEY=value of at most {MAX_ENV_OCTETS} octets"));
         }
+        if let Err(message) = languages::check(&raw.languages) {
+            return bad(message);
+        }
         Ok(Self {
             name: raw.name,
             description: raw.description,
             sha256,
             size_bytes: raw.size_bytes,
             defaults: raw.defaults,
+            languages: raw.languages,
         })
     }
 
@@ -246,6 +256,7 @@ impl Manifest {
             sha256: self.sha256_hex(),
             size_bytes: self.size_bytes,
             defaults: self.defaults.clone(),
+            languages: self.languages.clone(),
         };
         toml::to_string(&raw).map_err(|error| TemplateError::invalid(&self.name, error.to_string()))
     }

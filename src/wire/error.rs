@@ -74,6 +74,18 @@ codes! {
     LinkLost = "LINK_LOST",
     /// The program could not be started in the sandbox.
     ExecFailed = "EXEC_FAILED",
+    /// The code of a run has more octets than `max`.
+    SourceTooLarge = "SOURCE_TOO_LARGE",
+    /// A code run took longer than `timeout_ms` and was ended.
+    Timeout = "TIMEOUT",
+    /// A code run used more memory than `memory_mib` and was ended.
+    OutOfMemory = "OUT_OF_MEMORY",
+    /// A code run that has no network needed one, or asked for one that its sandbox does not have.
+    NetworkOff = "NETWORK_OFF",
+    /// A code run failed when it started more processes and threads than `max`.
+    TooManyProcesses = "TOO_MANY_PROCESSES",
+    /// Dependencies were asked for and the node's configuration names no index to take them from.
+    NoIndex = "NO_INDEX",
     /// A file operation failed in the sandbox; `errno` is in the fields.
     FileFailed = "FILE_FAILED",
     /// The node has no memory, disk or descriptors left for this.

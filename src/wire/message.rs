@@ -69,6 +69,12 @@ impl Fields {
         self
     }
 
+    /// Adds other fields behind these.
+    pub fn and(mut self, other: Self) -> Self {
+        self.0.extend(other.0);
+        self
+    }
+
     /// The first value of `key`, as octets.
     pub fn bytes(&self, key: &str) -> Option<&[u8]> {
         self.0.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_slice())

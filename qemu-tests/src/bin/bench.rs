@@ -5,7 +5,7 @@
 //! several processors runs on a second node, by wall time: virtual time has one CPU.
 //!
 //! `bench PART…` measures only some of it: `boot`, `measure`, `jail`, `cycle`, `restore`, `clones`, `peer`, `net`, `many`,
-//! `wall`.
+//! `code`, `wall`.
 
 use std::fs;
 use std::io;
@@ -66,6 +66,15 @@ fn main() -> ExitCode {
         let node = node.file("/test/bin/node-bench", 0o755, bytes(&node_tool("node-bench"))).power_on();
         node.run(&["sh", "-c", "until [ -S /run/warren/control.sock ]; do sleep 0.01; done"]);
         complete &= measure(&node, &["node-bench", "many"], &mut rows);
+        node.power_cut();
+    }
+
+    if asked("code") {
+        // A node of its own: it imports a template first.
+        let node = Boot::diskless().virtual_time().template_disk(&Artefact::TemplateDisk.path());
+        let node = node.file("/test/bin/node-bench", 0o755, bytes(&node_tool("node-bench"))).power_on();
+        node.run(&["sh", "-c", "until [ -S /run/warren/control.sock ]; do sleep 0.01; done"]);
+        complete &= measure(&node, &["node-bench", "code"], &mut rows);
         node.power_cut();
     }
 

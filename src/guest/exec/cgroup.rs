@@ -61,7 +61,12 @@ impl Users {
 
     /// A fresh cgroup for one program.
     pub(crate) fn create(&mut self, id: u64) -> Option<Cgroup> {
-        let path = self.path.join(format!("exec-{id}"));
+        self.create_named(&format!("exec-{id}"))
+    }
+
+    /// A fresh cgroup of that name.
+    pub(crate) fn create_named(&mut self, name: &str) -> Option<Cgroup> {
+        let path = self.path.join(name);
         // One that daemons of an earlier program of this number keep is not reused.
         nix::unistd::mkdir(&path, nix::sys::stat::Mode::from_bits_truncate(0o755)).ok()?;
         match File::open(&path) {
@@ -137,24 +142,39 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
+    /// Bounds what is in it: octets of memory, at whose end all of it is killed together, and tasks.
+    pub(crate) fn limit(&self, memory: u64, tasks: u64) -> io::Result<()> {
+        // Where there is no swap there is no such file.
+        let _ = fs::write(self.path.join("memory.swap.max"), "0");
+        fs::write(self.path.join("memory.oom.group"), "1")?;
+        fs::write(self.path.join("memory.max"), memory.to_string())?;
+        fs::write(self.path.join("pids.max"), tasks.to_string())
+    }
+
+    /// How often the bound of its tasks refused one.
+    pub(crate) fn refused_tasks(&self) -> u64 {
+        let events = read_small(&self.path.join("pids.events")).unwrap_or_default();
+        events.lines().find_map(|line| line.strip_prefix("max ")?.trim().parse().ok()).unwrap_or(0)
+    }
+
     /// Kills everything in it. `false` when the kernel cannot (before 5.14).
-    pub(super) fn kill(&self) -> bool {
+    pub(crate) fn kill(&self) -> bool {
         fs::write(self.path.join("cgroup.kill"), "1").is_ok()
     }
 
     /// CPU time used in it so far, in microseconds.
-    pub(super) fn cpu_us(&self) -> Option<u64> {
+    pub(crate) fn cpu_us(&self) -> Option<u64> {
         let stat = read_small(&self.path.join("cpu.stat"))?;
         stat.lines().find_map(|line| line.strip_prefix("usage_usec ")?.trim().parse().ok())
     }
 
     /// The most memory that was used in it, in KiB. Page cache that it filled counts.
-    pub(super) fn peak_kib(&self) -> Option<u64> {
+    pub(crate) fn peak_kib(&self) -> Option<u64> {
         Some(read_number(&self.path.join("memory.peak"))?.div_ceil(1024))
     }
 
     /// Whether something in it was killed because there was no memory.
-    pub(super) fn ran_out(&self) -> bool {
+    pub(crate) fn ran_out(&self) -> bool {
         let events = read_small(&self.path.join("memory.events")).unwrap_or_default();
         let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse::<u64>().ok());
         kills.is_some_and(|kills| kills > 0)

@@ -18,6 +18,7 @@ pub(super) use output::{Held, Output};
 pub(super) use spawn::{Failure, Plan, Size, Spawned, Stage, spawn};
 pub(super) use user::{Identity, resolve};
 
+use super::code::Run;
 use crate::wire::{Code, Error, Fields, Link, Message};
 
 /// The request that a program's streams go to.
@@ -47,6 +48,8 @@ enum Phase {
     Running,
     /// It was reaped. Its streams may have more.
     Ended(Outcome),
+    /// A code run is over, with that answer.
+    Over(Result<Fields, Error>),
 }
 
 /// One program.
@@ -62,6 +65,10 @@ pub(super) struct Exec {
     pub stdin: Input,
     pub stdout: Output,
     pub stderr: Output,
+    /// What a code run's runner says of it.
+    pub result: Output,
+    /// It is a code run, and has no process of its own.
+    pub run: Option<Box<Run>>,
     terminal: Option<File>,
     pub cgroup: Option<Cgroup>,
     pub deadline: Option<Instant>,
@@ -96,11 +103,48 @@ impl Exec {
             stdin: Input::new(spawned.stdin, is_terminal),
             stdout: Output::new("stdout", Some(spawned.stdout), held.clone()),
             stderr: Output::new(stderr_channel, spawned.stderr, held.clone()),
+            result: Output::new("", None, held.clone()),
+            run: None,
             terminal: spawned.terminal,
             cgroup,
             deadline: None,
             timed_out: false,
         }
+    }
+
+    /// A code run that was just asked for.
+    pub(super) fn of_run(id: u64, run: Run, held: &Held) -> Self {
+        Self {
+            id,
+            pid: 0,
+            argv: vec![run.language.clone().into_bytes()],
+            phase: Phase::Running,
+            attached: None,
+            announced: false,
+            stdin: Input::new(None, false),
+            stdout: Output::later("stdout", held.clone()),
+            stderr: Output::later("stderr", held.clone()),
+            result: Output::later("result", held.clone()),
+            run: Some(Box::new(run)),
+            terminal: None,
+            cgroup: None,
+            deadline: None,
+            timed_out: false,
+        }
+    }
+
+    /// The code run is over.
+    pub(super) fn conclude(&mut self, answer: Result<Fields, Error>) {
+        self.outputs().for_each(|output| {
+            output.drop_source();
+            output.finish();
+        });
+        self.phase = Phase::Over(answer);
+    }
+
+    /// Its output streams.
+    pub(super) fn outputs(&mut self) -> impl Iterator<Item = &mut Output> {
+        [&mut self.stdout, &mut self.stderr, &mut self.result].into_iter()
     }
 
     /// The program's name, for messages.
@@ -110,12 +154,12 @@ impl Exec {
 
     /// Whether it was not yet reaped.
     pub(super) fn is_alive(&self) -> bool {
-        !matches!(self.phase, Phase::Ended(_))
+        !matches!(self.phase, Phase::Ended(_) | Phase::Over(_))
     }
 
     /// Sends a signal to its process group.
     pub(super) fn signal(&self, signal: libc::c_int) -> Result<(), Error> {
-        if !self.is_alive() {
+        if !self.is_alive() || self.run.is_some() {
             // Its number may be another's by now.
             return Err(Error::new(Code::BadState, format!("exec {} has ended", self.id)));
         }
@@ -146,7 +190,7 @@ impl Exec {
 
     /// The receiver of one of its streams has taken that many octets.
     pub(super) fn credit(&mut self, channel: &str, octets: u64) {
-        for output in [&mut self.stdout, &mut self.stderr] {
+        for output in self.outputs() {
             if output.channel() == channel {
                 output.credit(octets);
             }
@@ -189,13 +233,18 @@ impl Exec {
     }
 
     /// Another request takes its streams over, from these offsets on or as near as can be.
-    pub(super) fn attach(&mut self, attachment: Attachment, stdout: u64, stderr: u64) -> Fields {
+    pub(super) fn attach(&mut self, attachment: Attachment, [stdout, stderr, result]: [u64; 3]) -> Fields {
         self.attached = Some(attachment);
         self.announced = true;
         self.stdin.renew_credit();
         let stdout = self.stdout.rewind(stdout);
         let stderr = self.stderr.rewind(stderr);
         let fields = Fields::new().with("exec", self.id).with("stdout_offset", stdout).with("stderr_offset", stderr);
+        if let Some(run) = &mut self.run {
+            let result = self.result.rewind(result);
+            run.announced = None;
+            return fields.with("result_offset", result);
+        }
         if self.stdin.is_open() { fields.with("stdin_offset", self.stdin.offset()) } else { fields }
     }
 
@@ -219,7 +268,11 @@ impl Exec {
         if matches!(visit, Visit::Failed(_)) || matches!(self.phase, Phase::Starting { .. }) {
             return visit;
         }
-        if !self.announced {
+        if let Some(run) = &mut self.run {
+            if let Some(fields) = run.announce() {
+                link.send(&Message::item(tag, Fields::new().with("exec", self.id).and(fields)));
+            }
+        } else if !self.announced {
             self.announced = true;
             link.send(&Message::item(tag, Fields::new().with("exec", self.id).with("pid", self.pid)));
         }
@@ -228,14 +281,28 @@ impl Exec {
         if self.stderr.pump(link, tag, scratch) | self.stdout.pump(link, tag, scratch) {
             visit = Visit::Progress;
         }
+        if self.result.pump(link, tag, scratch) {
+            visit = Visit::Progress;
+        }
+        if let (Phase::Over(answer), true) = (&self.phase, self.outputs_are_done()) {
+            link.send(&match answer {
+                Ok(fields) => Message::ok(tag, fields.clone()),
+                Err(error) => Message::err(tag, error.clone()),
+            });
+            return Visit::Done;
+        }
         if let (Phase::Ended(outcome), true, true) = (&self.phase, self.stdout.is_done(), self.stderr.is_done()) {
-            link.send(&Message::ok(tag, self.result(outcome)));
+            link.send(&Message::ok(tag, self.ended(outcome)));
             return Visit::Done;
         }
         visit
     }
 
-    fn result(&self, outcome: &Outcome) -> Fields {
+    fn outputs_are_done(&self) -> bool {
+        self.stdout.is_done() && self.stderr.is_done() && self.result.is_done()
+    }
+
+    fn ended(&self, outcome: &Outcome) -> Fields {
         let signal = libc::WIFSIGNALED(outcome.status).then(|| libc::WTERMSIG(outcome.status));
         let mut fields = Fields::new().with("exit", exit_code(outcome.status));
         if let Some(signal) = signal {
@@ -254,7 +321,7 @@ impl Exec {
     pub(super) fn row(&self) -> Fields {
         let state = match self.phase {
             Phase::Starting { .. } | Phase::Running => "running",
-            Phase::Ended(_) => "exited",
+            Phase::Ended(_) | Phase::Over(_) => "exited",
         };
         let mut row = Fields::new()
             .with("exec", self.id)
@@ -263,7 +330,10 @@ impl Exec {
             .with("stdout_offset", self.stdout.offset())
             .with("stderr_offset", self.stderr.offset());
         if let Phase::Ended(outcome) = &self.phase {
-            row.0.extend(self.result(outcome).0);
+            row.0.extend(self.ended(outcome).0);
+        }
+        if let Some(run) = &self.run {
+            row = row.with("language", &run.language).with("result_offset", self.result.offset());
         }
         for arg in &self.argv {
             row = row.with_bytes("argv", arg);

@@ -40,6 +40,8 @@ pub(crate) struct Output {
     /// Where the stream ends although its pipe is still open.
     limit: Option<u64>,
     end_sent: bool,
+    /// More may come although there is nothing to read from: not yet, or by `append`.
+    more: bool,
 }
 
 impl Output {
@@ -56,6 +58,44 @@ impl Output {
             sent: 0,
             granted: INITIAL_CREDIT,
             limit: None,
+            more: false,
+        }
+    }
+
+    /// A stream whose source comes later.
+    pub(super) fn later(channel: &'static str, held_by_all: Held) -> Self {
+        let mut output = Self::new(channel, None, held_by_all);
+        (output.end_sent, output.more) = (false, true);
+        output
+    }
+
+    /// The source of a stream that was made by `later`.
+    pub(crate) fn open(&mut self, source: File) {
+        // What is in the pipe already is announced too, but this is sooner.
+        (self.source, self.readable) = (Some(source), true);
+    }
+
+    /// Adds octets behind all that was read.
+    pub(crate) fn append(&mut self, octets: &[u8]) {
+        self.held.extend(octets);
+        self.held_by_all.set(self.held_by_all.get() + octets.len());
+    }
+
+    /// Nothing is appended any more.
+    pub(crate) fn finish(&mut self) {
+        self.more = false;
+    }
+
+    /// Reads what is there and drops it: nobody will ask for it.
+    pub(crate) fn discard(&mut self, scratch: &mut [u8]) {
+        let Some(source) = &mut self.source else { return };
+        // Somebody may write without end: the next event brings us here again.
+        for _ in 0..16 {
+            match source.read(scratch) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(_) => return,
+            }
         }
     }
 
@@ -70,7 +110,7 @@ impl Output {
     }
 
     /// Whether the program can write no more.
-    pub(super) fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.source.is_none()
     }
 
@@ -86,6 +126,11 @@ impl Output {
         self.forget_before(taken);
     }
 
+    /// What is read of it does not count any more.
+    pub(crate) fn drop_source(&mut self) {
+        self.source = None;
+    }
+
     /// Starts over on another link, at `offset` or as near to it as what is held allows; gives the offset.
     pub(super) fn rewind(&mut self, offset: u64) -> u64 {
         let start = offset.clamp(self.base, self.offset());
@@ -98,7 +143,7 @@ impl Output {
     }
 
     /// Takes what is in the pipe now and no more: the program has ended, and others hold its pipe.
-    pub(super) fn cut(&mut self) {
+    pub(crate) fn cut(&mut self) {
         if let (None, Some(source)) = (self.limit, &self.source) {
             let mut waiting: libc::c_int = 0;
             // SAFETY: the descriptor is open and FIONREAD writes one int.
@@ -118,7 +163,7 @@ impl Output {
             }
             progress = true;
         }
-        if self.source.is_none() && self.sent == self.offset() && !self.end_sent {
+        if self.source.is_none() && !self.more && self.sent == self.offset() && !self.end_sent {
             link.send(&Message::end(tag, self.channel));
             self.end_sent = true;
             progress = true;
@@ -149,7 +194,8 @@ impl Output {
 
     /// Reads once. `true` when there is something to send.
     fn read(&mut self, scratch: &mut [u8]) -> bool {
-        let room = (self.granted - self.sent).min(self.limit.map_or(u64::MAX, |limit| limit - self.offset()));
+        let room =
+            (self.granted - self.sent).min(self.limit.map_or(u64::MAX, |limit| limit.saturating_sub(self.offset())));
         let room = usize::try_from(room).unwrap_or(usize::MAX).min(scratch.len());
         let (Some(source), true, Some(buffer)) = (&mut self.source, self.readable, scratch.get_mut(..room)) else {
             return false;

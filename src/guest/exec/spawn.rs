@@ -13,10 +13,13 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
 
 use super::user::Identity;
+use crate::guest::loopback;
 
 /// Descriptors that a program may have: the soft limit is what select(2) can take.
 const FILES_SOFT: u64 = 1024;
 const FILES_HARD: u64 = 524_288;
+/// Descriptors that are passed to a program are below this.
+const PASSED_END: RawFd = 16;
 /// The group that terminals belong to (`gid=5` of the devpts mount).
 const TTY_GROUP: u32 = 5;
 
@@ -42,6 +45,10 @@ pub(crate) struct Plan {
     pub stdin: bool,
     /// Whether the agent is PID 1, and programs must not gain power over it.
     pub confined: bool,
+    /// Whether it has a network namespace of its own, with a loopback interface and nothing else.
+    pub isolated: bool,
+    /// What it has from descriptor 3 on, in this order.
+    pub passed: Vec<OwnedFd>,
 }
 
 /// A child on its way to its program.
@@ -68,6 +75,7 @@ pub(crate) enum Stage {
     User,
     Directory,
     Program,
+    Network,
 }
 
 /// Why a program could not be run: the step and its errno.
@@ -79,7 +87,7 @@ pub(crate) struct Failure {
 
 impl Failure {
     /// Octets of a failure in the status pipe.
-    pub(super) const SIZE: usize = 5;
+    pub(crate) const SIZE: usize = 5;
 
     fn to_octets(self) -> [u8; Self::SIZE] {
         let [a, b, c, d] = (self.errno as i32).to_le_bytes();
@@ -87,7 +95,7 @@ impl Failure {
     }
 
     /// The failure that a child wrote.
-    pub(super) fn from_octets(octets: [u8; Self::SIZE]) -> Self {
+    pub(crate) fn from_octets(octets: [u8; Self::SIZE]) -> Self {
         let [stage, a, b, c, d] = octets;
         let stage = match stage {
             1 => Stage::Session,
@@ -96,6 +104,7 @@ impl Failure {
             4 => Stage::Limits,
             5 => Stage::User,
             6 => Stage::Directory,
+            8 => Stage::Network,
             _ => Stage::Program,
         };
         Self { stage, errno: Errno::from_raw(i32::from_le_bytes([a, b, c, d])) }
@@ -147,9 +156,20 @@ pub(crate) fn spawn(plan: &Plan, null: &File, cgroup: Option<BorrowedFd<'_>>) ->
             ChildStreams { stdin, stdout: stdout_of_child, stderr: stderr_of_child }
         }
     };
+    let (streams, status_of_child) = match plan.passed.is_empty() {
+        true => (streams, status_of_child),
+        // Else one of them could have the number of one that is passed.
+        false => {
+            let ChildStreams { stdin, stdout, stderr } = streams;
+            let streams = ChildStreams { stdin: raise(stdin)?, stdout: raise(stdout)?, stderr: raise(stderr)? };
+            (streams, raise(status_of_child)?)
+        }
+    };
+    let passed = plan.passed.iter().map(|fd| raise(copy(fd)?)).collect::<nix::Result<Vec<_>>>()?;
     let argv = pointers(&plan.argv);
     let env = pointers(&plan.env);
-    let prepared = Prepared { plan, argv: &argv, env: &env, streams: &streams, status: status_of_child.as_raw_fd() };
+    let status = status_of_child.as_raw_fd();
+    let prepared = Prepared { plan, argv: &argv, env: &env, streams: &streams, passed: &passed, status };
     spawned.pid = fork_into(cgroup, &prepared)?;
     Ok(spawned)
 }
@@ -162,6 +182,13 @@ fn own(fd: OwnedFd) -> nix::Result<File> {
 
 fn copy(fd: &impl AsFd) -> nix::Result<OwnedFd> {
     fd.as_fd().try_clone_to_owned().map_err(errno_of)
+}
+
+/// The same descriptor by a number above all that are passed to programs.
+fn raise(fd: OwnedFd) -> nix::Result<OwnedFd> {
+    let raised = fcntl(&fd, FcntlArg::F_DUPFD_CLOEXEC(PASSED_END))?;
+    // SAFETY: fcntl has just made this descriptor and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(raised) })
 }
 
 fn errno_of(error: std::io::Error) -> Errno {
@@ -205,6 +232,7 @@ struct Prepared<'a> {
     argv: &'a [*const libc::c_char],
     env: &'a [*const libc::c_char],
     streams: &'a ChildStreams,
+    passed: &'a [OwnedFd],
     status: RawFd,
 }
 
@@ -272,6 +300,9 @@ unsafe fn try_to_become(prepared: &Prepared<'_>) -> Result<std::convert::Infalli
         for (fd, to) in [(&streams.stdin, 0), (&streams.stdout, 1), (&streams.stderr, 2)] {
             check(Stage::Streams, libc::dup2(fd.as_raw_fd(), to))?;
         }
+        for (to, fd) in (3..PASSED_END).zip(prepared.passed) {
+            check(Stage::Streams, libc::dup2(fd.as_raw_fd(), to))?;
+        }
         if plan.terminal.is_some() {
             check(Stage::Terminal, libc::ioctl(0, libc::TIOCSCTTY, 0))?;
         }
@@ -281,6 +312,11 @@ unsafe fn try_to_become(prepared: &Prepared<'_>) -> Result<std::convert::Infalli
             check(Stage::Limits, libc::setrlimit(libc::RLIMIT_NOFILE, &files))?;
             // Without it even root cannot trace PID 1, which has it; root can still trace root's programs.
             check(Stage::Limits, libc::prctl(libc::PR_CAPBSET_DROP, CAP_SYS_PTRACE, 0, 0, 0))?;
+        }
+        if plan.isolated {
+            check(Stage::Network, libc::unshare(libc::CLONE_NEWNET))?;
+            // System calls and nothing else. Without it the code has less, and no power over anything.
+            let _ = loopback::up();
         }
         if let Some(identity) = &plan.identity {
             // The kernel's own calls: the C library's would wait for the agent's threads, which are not in the child.

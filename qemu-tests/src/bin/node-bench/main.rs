@@ -3,6 +3,7 @@
 //! Rows go to standard output, tab-separated. All files are in RAM: a disk's speed has no meaning in virtual time.
 
 mod clones;
+mod code;
 mod fleet;
 mod jail;
 mod net;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         ["measure"] => measure(),
         ["wall"] => wall(),
         ["jail"] => jail::measure(),
+        ["code"] => code::measure(),
         ["cycle"] => fleet::cycle(),
         ["restore"] => restore::measure(),
         ["many"] => fleet::many(),
@@ -52,7 +54,7 @@ fn main() -> ExitCode {
         ["net", peer] => net::measure(Some(peer)),
         ["peer", program] => peer::Peer::measure(program),
         _ => Err(io::Error::other(
-            "usage: node-bench boot | measure | wall | jail | cycle | restore | clones | many | net [PROGRAM] | peer PROGRAM",
+            "usage: node-bench boot | measure | wall | jail | code | cycle | restore | clones | many | net [PROGRAM] | peer PROGRAM",
         )),
     };
     match result {

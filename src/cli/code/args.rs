@@ -1,0 +1,115 @@
+//! What may be typed about code.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Subcommand};
+
+use crate::cli::args::{parse_duration, parse_mib};
+use crate::wire::Request;
+
+/// What code may use.
+#[derive(Debug, Default, Args)]
+pub struct CodeBounds {
+    /// Memory, such as 256M or 1G; a bare number is MiB [default: 512M, or what the sandbox has]
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_mib)]
+    pub memory: Option<u64>,
+    /// Whether it has its sandbox's network [default: off]
+    #[arg(long, value_name = "on|off", value_parser = ["on", "off"])]
+    pub network: Option<String>,
+    /// User, as a name or number, and group
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+}
+
+impl CodeBounds {
+    /// The request with these.
+    pub fn add_to(&self, request: Request) -> Request {
+        let request = self.memory.iter().fold(request, |request, mib| request.set("memory_mib", mib));
+        let request = self.network.iter().fold(request, |request, network| request.set("network", network));
+        self.user.iter().fold(request, |request, user| request.set("user", user))
+    }
+}
+
+/// `warren code`.
+#[derive(Debug, Args)]
+pub struct CodeArgs {
+    /// The language, for a run with an interpreter of its own
+    #[arg(long, visible_alias = "language", value_name = "LANGUAGE", required_unless_present = "context")]
+    pub lang: Option<String>,
+    /// The context to run in
+    #[arg(short, long, value_name = "N", conflicts_with_all = ["lang", "memory", "network", "user", "env"])]
+    pub context: Option<u64>,
+    /// What it may use
+    #[command(flatten)]
+    pub bounds: CodeBounds,
+    /// An environment variable; without =VALUE it is taken from here
+    #[arg(short, long, value_name = "NAME[=VALUE]", action = ArgAction::Append)]
+    pub env: Vec<String>,
+    /// End it after this time, such as 500ms, 30s, 5m [default: 30s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// A directory for the pictures and documents that it shows
+    #[arg(long, value_name = "DIR")]
+    pub save: Option<PathBuf>,
+    /// Id or name of the sandbox
+    #[arg(value_name = "SANDBOX")]
+    pub id: String,
+    /// The file with the code, or - for standard input
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+/// Verbs of `warren context`.
+#[derive(Debug, Subcommand)]
+pub enum ContextVerb {
+    /// Start an interpreter that keeps its state between runs, and print its number
+    Create {
+        /// The language
+        #[arg(long, visible_alias = "language", value_name = "LANGUAGE")]
+        lang: String,
+        /// What its runs may use
+        #[command(flatten)]
+        bounds: CodeBounds,
+        /// An environment variable; without =VALUE it is taken from here
+        #[arg(short, long, value_name = "NAME[=VALUE]", action = ArgAction::Append)]
+        env: Vec<String>,
+        /// Id or name of the sandbox
+        #[arg(value_name = "SANDBOX")]
+        id: String,
+    },
+    /// List the contexts of a sandbox
+    #[command(alias = "list")]
+    Ls {
+        /// Id or name
+        #[arg(value_name = "SANDBOX")]
+        id: String,
+    },
+    /// Interrupt what a context runs; its state stays
+    Interrupt {
+        /// Id or name
+        #[arg(value_name = "SANDBOX")]
+        id: String,
+        /// Its number
+        #[arg(value_name = "CONTEXT")]
+        context: u64,
+    },
+    /// Start a context's interpreter anew; its state is gone
+    Restart {
+        /// Id or name
+        #[arg(value_name = "SANDBOX")]
+        id: String,
+        /// Its number
+        #[arg(value_name = "CONTEXT")]
+        context: u64,
+    },
+    /// End a context
+    Rm {
+        /// Id or name
+        #[arg(value_name = "SANDBOX")]
+        id: String,
+        /// Its number
+        #[arg(value_name = "CONTEXT")]
+        context: u64,
+    },
+}

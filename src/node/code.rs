@@ -1,0 +1,101 @@
+//! Code in sandboxes: which command runs a language, and what is asked of the agent. docs/code.md.
+//!
+//! A run is a program to the node (`sandbox/exec.rs`): it has a number, its output is kept, and it outlives a supervisor.
+
+use super::supervisor::Supervisor;
+use crate::control::code::{Bounds, RunAsk};
+use crate::sandbox::exec::{CodeRun, Exec};
+use crate::sandbox::id::SandboxId;
+use crate::wire::{Code, Error, Fields, Message, Request};
+
+impl Supervisor {
+    /// `code.run`
+    pub(super) fn run_code(&mut self, key: u64, tag: &str, sandbox: &str, ask: RunAsk) -> Result<(), Error> {
+        let id = self.find_running(key, sandbox)?.id.clone();
+        let RunAsk { language, context, bounds, timeout_ms, detach } = ask;
+        let mut request = Request::new("", "code.run");
+        if let Some(ms) = timeout_ms {
+            request = request.set("timeout_ms", ms);
+        }
+        let language = match (language, context) {
+            (Some(language), _) => {
+                request = self.with_language(request, &id, &language, &bounds)?;
+                language
+            }
+            (None, Some(context)) => {
+                request = request.set("context", context);
+                String::new()
+            }
+            (None, None) => return Err(Error::new(Code::MissingArgument, "language is missing")),
+        };
+        let run = CodeRun { language: language.clone(), context, running: false };
+        let argv = vec![b"code.run".to_vec(), language.into_bytes()];
+        self.start_exec(key, tag, sandbox, argv, request, detach, Some(run))
+    }
+
+    /// `code.context.create`
+    pub(super) fn create_context(
+        &mut self,
+        key: u64,
+        tag: &str,
+        sandbox: &str,
+        language: &str,
+        bounds: &Bounds,
+    ) -> Result<(), Error> {
+        let id = self.find_running(key, sandbox)?.id.clone();
+        let request = self.with_language(Request::new("", "code.context.create"), &id, language, bounds)?;
+        self.relay(key, tag, sandbox, request)
+    }
+
+    /// `code.list`
+    pub(super) fn list_code(&mut self, key: u64, tag: &str, sandbox: &str) -> Result<(), Error> {
+        let id = self.find(key, sandbox)?;
+        let rows: Vec<Fields> =
+            self.sandboxes.get(&id).into_iter().flat_map(|s| s.execs.values()).filter_map(Exec::code_fields).collect();
+        for row in rows {
+            self.answer(key, &Message::item(tag, row));
+        }
+        self.answer(key, &Message::ok(tag, Fields::new()));
+        Ok(())
+    }
+
+    /// Adds what the agent needs to start a language of the sandbox's template within bounds.
+    fn with_language(
+        &self,
+        mut request: Request,
+        id: &SandboxId,
+        language: &str,
+        bounds: &Bounds,
+    ) -> Result<Request, Error> {
+        let Some(sandbox) = self.sandboxes.get(id) else {
+            return Err(Error::new(Code::NotFound, format!("no sandbox {id}")));
+        };
+        if bounds.dependencies {
+            let message = "dependencies need an index, and the node's configuration names none";
+            return Err(Error::new(Code::NoIndex, message).with("argument", "dependency"));
+        }
+        if bounds.network && sandbox.spec.network.is_none() {
+            let message = format!("sandbox {id} has no network, and a run cannot have more than its sandbox");
+            return Err(Error::new(Code::NetworkOff, message).with("argument", "network"));
+        }
+        let template = &sandbox.spec.template;
+        let languages = &self.catalogue.get(template)?.manifest.languages;
+        let Some(how) = languages.get(language) else {
+            let known: Vec<&str> = languages.keys().map(String::as_str).collect();
+            let known = if known.is_empty() { "none".to_string() } else { known.join(", ") };
+            let message = format!("template {template} has no language {language}; it has {known}");
+            return Err(Error::new(Code::NotFound, message).with("language", language));
+        };
+        request = request.set("language", language);
+        request = how.start.iter().fold(request, |request, word| request.set("start", word));
+        request = how.once.iter().fold(request, |request, word| request.set("once", word));
+        request = bounds.env.iter().fold(request, |request, entry| request.set_bytes("env", entry));
+        if let Some(user) = &bounds.user {
+            request = request.set("user", user);
+        }
+        if let Some(mib) = bounds.memory_mib {
+            request = request.set("memory_mib", mib);
+        }
+        Ok(request.set("network", if bounds.network { "on" } else { "off" }))
+    }
+}
