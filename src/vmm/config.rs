@@ -43,6 +43,8 @@ pub enum Source {
         state: File,
         /// RAM without its hole; never changes.
         memory: File,
+        /// What such guests change at once (`snapshot::working_set`).
+        working_set: Option<File>,
     },
 }
 
@@ -98,6 +100,14 @@ impl StartConfig {
         let layers = take_layers(&mut args, &mut descriptors)?;
         let net = take_net(&mut args, &mut descriptors)?;
         let state = args.text("state")?;
+        let working_set = match (&state, args.text("working_set")?) {
+            (Some(_), Some(given)) => Some(take_named(&mut descriptors, "working_set", &given)?.into()),
+            (None, Some(_)) => {
+                let message = "working_set is of a snapshot, which is given by state";
+                return Err(Error::new(Code::BadArgument, message).with("argument", "working_set"));
+            }
+            (_, None) => None,
+        };
         let command_line = if state.is_none() { args.text("cmdline")?.unwrap_or_default() } else { String::new() };
         let mut take = |key| take_descriptor(&mut args, &mut descriptors, key);
         let config = Self {
@@ -118,6 +128,7 @@ impl StartConfig {
                 Some(state) => Source::Snapshot {
                     memory: take("memory")?.into(),
                     state: take_named(&mut descriptors, "state", &state)?.into(),
+                    working_set,
                 },
             },
             disks,
@@ -179,6 +190,16 @@ impl CaptureConfig {
         args.finish()?;
         Ok(Self { state, memory, page_map, done, hold, diff, overlay })
     }
+}
+
+/// The arguments of `vm.working_set`: /proc/PID/pagemap of this process, and the empty file that it goes to.
+pub fn parse_working_set(request: Request, descriptors: Vec<OwnedFd>) -> Result<(File, File), Error> {
+    let mut args = Args::of(request);
+    let mut descriptors: Vec<Option<OwnedFd>> = descriptors.into_iter().map(Some).collect();
+    let mut take = |key| take_descriptor(&mut args, &mut descriptors, key);
+    let files = (take("page_map")?.into(), take("into")?.into());
+    args.finish()?;
+    Ok(files)
 }
 
 /// The arguments of `vm.limits`: what is to change of the disks, and each way of the network (to the guest first). With 0 there is no

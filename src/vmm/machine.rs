@@ -22,6 +22,7 @@ use super::last_words::End;
 use super::memory::{GuestMemory, MemoryError};
 use super::snapshot::child::Child;
 use super::snapshot::memory::Plan;
+use super::snapshot::working_set::WorkingSet;
 use super::snapshot::{Saved, SavedError, saved};
 use crate::wire::{Code, Error, Fields};
 
@@ -235,9 +236,13 @@ impl Machine {
         } = config;
         let (memory, saved) = match &source {
             Source::Kernel { .. } => (GuestMemory::new(memory_bytes)?, None),
-            Source::Snapshot { state, memory } => {
+            Source::Snapshot { state, memory, working_set } => {
                 let saved = read_state(state, vcpus, memory_bytes)?;
-                (GuestMemory::restored(memory, memory_bytes)?, Some(saved))
+                let memory = GuestMemory::restored(memory, memory_bytes)?;
+                if let Some(working_set) = working_set {
+                    WorkingSet::read(working_set).map_err(StartError::Snapshot)?.prepare(&memory);
+                }
+                (memory, Some(saved))
             }
         };
         let devices = DeviceConfig { base, overlay, layers, disks, disk_limits, net, serial, cid };
@@ -365,6 +370,16 @@ impl Machine {
         let captured =
             Captured { state_bytes: 0, memory_bytes: plan.bytes(), is_diff: plan.is_diff, stopped: Duration::ZERO };
         Ok((saved, child, captured))
+    }
+
+    /// Writes down what this restored guest has changed so far of its memory file. Gives how many pages.
+    pub fn write_working_set(&self, page_map: &File, into: &File) -> Result<u64, Error> {
+        if !self.memory.is_restored() {
+            return Err(Error::new(Code::BadState, "the guest was not restored from a file"));
+        }
+        let set = WorkingSet::of(&self.memory, page_map).and_then(|set| set.write(into).map(|()| set));
+        let set = set.map_err(|e| Error::new(Code::VmFailed, format!("no working set: {e}")))?;
+        Ok(set.pages())
     }
 
     /// The devices, for events and streams.

@@ -255,6 +255,21 @@ impl GuestMemory {
         Ok(to - from)
     }
 
+    /// Makes pages of a restored guest its own, with what its file has in them, before anybody touches them. The range is
+    /// whole pages of that file: offset and length, in octets. `false` where it is outside of RAM, or the host has none.
+    pub fn make_own(&self, mut offset: u64, len: u64) -> bool {
+        for region in self.regions() {
+            if offset < region.size {
+                let Ok(slice) = self.slice(region.guest_addr + offset, len as usize) else { return false };
+                // SAFETY: a checked range of one of our mappings; its octets stay what they are.
+                let done = unsafe { libc::madvise(slice.iovec.iov_base, slice.len(), libc::MADV_POPULATE_WRITE) };
+                return done == 0;
+            }
+            offset -= region.size;
+        }
+        false
+    }
+
     fn read_array<const N: usize>(&self, addr: u64) -> Result<[u8; N], MemoryError> {
         let mut octets = [0; N];
         self.read(addr, &mut octets)?;

@@ -16,7 +16,7 @@ use mio::event::Event;
 use mio::net::UnixListener;
 use mio::{Events, Interest, Poll, Token, Waker};
 
-use super::config::{CaptureConfig, MAX_MEMORY_MIB, MIN_TARGET_MIB, StartConfig, parse_limits};
+use super::config::{CaptureConfig, MAX_MEMORY_MIB, MIN_TARGET_MIB, StartConfig, parse_limits, parse_working_set};
 use super::jail;
 use super::last_words::{End, LastWords, Reason, say};
 use super::link::{Connection, RawStream};
@@ -314,6 +314,12 @@ impl Worker {
                 Ok(Outcome::Done(Fields::new()))
             }
             "vm.capture" => self.capture(token, request),
+            "vm.working_set" => {
+                let descriptors = self.connections.get_mut(&token).map(Connection::take_descriptors);
+                let (page_map, into) = parse_working_set(request, descriptors.unwrap_or_default())?;
+                let pages = self.machine.as_ref().ok_or_else(not_running)?.write_working_set(&page_map, &into)?;
+                Ok(Outcome::Done(Fields::new().with("pages", pages)))
+            }
             "vm.resume" => {
                 Args::of(request).finish()?;
                 self.machine.as_mut().ok_or_else(not_running)?.resume();

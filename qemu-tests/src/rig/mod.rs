@@ -454,6 +454,22 @@ impl Vm {
         (Snapshot { home, vcpus, memory_mib, log: String::new() }, captured)
     }
 
+    /// Has the worker write down which pages of its memory file the guest has changed so far. Gives the file and how many.
+    pub fn working_set(&self) -> (File, u64) {
+        let path = self.home.path().join("working-set");
+        let into = File::options().read(true).write(true).create(true).truncate(true).open(&path);
+        let into = into.expect("a file can be made");
+        let page_map = open(Path::new(&format!("/proc/{}/pagemap", self.process.pid())));
+        let stream = UnixStream::connect(self.socket()).expect("the worker's socket exists");
+        stream.set_read_timeout(Some(timing::hang())).expect("a socket takes a time limit");
+        let request = Request::new("set", "vm.working_set").set("page_map", "fd:0").set("into", "fd:1");
+        send_with_descriptors(&stream, request, &[page_map.as_fd(), into.as_fd()]).expect("it can be sent");
+        match Connection::over(stream).receive() {
+            Ok(Message::Ok { fields, .. }) => (into, fields.number("pages").expect("it says how many")),
+            other => panic!("vm.working_set gave {other:?}; the worker's log: {}", self.log()),
+        }
+    }
+
     /// The link to a restored guest's agent.
     pub fn restored_agent(&self) -> &Client {
         self.agent.get_or_init(|| {

@@ -128,6 +128,7 @@ const ADVICE: Rule = Rule::OneOf(
         (libc::MADV_DONTNEED as u64, "DONTNEED"),
         (libc::MADV_DONTDUMP as u64, "DONTDUMP"),
         (libc::MADV_HUGEPAGE as u64, "HUGEPAGE"),
+        (libc::MADV_POPULATE_WRITE as u64, "POPULATE_WRITE"),
     ],
 );
 const NO_CODE: Rule = Rule::Without(2, libc::PROT_EXEC as u64, "never PROT_EXEC");
@@ -177,7 +178,7 @@ calls! {
     gettid "" Rule::Any, "the C library at the start of a thread";
     ioctl "DPK" Rule::Requests, "see below";
     lseek "" Rule::Any, "sizes of files and block devices";
-    madvise "DPKL" ADVICE, "memory that the guest or a thread gives back";
+    madvise "DPKL" ADVICE, "memory that the guest or a thread gives back, and what a restored guest is about to change";
     mmap "DPKL" NO_CODE, "memory of the allocator";
     mprotect "" NO_CODE, "guard pages of threads' stacks";
     mremap "DPKL" Rule::Any, "large buffers that grow";

@@ -68,7 +68,7 @@ impl Plan {
         let (mut ranges, mut offset) = (Vec::new(), 0);
         for region in memory.regions() {
             let mut found = match page_map {
-                Some(page_map) => scan(region, page_map)?,
+                Some(page_map) => own_pages(region, page_map)?,
                 None => vec![(0, region.size)],
             };
             let inside = |at: u64| at.clamp(offset, offset + region.size) - offset;
@@ -138,7 +138,7 @@ fn is_zero(page: &[u8]) -> bool {
 }
 
 /// The pages of a region that are this process' own, and those that the guest gave up: start and end in the region.
-fn scan(region: &Region, page_map: &File) -> io::Result<Vec<(u64, u64)>> {
+pub(super) fn own_pages(region: &Region, page_map: &File) -> io::Result<Vec<(u64, u64)>> {
     let mut found: Vec<(u64, u64)> = Vec::new();
     let end = region.host_addr + region.size;
     let mut at = region.host_addr;

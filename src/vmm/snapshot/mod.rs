@@ -8,5 +8,6 @@ pub mod child;
 pub mod memory;
 mod packed;
 pub mod saved;
+pub mod working_set;
 
 pub use saved::{Saved, SavedError};

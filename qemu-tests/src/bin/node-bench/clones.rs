@@ -53,7 +53,17 @@ pub fn measure() -> io::Result<()> {
     print("snapshot_bytes", bytes, "octets", &condition);
 
     let clone = |tap| with_tap(Setup::new().cloned(&template), tap).map(Setup::start);
-    restores(|| clone(&taps[0]))?;
+    restores("", "", || clone(&taps[0]))?;
+    let (set, pages) = {
+        let vm = clone(&taps[0])?;
+        thaw(&mut agent(&vm)?.0)?;
+        vm.working_set()
+    };
+    let prepared = |tap| -> io::Result<Vm> {
+        let set = set.try_clone()?;
+        Ok(with_tap(Setup::new().cloned(&template).descriptor("working_set", set), tap)?.start())
+    };
+    restores("prepared_", &format!("; {pages} pages prepared"), || prepared(&taps[0]))?;
     stops(&clone(&taps[0])?)?;
     clones(&template, || taps.iter().map(clone).collect())
 }
@@ -85,7 +95,8 @@ fn thaw(agent: &mut Connection) -> io::Result<Duration> {
     Ok(begin.elapsed())
 }
 
-fn restores(start: impl Fn() -> io::Result<Vm>) -> io::Result<()> {
+/// Prints the rows of restores; `prefix` stands before their names, `how` in their conditions.
+fn restores(prefix: &str, how: &str, start: impl Fn() -> io::Result<Vm>) -> io::Result<()> {
     let (mut running, mut greeted, mut thawed, mut ran) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..RESTORES {
         let vm = start()?;
@@ -95,15 +106,19 @@ fn restores(start: impl Fn() -> io::Result<Vm>) -> io::Result<()> {
         thawed.push(milliseconds(thaw(&mut agent)?));
         ran.push(milliseconds(exec_time(&mut agent, exec(None, &["/bin/true"]))?));
     }
-    let with = format!("worker that waits, base, {MEMORY_MIB} MiB, disk, network; median of {RESTORES}");
+    let with = format!("worker that waits, base, {MEMORY_MIB} MiB, disk, network{how}; median of {RESTORES}");
     let first = greeted.first().copied().unwrap_or_default();
-    print("worker_resume_ms", median(&mut running), "ms", &format!("vm.start sent to its ok, the guest runs; {with}"));
+    let row = |name: &str, values: &mut [f64], condition: &str| {
+        print(&format!("{prefix}{name}"), median(values), "ms", condition);
+    };
+    row("worker_resume_ms", &mut running, &format!("vm.start sent to its ok, the guest runs; {with}"));
     let condition = format!("vm.start sent to the agent's greeting; {with}; the first {first:.2}");
-    print("worker_restore_ms", median(&mut greeted), "ms", &condition);
-    let condition = format!("system.thaw with clock, seed, names and network; median of {RESTORES}");
-    print("thaw_ms", median(&mut thawed), "ms", &condition);
-    let condition = format!("the first /bin/true of a restored guest, straight to its agent; median of {RESTORES}");
-    print("restored_exec_ms", median(&mut ran), "ms", &condition);
+    row("worker_restore_ms", &mut greeted, &condition);
+    let condition = format!("system.thaw with clock, seed, names and network{how}; median of {RESTORES}");
+    row("thaw_ms", &mut thawed, &condition);
+    let condition =
+        format!("the first /bin/true of a restored guest, straight to its agent{how}; median of {RESTORES}");
+    row("restored_exec_ms", &mut ran, &condition);
     Ok(())
 }
 

@@ -118,6 +118,16 @@ fn running() {
     for (n, clone) in clones.iter().enumerate() {
         assert_eq!(clone.sh("cat /run/word"), format!("{n}\n"), "clones have nothing in common");
     }
+    // What one of them changed at once is prepared for the next, which is none the worse for it.
+    let (set, pages) = clones[1].working_set();
+    println!("working_set={pages}");
+    assert!(pages > 100, "{pages} pages");
+    let next = Setup::new().restored(&snapshot).descriptor("working_set", set).start();
+    let changed = next.process().guest_kib(128).expect("its mappings can be read");
+    assert!(changed >= pages * 4, "{changed} KiB of {pages} pages");
+    next.restored_agent();
+    assert_eq!(next.sh("cat /run/word"), "before\n");
+    drop(next);
     // What a clone's snapshot has is what it changed.
     let (diff, captured) = clones[0].capture(true, false, true);
     assert_eq!(captured.get("diff"), Some("true"));
