@@ -21,7 +21,8 @@ pub fn run(arguments: &[&str]) {
 const COUNT: &str = "n=0; while :; do n=$((n+1)); echo $n > /run/count; sleep 0.05; done";
 
 fn counter(vm: &Vm) -> u64 {
-    vm.sh("cat /run/count").trim().parse().expect("the counter counts")
+    // At times it is just being written.
+    timing::wait_for("a count", || vm.sh("cat /run/count").trim().parse().ok())
 }
 
 /// Waits until the counter has gone on.
