@@ -271,6 +271,26 @@ pub enum SnapshotVerb {
         #[arg(required = true, value_name = "SNAPSHOT")]
         ids: Vec<String>,
     },
+    /// Write all of a snapshot, memory and disk, to one file
+    Export {
+        /// Id or name
+        #[arg(value_name = "SNAPSHOT")]
+        id: String,
+        /// A file that is not there yet, or - for standard output
+        #[arg(value_name = "FILE", default_value = "-")]
+        file: PathBuf,
+    },
+    /// Read a snapshot that `export` wrote; prints its id
+    ///
+    /// The template that it was taken of must be on this node with the same content.
+    Import {
+        /// The file, or - for standard input
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// A name for the snapshot
+        #[arg(long)]
+        name: Option<String>,
+    },
     /// Remove snapshots; sandboxes that came from them stay
     Rm {
         /// Ids or names

@@ -16,12 +16,16 @@ fn broken(file: &Path, e: &io::Error) -> Error {
 
 /// `warren node backup`.
 pub fn backup(client: &mut Client, file: &Path) -> Result<u8, Failure> {
-    let request = Request::new("", "node.backup");
+    fetch(client, Request::new("", "node.backup"), file)
+}
+
+/// Writes what a request gives to a file that is not there yet, or to standard output for `-`.
+pub fn fetch(client: &mut Client, request: Request, file: &Path) -> Result<u8, Failure> {
     if file == Path::new("-") {
         client.transfer(request, None, &mut |_, payload| print(payload))?;
         return Ok(0);
     }
-    // It holds what sandboxes were given as environment: nobody else's to read.
+    // It holds what sandboxes were given as environment, or their memory: nobody else's to read.
     let mut options = OpenOptions::new();
     let mut to = options.write(true).create_new(true).mode(0o600).open(file).map_err(|e| broken(file, &e))?;
     let done = client
@@ -35,12 +39,17 @@ pub fn backup(client: &mut Client, file: &Path) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// `warren node restore`.
-pub fn restore(client: &mut Client, file: &Path, force: bool) -> Result<u8, Failure> {
-    let mut from: Box<dyn Read> = match file == Path::new("-") {
+/// What is to be sent: a file, or standard input for `-`.
+pub fn source(file: &Path) -> Result<Box<dyn Read>, Failure> {
+    Ok(match file == Path::new("-") {
         true => Box::new(io::stdin().lock()),
         false => Box::new(File::open(file).map_err(|e| broken(file, &e))?),
-    };
+    })
+}
+
+/// `warren node restore`.
+pub fn restore(client: &mut Client, file: &Path, force: bool) -> Result<u8, Failure> {
+    let mut from = source(file)?;
     let request = Request::new("", "node.restore");
     let request = if force { request.set("force", true) } else { request };
     let reply = client.transfer(request, Some(("content", &mut *from)), &mut |_, _| Ok(()))?;

@@ -1,12 +1,15 @@
 //! `snapshot`, `rollback`, `fork`: what a sandbox was, and sandboxes that go on from there.
 
+use std::io::{self, IsTerminal};
+use std::path::Path;
+
 use serde_json::{Value, json};
 
-use super::Failure;
 use super::args::SnapshotVerb;
-use super::client::{Client, Event};
+use super::client::{Client, Event, LOCAL_IO, local};
 use super::output::{StatusLine, ago, human_bytes, json_object, print, print_error, print_json, table};
 use super::show::{self, text};
+use super::{Failure, backup};
 use crate::wire::{Fields, Request};
 
 /// `warren snapshot SANDBOX` and `warren snapshot VERB`.
@@ -21,6 +24,19 @@ pub fn snapshot(
         (Some(SnapshotVerb::Ls { sandbox }), _) => list(client, sandbox.as_deref(), json),
         (Some(SnapshotVerb::Inspect { ids }), _) => show::inspect(client, "snapshot.inspect", ids),
         (Some(SnapshotVerb::Rm { ids }), _) => show::change_each(client, "snapshot.remove", ids, json),
+        (Some(SnapshotVerb::Export { id, file }), _) => {
+            if file == Path::new("-") && io::stdout().is_terminal() {
+                return Err(local(LOCAL_IO, "a snapshot is nothing for a terminal: name a file").into());
+            }
+            backup::fetch(client, Request::new("", "snapshot.export").arg(id), file)
+        }
+        (Some(SnapshotVerb::Import { file, name }), _) => {
+            let request = Request::new("", "snapshot.import");
+            let request = name.iter().fold(request, |request, name| request.set("name", name));
+            let mut from = backup::source(file)?;
+            let reply = client.transfer(request, Some(("content", &mut *from)), &mut |_, _| Ok(()))?;
+            show_id(&reply.fields, json)
+        }
         (None, Some(sandbox)) => {
             let request = Request::new("", "snapshot.create").arg(sandbox);
             let request = name.iter().fold(request, |request, name| request.set("name", name));

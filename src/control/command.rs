@@ -113,6 +113,13 @@ pub enum Command {
     SnapshotInspect(String),
     /// Takes a snapshot away.
     SnapshotRemove(String),
+    /// A snapshot as one file.
+    SnapshotExport(String),
+    /// A snapshot from such a file.
+    SnapshotImport {
+        /// For people to find it by.
+        name: Option<String>,
+    },
     /// Takes a sandbox away for good.
     SandboxRemove {
         /// Id, name or unique prefix.
@@ -325,6 +332,15 @@ verbs! {
     "snapshot.remove", "SNAPSHOT", "take a snapshot away; sandboxes that came from it stay", |_, mut args, _| {
         let snapshot = args.next_text("snapshot")?;
         done(args, Command::SnapshotRemove(snapshot))
+    };
+    "snapshot.export", "SNAPSHOT", "all of a snapshot as one file, on channel content", |_, mut args, _| {
+        let snapshot = args.next_text("snapshot")?;
+        done(args, Command::SnapshotExport(snapshot))
+    };
+    "snapshot.import", "[name=NAME]", "a snapshot from such a file; channel content", |_, mut args, _| {
+        let name = args.text("name")?;
+        name.iter().try_for_each(|name| check_name("name", name))?;
+        done(args, Command::SnapshotImport { name })
     };
     "sandbox.remove", "SANDBOX [force=true]", "take a sandbox and its disk away", sandbox_remove;
     "sandbox.stats", "SANDBOX", "what a running sandbox uses", |_, mut args, _| {
@@ -607,6 +623,8 @@ mod tests {
             ("exec.attach", Role::Operator, false),
             ("file.read", Role::Operator, false),
             ("file.write", Role::Operator, true),
+            ("snapshot.export", Role::Operator, true),
+            ("snapshot.import", Role::Operator, true),
             ("node.stop", Role::Admin, true),
             ("node.drain", Role::Admin, true),
             ("node.undrain", Role::Admin, true),

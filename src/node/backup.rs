@@ -5,24 +5,19 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::logs::Reader;
 use super::requests::Job;
 use super::supervisor::{Done, Supervisor, now_ms};
-use crate::sandbox::flow::Gate;
+use super::transfer::{self, CHANNEL, Feed};
 use crate::storage::audit::AuditRow;
 use crate::storage::backup::{self, Contents};
 use crate::storage::state::{StateError, Ticket};
 use crate::wire::{Code, Error, Fields, Message};
 
-/// The channel of both, in octets.
-const CHANNEL: &str = "content";
 /// Longest database that is taken.
 const MAX_BYTES: u64 = 1 << 30;
 
@@ -34,49 +29,6 @@ pub(super) struct Backups {
     restoring: Option<(u64, String)>,
     /// A database waits to be taken in: this supervisor ends.
     staged: bool,
-}
-
-/// A client's restore: what it sends goes to the thread that writes it.
-#[derive(Debug)]
-pub struct Upload {
-    up: Gate,
-    to: Sender<Piece>,
-    /// Octets that the thread has not written yet.
-    queued: Arc<AtomicUsize>,
-    bytes: u64,
-    force: bool,
-}
-
-#[derive(Debug)]
-enum Piece {
-    Octets(Vec<u8>),
-    End,
-}
-
-impl Upload {
-    /// Takes octets that the client sent.
-    pub fn take(&mut self, octets: Vec<u8>) -> Result<(), Error> {
-        self.up.take(CHANNEL, octets.len())?;
-        self.bytes = self.bytes.saturating_add(octets.len() as u64);
-        if self.bytes > MAX_BYTES {
-            let message = format!("the database is longer than {MAX_BYTES} octets");
-            return Err(Error::new(Code::OutOfRange, message).with("max", MAX_BYTES));
-        }
-        self.queued.fetch_add(octets.len(), Ordering::Relaxed);
-        // A thread that has failed says so by itself.
-        let _ = self.to.send(Piece::Octets(octets));
-        Ok(())
-    }
-
-    /// The client has sent all.
-    pub fn end(&mut self) {
-        let _ = self.to.send(Piece::End);
-    }
-
-    /// Credit for the client, as far as what it sent was written.
-    pub fn grant(&mut self) -> Option<u64> {
-        self.up.grant(self.queued.load(Ordering::Relaxed))
-    }
 }
 
 fn to_error(error: &StateError) -> Error {
@@ -142,14 +94,13 @@ impl Supervisor {
             result: Some("ok".to_string()),
             ..AuditRow::default()
         };
-        let (to, pieces) = channel();
-        let queued = Arc::new(AtomicUsize::new(0));
         let (path, report) = (self.database_path(), self.background.reporter());
-        let (written, whose) = (Arc::clone(&queued), (key, tag.to_string()));
+        let (upload, feed) = transfer::upload(MAX_BYTES, move || report(Done::Moved(key)));
+        let whose = (key, tag.to_string());
         self.background
             .run("restore", move || {
                 let part = backup::part_of(&path);
-                let gathered = gather(&part, &pieces, &written, || report(Done::RestoreMoved(key)));
+                let gathered = gather(&part, feed);
                 let result = gathered.and_then(|()| backup::check(&part, &by));
                 if result.is_err()
                     && let Err(e) = backup::remove(&part)
@@ -159,10 +110,8 @@ impl Supervisor {
                 Done::Restored { client: whose.0, tag: whose.1, result }
             })
             .map_err(|e| Error::new(Code::NoCapacity, format!("no thread: {e}")))?;
-        let mut up = Gate::default();
-        up.allow(MAX_BYTES + 1);
         self.backups.restoring = Some((key, tag.to_string()));
-        self.add_job(key, tag, Job::Restore(Upload { up, to, queued, bytes: 0, force }));
+        self.add_job(key, tag, Job::Restore { upload, force });
         Ok(())
     }
 
@@ -170,12 +119,12 @@ impl Supervisor {
     pub(super) fn restored(&mut self, key: u64, tag: &str, result: Result<Contents, StateError>) {
         self.backups.restoring = None;
         let job = self.clients.get_mut(&key).and_then(|client| client.jobs.remove(tag));
-        let Some(Job::Restore(upload)) = job else {
+        let Some(Job::Restore { force, .. }) = job else {
             // Nobody waits for it any more.
             return self.discard_restore();
         };
         let staged = result.map_err(|e| to_error(&e)).and_then(|contents| {
-            self.refuse_loss(&contents.sandboxes, upload.force)?;
+            self.refuse_loss(&contents.sandboxes, force)?;
             let failed = |e: io::Error| Error::new(Code::Internal, format!("the copy cannot be put in place: {e}"));
             backup::stage(&self.database_path()).map_err(failed)?;
             Ok(contents)
@@ -213,22 +162,14 @@ impl Supervisor {
 }
 
 /// Writes what comes. A client that is gone before the end is an error.
-fn gather(part: &Path, pieces: &Receiver<Piece>, queued: &AtomicUsize, moved: impl Fn()) -> Result<(), StateError> {
+fn gather(part: &Path, mut feed: Feed) -> Result<(), StateError> {
     let failed = |e: io::Error| match e.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StateError::DiskFull(e.to_string()),
+        io::ErrorKind::ConnectionAborted => StateError::Closed,
         _ => StateError::Io(format!("{}: {e}", part.display())),
     };
     backup::remove(part)?;
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(part).map_err(failed)?;
-    loop {
-        match pieces.recv() {
-            Ok(Piece::Octets(octets)) => {
-                file.write_all(&octets).map_err(failed)?;
-                queued.fetch_sub(octets.len(), Ordering::Relaxed);
-                moved();
-            }
-            Ok(Piece::End) => return file.sync_all().map_err(failed),
-            Err(_) => return Err(StateError::Closed),
-        }
-    }
+    io::copy(&mut feed, &mut file).map_err(failed)?;
+    file.sync_all().map_err(failed)
 }

@@ -121,14 +121,7 @@ impl Supervisor {
             let message = format!("the disk of sandbox {id} has {layers} frozen layers, the most that it can have");
             return Err(Error::new(Code::NoCapacity, message).with("resource", "layers").with("max", MAX_LAYERS));
         }
-        if let Some(name) = &name
-            && let Some(other) = self.snapshots.store.snapshots().find(|row| {
-                row.state != SnapshotState::Removing && row.owner == sandbox.owner && row.name.as_ref() == Some(name)
-            })
-        {
-            let message = format!("name={name} is taken by snapshot {}", other.id);
-            return Err(Error::new(Code::AlreadyExists, message).with("snapshot", &other.id));
-        }
+        name.iter().try_for_each(|name| self.snapshot_name_is_free(&sandbox.owner, name))?;
         let random = || SandboxId::random().map_err(|e| Error::new(Code::Internal, format!("no random id: {e}")));
         let (snapshot, layer) = (random()?.to_string(), random()?.to_string());
         let row = SnapshotRow {

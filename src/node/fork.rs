@@ -25,7 +25,7 @@ use crate::wire::{Code, Error, Fields, Message, Request};
 const SEED: usize = 64;
 
 /// What a snapshot's settings mean that do not say; they say all of it.
-const SETTINGS: Defaults = Defaults { vcpus: 1, memory_mib: 512 };
+pub(super) const SETTINGS: Defaults = Defaults { vcpus: 1, memory_mib: 512 };
 
 /// How far a rollback is.
 #[derive(Debug, Clone, PartialEq, Eq)]

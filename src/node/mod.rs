@@ -13,6 +13,7 @@ mod components;
 pub mod config;
 mod delegation;
 mod drain;
+mod exchange;
 mod externals;
 mod finish;
 mod fork;
@@ -34,6 +35,7 @@ mod start;
 mod stats;
 mod supervisor;
 mod timers;
+mod transfer;
 mod warm;
 
 use std::ffi::OsString;

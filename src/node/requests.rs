@@ -6,6 +6,7 @@ use mio::Token;
 
 use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
 use super::supervisor::{Source, Supervisor, TURN};
+use super::transfer::{CHANNEL, Download, Upload};
 use crate::control::access::Role;
 use crate::control::client::{ANSWERS_HIGH, Client};
 use crate::control::command::{Command, VERBS, Verb};
@@ -57,7 +58,16 @@ pub enum Job {
     /// It waits for a copy of the database.
     Backup,
     /// It sends a database.
-    Restore(super::backup::Upload),
+    Restore {
+        /// What it has sent.
+        upload: Upload,
+        /// Also where the database does not know sandboxes that are there.
+        force: bool,
+    },
+    /// It gets an exported snapshot.
+    Export(Download),
+    /// It sends an exported snapshot, or has sent it.
+    Import(Upload),
     /// It waits for a sandbox that has started already.
     Warm,
     /// It waits for a snapshot to be there, or gone.
@@ -181,7 +191,7 @@ impl Supervisor {
             Message::End { tag, channel } => {
                 let job = self.clients.get_mut(&key).and_then(|client| client.jobs.get_mut(&tag));
                 match job {
-                    Some(Job::Restore(upload)) => upload.end(),
+                    Some(Job::Restore { upload, .. } | Job::Import(upload)) => upload.end(),
                     _ => self.pass_to_agent(key, &tag, |route| Message::end(route, &channel)),
                 }
             }
@@ -299,6 +309,8 @@ impl Supervisor {
             Command::SnapshotList { sandbox } => self.list_snapshots(key, tag, sandbox.as_deref()),
             Command::SnapshotInspect(snapshot) => self.inspect_snapshot(key, tag, &snapshot)?,
             Command::SnapshotRemove(snapshot) => self.remove_snapshot(key, tag, &snapshot)?,
+            Command::SnapshotExport(snapshot) => self.ask_export(key, tag, &snapshot)?,
+            Command::SnapshotImport { name } => self.ask_import(key, tag, name)?,
             Command::SandboxRemove { sandbox, force } => self.ask_remove(key, tag, &sandbox, force)?,
             Command::SandboxStats(sandbox) => self.ask_stats(key, tag, &sandbox)?,
             Command::SandboxUpdate { sandbox, update } => self.ask_update(key, tag, &sandbox, update)?,
@@ -426,7 +438,9 @@ impl Supervisor {
         };
         let mut payload = payload;
         let taken = match job {
-            Job::Restore(upload) if channel == "content" => upload.take(std::mem::take(&mut payload)),
+            Job::Restore { upload, .. } | Job::Import(upload) if channel == CHANNEL => {
+                upload.take(std::mem::take(&mut payload))
+            }
             Job::Relay { up, .. } if channel == "content" => up.take(channel, payload.len()),
             Job::Exec { sandbox, number } if matches!(channel, "stdin" | "source") => {
                 match self.sandboxes.get_mut(sandbox).and_then(|sandbox| sandbox.execs.get_mut(number)) {
@@ -475,6 +489,7 @@ impl Supervisor {
         match job {
             Job::Relay { down, .. } if channel == "content" => down.allow(octets),
             Job::Logs(reader) if channel == reader.channel() => reader.credit(octets),
+            Job::Export(download) if channel == CHANNEL => download.credit(octets),
             Job::Exec { sandbox, number } => {
                 let exec = self.sandboxes.get_mut(sandbox).and_then(|sandbox| sandbox.execs.get_mut(number));
                 if let (Some(exec), Some(index)) = (exec, output_index(channel)) {
@@ -513,8 +528,15 @@ impl Supervisor {
             Job::Drain => self.forget_drain(key, tag),
             Job::Fork { .. } => self.forget_fork(key, tag),
             Job::Warm => self.forget_warm(key, tag),
-            // Whoever makes or takes a copy of the database sees that nobody waits for it.
-            Job::Logs(_) | Job::NodeStop | Job::Backup | Job::Restore(_) | Job::Ledger | Job::Audit(_) => {}
+            // Whoever makes or takes a copy of the database or of a snapshot sees that nobody waits for it.
+            Job::Logs(_)
+            | Job::NodeStop
+            | Job::Backup
+            | Job::Restore { .. }
+            | Job::Export(_)
+            | Job::Import(_)
+            | Job::Ledger
+            | Job::Audit(_) => {}
             // It is made all the same, and seen in the list.
             Job::Snapshot => {}
         }

@@ -109,7 +109,8 @@ impl Supervisor {
                 let live = sandbox.is_some_and(|sandbox| sandbox.worker.is_some());
                 reader.pump(tag, client, live)
             }
-            Job::Restore(upload) => {
+            Job::Export(download) => download.pump(tag, client),
+            Job::Restore { upload, .. } | Job::Import(upload) => {
                 if let Some(octets) = upload.grant() {
                     client.send(&Message::credit(tag, "content", octets));
                 }

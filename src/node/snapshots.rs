@@ -7,6 +7,7 @@ use std::io;
 use std::time::Duration;
 
 use super::checkpoint::Making;
+use super::exchange::Arrivals;
 use super::requests::choose;
 use super::supervisor::{Done, Supervisor, Timer};
 use crate::sandbox::home::{Home, Places};
@@ -26,6 +27,8 @@ pub(super) const AGAIN: Duration = Duration::from_secs(5);
 pub(super) struct Snapshots {
     pub store: Store,
     pub shelves: Shelves,
+    /// Those that clients send.
+    pub arriving: Arrivals,
     /// Those that are being made, by id.
     pub making: BTreeMap<String, Making>,
     /// What goes on when a change is in the database.
@@ -51,6 +54,8 @@ pub(super) enum Then {
     Removed { client: u64, tag: String, id: String },
     /// Rows that nobody needed are gone.
     Collected(Garbage),
+    /// A snapshot that a client sent is one.
+    Imported { client: u64, tag: String, snapshot: String },
     /// What an earlier supervisor left half done is settled.
     Recovered,
 }
@@ -61,6 +66,7 @@ impl Snapshots {
         Self {
             store: Store::default(),
             shelves: Shelves::beside(&places.disks),
+            arriving: Arrivals::new(),
             making: BTreeMap::new(),
             tickets: HashMap::new(),
             sweep: false,
@@ -159,7 +165,11 @@ impl Supervisor {
         let Some(then) = self.snapshots.tickets.remove(&ticket) else { return false };
         let refused = result.as_ref().err().map(|e| {
             log::error!("state database: {e}");
-            let code = if matches!(e, StateError::DiskFull(_)) { Code::NoCapacity } else { Code::Internal };
+            let code = match e {
+                StateError::DiskFull(_) => Code::NoCapacity,
+                StateError::Conflict(_) => Code::AlreadyExists,
+                _ => Code::Internal,
+            };
             Error::new(code, format!("the state database: {e}"))
         });
         match (then, refused) {
@@ -177,6 +187,9 @@ impl Supervisor {
             (Then::Collected(garbage), None) => self.clear_away(garbage),
             // They are without rows in memory, and stay until the next start.
             (Then::Collected(_), Some(_)) => {}
+            (Then::Imported { client, tag, snapshot }, refused) => {
+                self.import_written(client, &tag, &snapshot, refused);
+            }
             (Then::Recovered, None) => self.sweep_snapshots(),
             (Then::Recovered, Some(_)) => self.snapshots.sweep = false,
         }
@@ -185,7 +198,7 @@ impl Supervisor {
 
     /// Takes away what has no row, once nothing is being made.
     pub(super) fn sweep_snapshots(&mut self) {
-        if !self.snapshots.sweep || !self.snapshots.making.is_empty() {
+        if !self.snapshots.sweep || !self.snapshots.making.is_empty() || !self.snapshots.arriving.is_empty() {
             return;
         }
         self.snapshots.sweep = false;
@@ -282,6 +295,18 @@ impl Supervisor {
         self.add_job(key, tag, super::requests::Job::Snapshot);
         self.snapshots.after(ticket, Then::Removed { client: key, tag: tag.to_string(), id });
         Ok(())
+    }
+
+    /// Whether an owner's new snapshot can have that name.
+    pub(super) fn snapshot_name_is_free(&self, owner: &str, name: &str) -> Result<(), Error> {
+        let mut rows = self.snapshots.store.snapshots().filter(|row| row.state != SnapshotState::Removing);
+        match rows.find(|row| row.owner == owner && row.name.as_deref() == Some(name)) {
+            None => Ok(()),
+            Some(other) => {
+                let message = format!("name={name} is taken by snapshot {}", other.id);
+                Err(Error::new(Code::AlreadyExists, message).with("snapshot", &other.id))
+            }
+        }
     }
 
     /// A snapshot as clients see it.

@@ -21,6 +21,7 @@ use super::catalogue::Catalogue;
 use super::checkpoint::{Held, Written};
 use super::config::Config;
 use super::drain::Drain;
+use super::exchange::Arrived;
 use super::externals::{External, Externals};
 use super::health::{Watched, Wheel};
 use super::instance::Sandbox;
@@ -122,8 +123,8 @@ pub(super) enum Done {
         /// User ids that are free again.
         users: Vec<u32>,
     },
-    /// A piece of a database that is being restored was written.
-    RestoreMoved(u64),
+    /// There is something for a client, or what it sent was taken.
+    Moved(u64),
     /// A database that is to be restored was gathered and checked.
     Restored { client: u64, tag: String, result: Result<Contents, StateError> },
     /// A worker wrote the files of a pause, or could not.
@@ -136,6 +137,8 @@ pub(super) enum Done {
     RollbackPrepared { sandbox: SandboxId, snapshot: String, overlay: String, result: io::Result<()> },
     /// Files of snapshots that nobody needs were removed, but for these.
     Cleared(Vec<io::Error>),
+    /// A snapshot that a client sends is there, or is none.
+    SnapshotImported { client: u64, tag: String, snapshot: String, result: Result<Arrived, Error> },
     /// What a resumed sandbox was paused as is out of the way, or cannot be.
     Unpaused { sandbox: SandboxId, result: io::Result<()> },
     /// The kernel was asked what there is of sandboxes.
@@ -530,9 +533,12 @@ impl Supervisor {
                     self.rollback_prepared(&sandbox, &snapshot, &overlay, result);
                 }
                 Done::Cleared(errors) => errors.iter().for_each(|e| log::error!("a snapshot's file stays: {e}")),
+                Done::SnapshotImported { client, tag, snapshot, result } => {
+                    self.snapshot_imported(client, &tag, &snapshot, result);
+                }
                 Done::Unpaused { sandbox, result } => self.unpaused(&sandbox, result),
                 Done::Counted(census) => self.counted(census),
-                Done::RestoreMoved(key) => drop(self.touched_clients.insert(key)),
+                Done::Moved(key) => drop(self.touched_clients.insert(key)),
                 Done::Restored { client, tag, result } => self.restored(client, &tag, result),
                 Done::Externals(result) => self.externals_seen(result),
                 Done::WorkerMade { id, place, uid, ordered, result } => {

@@ -200,6 +200,18 @@ impl Shelves {
         taken(&File::open(layer)?)
     }
 
+    /// Makes the directory of a snapshot that is imported, with its state file: readable and writable. Without a row it is
+    /// swept at the next start, as the others of it are.
+    pub fn make_state(&self, id: &str) -> io::Result<File> {
+        fs::DirBuilder::new().mode(0o700).create(self.snapshot(id))?;
+        make(&self.state(id))
+    }
+
+    /// Makes the memory file of a snapshot that is imported, in its directory: readable and writable.
+    pub fn make_memory(&self, id: &str) -> io::Result<File> {
+        make(&self.memory(id))
+    }
+
     /// Makes a file for a merged or imported layer: readable and writable. Without a row it is swept at the next start.
     pub fn make_layer(&self, id: &str) -> io::Result<File> {
         make(&self.layer(id))
