@@ -321,8 +321,10 @@ impl Supervisor {
             (None, None) => {}
         }
         let Some(making) = self.end_snapshot(snapshot) else { return };
+        self.seal_snapshots();
         match making.want {
             Want::Client { key, tag } => {
+                self.retain_snapshots();
                 let fields = Fields::new().with("id", snapshot);
                 self.finish(key, &Message::ok(&tag, fields));
             }
@@ -344,8 +346,7 @@ impl Supervisor {
                 snapshots: vec![snapshot.to_string()],
                 ..Default::default()
             };
-            let ticket = self.database.submit_durable(Change::Together(files::garbage_changes(&garbage)));
-            self.snapshots.after(ticket, Then::Collected(garbage));
+            self.remove_garbage(garbage);
         }
         if matches!(making.want, Want::Template { .. }) {
             self.remove(&id);

@@ -8,7 +8,9 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-pub use tables::{Control, Disks, Health, Jail, Level, Log, MAX_DNS, Network, Node, Paths, Pool, Sandbox, Warm};
+pub use tables::{
+    Control, Disks, Health, Jail, Level, Log, MAX_DNS, Network, Node, Paths, Pool, Sandbox, Snapshots, Warm,
+};
 use toml::de::{DeTable, DeValue};
 
 use crate::sentinel;
@@ -38,6 +40,8 @@ pub struct Config {
     pub overlay_pool: Pool,
     /// `[[warm]]`, one for each pool.
     pub warm: Vec<Warm>,
+    /// `[snapshots]`
+    pub snapshots: Snapshots,
     /// `[jail]`
     pub jail: Jail,
     /// `[disks]`
@@ -124,6 +128,7 @@ impl Config {
             "overlay_pool.wait_ms",
         ])?;
         self.warm.iter().try_for_each(Warm::validate)?;
+        self.snapshots.validate()?;
         self.jail.validate()?;
         self.disks.validate()?;
         self.network.settings(&self.paths.run)?;

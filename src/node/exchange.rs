@@ -175,6 +175,8 @@ impl Supervisor {
             (None, Some(rows)) => {
                 rows.layers.into_iter().for_each(|layer| self.snapshots.store.put_layer(layer));
                 self.snapshots.store.put_snapshot(rows.snapshot);
+                self.retain_snapshots();
+                self.seal_snapshots();
                 self.answer_import(key, tag, Ok(id));
             }
             (refused, _) => {
@@ -184,6 +186,7 @@ impl Supervisor {
             }
         }
         self.sweep_snapshots();
+        self.collect();
     }
 
     fn answer_import(&mut self, key: u64, tag: &str, result: Result<&str, Error>) {
@@ -199,13 +202,7 @@ impl Supervisor {
 
     fn remove_arrived(&mut self, id: &str) {
         let (shelves, id) = (self.snapshots.shelves.clone(), id.to_string());
-        let work = move || {
-            remove(&shelves, &id);
-            Done::Cleared(Vec::new())
-        };
-        if let Err(e) = self.background.run("import", work) {
-            log::error!("no thread to remove what was sent of a snapshot: {e}");
-        }
+        self.clear(move || remove(&shelves, &id));
     }
 
     /// What a snapshot that was sent is here. Its sizes and digests are right; what it says is its sender's.

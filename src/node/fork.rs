@@ -173,11 +173,85 @@ impl Supervisor {
         };
         let rows = self.snapshots.store.snapshots();
         let mut rows = rows.filter(|row| row.kind == SnapshotKind::Template && row.state == SnapshotState::Ready);
-        rows.find(|row| is_for(row, &wanted) && has_network(row) == spec.network.is_some()).cloned()
+        rows.find(|row| {
+            !self.snapshots.unfit.contains(&row.id)
+                && is_for(row, &wanted)
+                && has_network(row) == spec.network.is_some()
+        })
+        .cloned()
+    }
+
+    /// Makes a sandbox that goes on from its template's snapshot, or, where that fails at once, one that is booted.
+    pub(super) fn create_or_boot(
+        &mut self,
+        spec: Spec,
+        owner: String,
+        waiter: Waiter,
+        origin: Option<&SnapshotRow>,
+    ) -> Result<SandboxId, Error> {
+        let made = self.create(spec.clone(), owner.clone(), Some(waiter.clone()), origin);
+        match (made, origin) {
+            (Err(error), Some(row)) if is_the_snapshots(&error) => {
+                log::warn!("no sandbox starts from its template's snapshot {}: {error}; it is booted", row.id);
+                self.create(spec, owner, Some(waiter), None)
+            }
+            (made, _) => made,
+        }
+    }
+
+    /// A sandbox that could not go on from its template's snapshot: another is made in its place that is booted, with
+    /// all that was asked for but the id, for whoever waits. Whether that is so. Not a fork: that is to go on from there.
+    pub(super) fn boot_instead(&mut self, id: &SandboxId, error: &Error) -> bool {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return false };
+        let Some(snapshot) = sandbox.origin().map(str::to_string) else { return false };
+        let of_template =
+            self.snapshots.store.snapshot(&snapshot).is_some_and(|row| row.kind == SnapshotKind::Template);
+        let wanted = |waiter: &Waiter| matches!(waiter.what, Awaited::Created { .. });
+        if !of_template
+            || !is_the_snapshots(error)
+            || sandbox.removing
+            || sandbox.waiters.is_empty()
+            || !sandbox.waiters.iter().all(wanted)
+        {
+            return false;
+        }
+        log::warn!("sandbox {id} cannot start from its template's snapshot {snapshot}: {error}; another is booted");
+        if error.is(Code::CpuMismatch) || error.is(Code::Corrupt) {
+            self.snapshots.unfit.insert(snapshot);
+        }
+        let waiters = std::mem::take(&mut sandbox.waiters);
+        let (spec, owner) = (sandbox.spec.clone(), sandbox.owner.clone());
+        // The name is the other's.
+        sandbox.spec.name = None;
+        self.remove(id);
+        for waiter in waiters {
+            let (client, tag) = (waiter.client, waiter.tag.clone());
+            match self.create(spec.clone(), owner.clone(), Some(waiter), None) {
+                Ok(new) if self.sandboxes.contains_key(&new) => self.add_job(client, &tag, Job::Wait(new)),
+                Ok(_) => {}
+                Err(error) => self.finish(client, &Message::err(&tag, error)),
+            }
+        }
+        true
+    }
+
+    /// Templates that changed, or went, take their snapshots with them.
+    pub(super) fn drop_template_snapshots(&mut self) {
+        let rows = self.snapshots.store.snapshots();
+        let rows = rows.filter(|row| row.kind == SnapshotKind::Template && row.state == SnapshotState::Ready);
+        let stale = rows.filter(|row| {
+            let here = self.catalogue.get(&row.template).map(|template| template.manifest.sha256_hex());
+            here.ok().as_ref() != Some(&row.template_sha256)
+        });
+        let stale: Vec<String> = stale.map(|row| row.id.clone()).collect();
+        for id in stale {
+            log::info!("snapshot {id} goes: its template is another, or gone");
+            self.let_go_of_snapshot(&id);
+        }
     }
 
     /// Nobody sees a snapshot any more.
-    fn let_go_of_snapshot(&mut self, snapshot: &str) {
+    pub(super) fn let_go_of_snapshot(&mut self, snapshot: &str) {
         let Some(change) = files::removal(&self.snapshots.store, snapshot) else { return };
         if let Change::PutSnapshot(row) = &change {
             self.snapshots.store.put_snapshot((**row).clone());
@@ -382,6 +456,11 @@ impl Supervisor {
             Some(error) => self.fail_start(id, error),
         }
     }
+}
+
+/// Whether a start may have failed because of the snapshot that it was from.
+fn is_the_snapshots(error: &Error) -> bool {
+    [Code::VmFailed, Code::Corrupt, Code::CpuMismatch, Code::GuestTimeout].iter().any(|code| error.is(*code))
 }
 
 /// Whether two snapshots are of machines of one shape.

@@ -18,6 +18,7 @@ use crate::sandbox::census::{Census, Difference};
 use crate::sandbox::home::Home;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::ledger::{Account, Holding, IllegalMove, OF_WORKER, Resource};
+use crate::storage::snapshots::files::Listed;
 use crate::storage::state::{AllocationRow, Change, StateError, Ticket};
 use crate::wire::{Code, Error, Fields, Message};
 
@@ -58,7 +59,7 @@ pub(super) struct Booking {
 struct Look {
     waiters: Vec<(u64, String)>,
     ticket: u64,
-    census: Option<Census>,
+    census: Option<(Census, Listed)>,
     network: Option<Result<Checked, NetworkError>>,
     /// Of the first look, during the second.
     before: Option<BTreeSet<Difference>>,
@@ -258,16 +259,22 @@ impl Supervisor {
         }
         let (places, users) = (self.places.clone(), self.config.jail.uids());
         let spares = self.pools.directory().to_path_buf();
-        if let Err(e) = self.background.run("ledger", move || Done::Counted(Census::take(&places, &spares, &users))) {
+        let shelves = self.snapshots.shelves.clone();
+        let work = move || Done::Counted(Census::take(&places, &spares, &users), shelves.list());
+        if let Err(e) = self.background.run("ledger", work) {
             let error = Error::new(Code::NoCapacity, format!("no thread: {e}"));
             self.end_look(Err(error));
         }
     }
 
     /// The kernel's part but for the network was read.
-    pub(super) fn counted(&mut self, census: Census) {
+    pub(super) fn counted(&mut self, census: Census, listed: io::Result<Listed>) {
+        let listed = match listed {
+            Ok(listed) => listed,
+            Err(e) => return self.end_look(Err(Error::new(Code::Internal, format!("files of snapshots: {e}")))),
+        };
         if let Some(look) = &mut self.ledger.look {
-            look.census = Some(census);
+            look.census = Some((census, listed));
         }
         self.compare();
     }
@@ -285,7 +292,7 @@ impl Supervisor {
         if look.census.is_none() || look.network.is_none() {
             return;
         }
-        let (Some(census), Some(network)) = (look.census.take(), look.network.take()) else { return };
+        let (Some((census, listed)), Some(network)) = (look.census.take(), look.network.take()) else { return };
         let checked = match network {
             Ok(checked) => checked,
             Err(error) => return self.end_look(Err(super::network::to_error(&error))),
@@ -296,6 +303,7 @@ impl Supervisor {
         spares.extend(self.sandboxes.values().filter_map(|sandbox| sandbox.held.spare_overlay()));
         found.extend(census.spare_differences(&spares));
         found.extend(slots(accounts, &checked));
+        found.extend(self.snapshots.differences(&listed));
         let Some(look) = &mut self.ledger.look else { return };
         match look.before.take() {
             None if !found.is_empty() => {

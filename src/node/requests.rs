@@ -277,7 +277,7 @@ impl Supervisor {
                 };
                 let waiter = Waiter { client: key, tag: tag.to_string(), what: Awaited::Created { progress } };
                 let origin = if cold { None } else { self.template_origin(&spec) };
-                let id = self.create(spec, owner, Some(waiter), origin.as_ref())?;
+                let id = self.create_or_boot(spec, owner, waiter, origin.as_ref())?;
                 if self.sandboxes.contains_key(&id) {
                     self.add_job(key, tag, Job::Wait(id));
                 }

@@ -2,31 +2,48 @@
 //! left half done. How they are made: `checkpoint`; what they are for: `fork`, `rollback`.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::time::Duration;
 
 use super::checkpoint::Making;
 use super::exchange::Arrivals;
+use super::merging::Merging;
 use super::requests::choose;
-use super::supervisor::{Done, Supervisor, Timer};
+use super::sealing::Seals;
+use super::supervisor::{Done, Supervisor, Timer, now_ms};
+use crate::sandbox::census::Difference;
 use crate::sandbox::home::{Home, Places};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::worker;
-use crate::storage::snapshots::files::{self, OVERLAY, Owner, unhindered};
+use crate::storage::memory_file;
+use crate::storage::snapshots::files::{self, Listed, OVERLAY, Owner, unhindered};
+use crate::storage::snapshots::retention;
 use crate::storage::snapshots::store::Garbage;
 use crate::storage::snapshots::{Holding, Shelves, SnapshotKind, SnapshotRow, SnapshotState, Store};
 use crate::storage::state::{Change, LayerRow, SandboxRow, Snapshot as Rows, StateError, Ticket};
+use crate::storage::verity;
 use crate::wire::{Code, Error, Fields, Message};
 
 /// Pause before a change is asked for again that the database refused.
 pub(super) const AGAIN: Duration = Duration::from_secs(5);
+
+/// How often snapshots are looked at for their age.
+pub(super) const RETENTION: Duration = Duration::from_secs(3600);
 
 /// The node's snapshots.
 #[derive(Debug)]
 pub(super) struct Snapshots {
     pub store: Store,
     pub shelves: Shelves,
+    /// What is sealed of them.
+    pub seals: Seals,
+    /// Templates' snapshots that no sandbox of this node can start from, as one has found.
+    pub unfit: BTreeSet<String>,
+    /// How often files are being removed whose rows are gone.
+    pub clearing: usize,
+    /// The merge of layers that is under way.
+    pub merging: Option<Merging>,
     /// Those that clients send.
     pub arriving: Arrivals,
     /// Those that are being made, by id.
@@ -56,6 +73,8 @@ pub(super) enum Then {
     Collected(Garbage),
     /// A snapshot that a client sent is one.
     Imported { client: u64, tag: String, snapshot: String },
+    /// Layers were merged.
+    Merged,
     /// What an earlier supervisor left half done is settled.
     Recovered,
 }
@@ -66,6 +85,10 @@ impl Snapshots {
         Self {
             store: Store::default(),
             shelves: Shelves::beside(&places.disks),
+            seals: Seals::default(),
+            unfit: BTreeSet::new(),
+            clearing: 0,
+            merging: None,
             arriving: Arrivals::new(),
             making: BTreeMap::new(),
             tickets: HashMap::new(),
@@ -77,6 +100,53 @@ impl Snapshots {
     /// Goes on when that change is in the database.
     pub fn after(&mut self, ticket: Ticket, then: Then) {
         self.tickets.insert(ticket, then);
+    }
+
+    /// State and memory of a snapshot, for reading. A memory file of another length than the row has it, or another than
+    /// the one that was sealed, is an error.
+    pub fn open(&self, id: &str) -> io::Result<(File, File)> {
+        let row = self.store.snapshot(id).ok_or(io::ErrorKind::NotFound)?;
+        let (state, memory) = self.shelves.open(id)?;
+        let seal = match &row.memory_seal {
+            None => None,
+            Some(text) => Some(verity::of_hex(text).ok_or_else(|| io::Error::other("its seal is no digest"))?),
+        };
+        memory_file::check(&memory, row.memory_bytes, seal.as_ref()).map_err(io::Error::other)?;
+        Ok((state, memory))
+    }
+
+    /// Where rows and files differ. What is being made or removed does not.
+    pub fn differences(&self, found: &Listed) -> BTreeSet<Difference> {
+        let difference = |resource: &str, name: String, record: &str, kernel: &str| Difference {
+            sandbox: None,
+            resource: resource.to_string(),
+            name,
+            record: record.to_string(),
+            kernel: kernel.to_string(),
+        };
+        let arrives = |id: &str| self.arriving.keys().any(|key| id.split('-').next() == Some(key));
+        let settled = self.clearing == 0;
+        let mut all = BTreeSet::new();
+        for row in self.store.snapshots().filter(|row| row.state != SnapshotState::Making) {
+            let files = ["state", "memory"].map(|file| format!("{}/{file}", row.id)).into_iter();
+            let missing = files.filter(|name| !found.snapshots.contains(name));
+            all.extend(missing.map(|name| difference("snapshot", name, row.state.word(), "absent")));
+        }
+        let strays = found.snapshots.iter().filter(|name| {
+            let id = name.split('/').next().unwrap_or_default();
+            settled && self.store.snapshot(id).is_none() && !arrives(id)
+        });
+        all.extend(strays.map(|name| difference("snapshot", name.clone(), "none", "present")));
+        let missing = self.store.layers().filter(|row| !found.layers.contains(&row.id));
+        all.extend(missing.map(|row| difference("layer", row.id.clone(), "ready", "absent")));
+        let coming: BTreeSet<&str> =
+            self.making.keys().filter_map(|id| self.store.snapshot(id)?.layer.as_deref()).collect();
+        let strays = found.layers.iter().filter(|id| {
+            let merged = self.merging.as_ref().is_some_and(|merging| merging.layer == **id);
+            settled && self.store.layer(id).is_none() && !coming.contains(id.as_str()) && !merged && !arrives(id)
+        });
+        all.extend(strays.map(|id| difference("layer", id.clone(), "none", "present")));
+        all
     }
 
     /// A snapshot that can be used.
@@ -186,11 +256,16 @@ impl Supervisor {
             (Then::Removed { client, tag, .. }, Some(error)) => self.finish(client, &Message::err(&tag, error)),
             (Then::Collected(garbage), None) => self.clear_away(garbage),
             // They are without rows in memory, and stay until the next start.
-            (Then::Collected(_), Some(_)) => {}
+            (Then::Collected(_), Some(_)) => self.cleared(&[]),
             (Then::Imported { client, tag, snapshot }, refused) => {
                 self.import_written(client, &tag, &snapshot, refused);
             }
-            (Then::Recovered, None) => self.sweep_snapshots(),
+            (Then::Merged, refused) => self.merge_written(refused.as_ref()),
+            (Then::Recovered, None) => {
+                self.sweep_snapshots();
+                self.retain_snapshots();
+                self.seal_snapshots();
+            }
             (Then::Recovered, Some(_)) => self.snapshots.sweep = false,
         }
         true
@@ -198,7 +273,9 @@ impl Supervisor {
 
     /// Takes away what has no row, once nothing is being made.
     pub(super) fn sweep_snapshots(&mut self) {
-        if !self.snapshots.sweep || !self.snapshots.making.is_empty() || !self.snapshots.arriving.is_empty() {
+        let shelves = &self.snapshots;
+        let busy = !shelves.making.is_empty() || !shelves.arriving.is_empty() || shelves.merging.is_some();
+        if !shelves.sweep || busy {
             return;
         }
         self.snapshots.sweep = false;
@@ -217,14 +294,41 @@ impl Supervisor {
 
     /// Rows that nobody needs go, and their files after them.
     pub(super) fn collect(&mut self) {
+        if self.snapshots.merging.as_ref().is_some_and(|merging| merging.committing) {
+            // What was merged goes only when the database knows that; then this is called again.
+            return;
+        }
         let garbage = self.snapshots.store.garbage();
         if garbage == Garbage::default() {
-            return;
+            return self.merge_layers();
         }
         garbage.snapshots.iter().for_each(|id| drop(self.snapshots.store.remove_snapshot(id)));
         garbage.layers.iter().for_each(|id| drop(self.snapshots.store.remove_layer(id)));
+        self.remove_garbage(garbage);
+        self.merge_layers();
+    }
+
+    /// Rows go, and when that is in the database, their files.
+    pub(super) fn remove_garbage(&mut self, garbage: Garbage) {
         let ticket = self.database.submit_durable(Change::Together(files::garbage_changes(&garbage)));
+        self.snapshots.clearing += 1;
         self.snapshots.after(ticket, Then::Collected(garbage));
+    }
+
+    /// Snapshots that are too many, too old or too large for their owners go.
+    pub(super) fn retain_snapshots(&mut self) {
+        let retention = self.config.snapshots.retention();
+        let rows = self.snapshots.store.snapshots();
+        for id in retention::expired(rows, &BTreeSet::new(), retention, now_ms()) {
+            log::info!("snapshot {id} is beyond what is kept of its owner's: it goes");
+            self.let_go_of_snapshot(&id);
+        }
+    }
+
+    /// It is time to look what is kept.
+    pub(super) fn retention_due(&mut self) {
+        self.retain_snapshots();
+        self.timers.after(RETENTION, Timer::Retention);
     }
 
     /// Removes files whose rows are gone.
@@ -238,7 +342,27 @@ impl Supervisor {
         });
         if let Err(e) = started {
             log::error!("no thread to remove snapshots' files: {e}");
+            self.cleared(&[]);
         }
+    }
+
+    /// Has a thread remove files without rows.
+    pub(super) fn clear(&mut self, work: impl FnOnce() + Send + 'static) {
+        self.snapshots.clearing += 1;
+        let started = self.background.run("snapshots", move || {
+            work();
+            Done::Cleared(Vec::new())
+        });
+        if let Err(e) = started {
+            log::error!("no thread to remove snapshots' files: {e}");
+            self.cleared(&[]);
+        }
+    }
+
+    /// Files whose rows are gone were removed, but for these.
+    pub(super) fn cleared(&mut self, errors: &[io::Error]) {
+        self.snapshots.clearing = self.snapshots.clearing.saturating_sub(1);
+        errors.iter().for_each(|e| log::error!("a snapshot's file stays: {e}"));
     }
 
     /// What a sandbox needs of frozen files is this from now on.
@@ -327,6 +451,7 @@ impl Supervisor {
             .with("disk_mib", row.disk_bytes >> 20)
             .with("created_ms", row.created_ms)
             .with("bytes", row.bytes)
+            .with("sealed", row.memory_seal.is_some())
             .with("layers", layers.len())
             .with("layer_bytes", layer_bytes.sum::<u64>())
     }

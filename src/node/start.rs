@@ -200,6 +200,7 @@ impl Supervisor {
     /// The template disks were looked at.
     pub(super) fn imported(&mut self, events: Vec<TemplateEvent>) {
         self.catalogue.imported(events, &mut self.database, now_ms());
+        self.drop_template_snapshots();
         for id in self.scheduled(|_| true) {
             if let Err(error) = self.schedule(&id) {
                 self.fail_start(&id, error);
@@ -250,7 +251,7 @@ impl Supervisor {
             None => (["kernel", "initramfs"], [open(&share.join("vmlinux"))?, open(&share.join("initramfs.img"))?]),
             Some(sandbox) => {
                 let files = match sandbox.origin() {
-                    Some(snapshot) => self.snapshots.shelves.open(snapshot),
+                    Some(snapshot) => self.snapshots.open(snapshot),
                     None => sandbox.home.open_paused(),
                 };
                 let (state, memory) =
@@ -481,6 +482,10 @@ impl Supervisor {
             self.resume_failed(id, &error);
             return;
         }
+        if self.boot_instead(id, &error) {
+            return;
+        }
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         log::warn!("sandbox {id} could not be started: {error}");
         sandbox.reason = error.to_string();
         for waiter in std::mem::take(&mut sandbox.waiters) {

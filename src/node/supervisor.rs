@@ -30,7 +30,7 @@ use super::listener::Listener;
 use super::network::NetworkChange;
 use super::pools::{Pools, Shape};
 use super::requests::Job;
-use super::snapshots::Snapshots;
+use super::snapshots::{RETENTION, Snapshots};
 use super::timers::Timers;
 use super::warm::WarmPools;
 use crate::control::access::{Identity, Peer};
@@ -46,9 +46,11 @@ use crate::sandbox::spawn::Spawner;
 use crate::sandbox::uids::Uids;
 use crate::sentinel;
 use crate::storage::backup::Contents;
+use crate::storage::snapshots::files::Listed;
 use crate::storage::state::{Change, Snapshot, State as Database, StateError, Ticket};
 use crate::storage::template_disk::TemplateEvent;
 use crate::storage::templates::TemplateError;
+use crate::storage::verity::{Digest, SealError};
 use crate::wire::{Error, Fields};
 
 /// What an event comes from.
@@ -79,6 +81,10 @@ pub(super) enum Timer {
     Freeze(SandboxId),
     /// What did not work of a snapshot is tried again.
     Snapshot(String),
+    /// A merge of layers that failed is tried again.
+    Merge,
+    /// An hour is over: snapshots may be too old.
+    Retention,
     /// The worker must have answered a client's request by now.
     Inquiry { sandbox: SandboxId, route: String },
     /// The node has started: time to hash its own templates.
@@ -135,14 +141,18 @@ pub(super) enum Done {
     SnapshotWritten { snapshot: String, written: Written },
     /// The overlay of a rollback was made, or not.
     RollbackPrepared { sandbox: SandboxId, snapshot: String, overlay: String, result: io::Result<()> },
+    /// The memory file of a snapshot was sealed, or could not be.
+    Sealed { snapshot: String, result: Result<Digest, SealError> },
+    /// Layers were merged to one that takes so much room, or could not be.
+    Merged(io::Result<u64>),
     /// Files of snapshots that nobody needs were removed, but for these.
     Cleared(Vec<io::Error>),
     /// A snapshot that a client sends is there, or is none.
     SnapshotImported { client: u64, tag: String, snapshot: String, result: Result<Arrived, Error> },
     /// What a resumed sandbox was paused as is out of the way, or cannot be.
     Unpaused { sandbox: SandboxId, result: io::Result<()> },
-    /// The kernel was asked what there is of sandboxes.
-    Counted(Census),
+    /// The kernel was asked what there is of sandboxes, and of snapshots.
+    Counted(Census, io::Result<Listed>),
     /// The network did something.
     Network(Report),
     /// The sentinel was asked for its destinations.
@@ -327,6 +337,7 @@ impl Supervisor {
     pub(super) fn take_up(&mut self, snapshot: &Snapshot) {
         let fresh_boot = super::adopt::mark_boot(&self.config.paths.run);
         let sandboxes = self.recover_snapshots(snapshot);
+        self.timers.after(RETENTION, Timer::Retention);
         self.adopt(snapshot, &sandboxes, fresh_boot);
     }
 
@@ -532,12 +543,14 @@ impl Supervisor {
                 Done::RollbackPrepared { sandbox, snapshot, overlay, result } => {
                     self.rollback_prepared(&sandbox, &snapshot, &overlay, result);
                 }
-                Done::Cleared(errors) => errors.iter().for_each(|e| log::error!("a snapshot's file stays: {e}")),
+                Done::Sealed { snapshot, result } => self.sealed(&snapshot, result),
+                Done::Merged(result) => self.merged(result),
+                Done::Cleared(errors) => self.cleared(&errors),
                 Done::SnapshotImported { client, tag, snapshot, result } => {
                     self.snapshot_imported(client, &tag, &snapshot, result);
                 }
                 Done::Unpaused { sandbox, result } => self.unpaused(&sandbox, result),
-                Done::Counted(census) => self.counted(census),
+                Done::Counted(census, listed) => self.counted(census, listed),
                 Done::Moved(key) => drop(self.touched_clients.insert(key)),
                 Done::Restored { client, tag, result } => self.restored(client, &tag, result),
                 Done::Externals(result) => self.externals_seen(result),
@@ -575,6 +588,8 @@ impl Supervisor {
             Timer::Obituary(id) => self.bury_anyway(&id),
             Timer::Relink(id) => self.relink(&id),
             Timer::Freeze(id) => self.freeze_expired(&id),
+            Timer::Merge => self.merge_layers(),
+            Timer::Retention => self.retention_due(),
             Timer::Snapshot(id) => self.snapshot_again(&id),
             Timer::Inquiry { sandbox, route } => self.inquiry_expired(&sandbox, &route),
             Timer::Verify => self.verify_built_in(),

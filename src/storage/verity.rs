@@ -14,6 +14,24 @@ use super::space::is_unsupported;
 /// A file's digest: the root of its tree of SHA-256 hashes over 4096 octets each, with its length.
 pub type Digest = [u8; 32];
 
+/// A digest as text.
+pub fn to_hex(digest: &Digest) -> String {
+    digest.iter().map(|octet| format!("{octet:02x}")).collect()
+}
+
+/// Reads what `to_hex` gives.
+pub fn of_hex(text: &str) -> Option<Digest> {
+    let mut digest = [0; 32];
+    let digits = text.as_bytes();
+    if digits.len() != 64 || !digits.iter().all(u8::is_ascii_hexdigit) {
+        return None;
+    }
+    for (octet, at) in digest.iter_mut().zip((0..64).step_by(2)) {
+        *octet = u8::from_str_radix(&text[at..at + 2], 16).ok()?;
+    }
+    Some(digest)
+}
+
 const SHA256: u32 = 1;
 const TREE_BLOCK: u32 = 4096;
 
@@ -150,6 +168,15 @@ mod tests {
         // _IOW('f', 133, struct fsverity_enable_arg), _IOWR('f', 134, struct fsverity_digest)
         assert_eq!(nix::request_code_write!(b'f', 133, size_of::<EnableArg>()), 0x4080_6685);
         assert_eq!(nix::request_code_readwrite!(b'f', 134, 4), 0xc004_6686);
+    }
+
+    #[test]
+    fn a_digest_is_text_and_back() {
+        let digest: Digest = std::array::from_fn(|at| at as u8 * 7);
+        assert_eq!(of_hex(&to_hex(&digest)), Some(digest));
+        for text in ["", "00", &"0g".repeat(32), &"é".repeat(32), &"0".repeat(65)] {
+            assert_eq!(of_hex(text), None);
+        }
     }
 
     /// Where the file system can: on others, that it says so.

@@ -16,6 +16,7 @@ use crate::pool::Limits;
 use crate::sandbox::disk::is_file_name;
 use crate::sandbox::id::check_name;
 use crate::sandbox::spec::{Defaults, Spec};
+use crate::storage::snapshots::retention::Retention;
 use crate::wire::{Args, Error, Request};
 
 /// Most name servers: what resolvers take (MAXNS, resolv.conf(5)).
@@ -103,6 +104,18 @@ pub struct Pool {
     pub max_age_s: u64,
     /// Milliseconds that a sandbox waits for one, 0–600,000.
     pub wait_ms: u64,
+}
+
+/// How much is kept of each owner's snapshots; 0 is no limit.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Snapshots {
+    /// Seconds since it was taken, 0–3,153,600,000.
+    pub max_age_s: u64,
+    /// Snapshots, 0–1,000,000.
+    pub max_count: u64,
+    /// MiB of memory and state on the disk, 0–1,073,741,824.
+    pub max_mib: u64,
 }
 
 /// Where workers are kept in.
@@ -223,6 +236,24 @@ impl Health {
         within("health.probe_interval_s", self.probe_interval_s, 1..=3600)?;
         within("health.probe_timeout_s", self.probe_timeout_s, 1..=600)?;
         within("health.probe_failures", self.probe_failures, 1..=100)
+    }
+}
+
+impl Snapshots {
+    /// The table as retention takes it.
+    pub fn retention(&self) -> Retention {
+        let limit = |value: u64, unit: u64| (value > 0).then(|| value.saturating_mul(unit));
+        Retention {
+            age_ms: limit(self.max_age_s, 1000),
+            count: limit(self.max_count, 1),
+            bytes: limit(self.max_mib, 1 << 20),
+        }
+    }
+
+    pub(super) fn validate(&self) -> Result<(), (&'static str, String)> {
+        within("snapshots.max_age_s", self.max_age_s, 0..=3_153_600_000)?;
+        within("snapshots.max_count", self.max_count, 0..=1_000_000)?;
+        within("snapshots.max_mib", self.max_mib, 0..=1_073_741_824)
     }
 }
 

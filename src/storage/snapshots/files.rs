@@ -112,6 +112,15 @@ pub struct Shelves {
     layers: PathBuf,
 }
 
+/// Names of files of snapshots and layers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Listed {
+    /// `ID/NAME`; `ID/` of an empty directory.
+    pub snapshots: BTreeSet<String>,
+    /// Ids.
+    pub layers: BTreeSet<String>,
+}
+
 /// The empty files of a snapshot, for its worker.
 #[derive(Debug)]
 pub struct SnapshotFiles {
@@ -221,6 +230,23 @@ impl Shelves {
     pub fn sync_layers(&self, reached: Reached<'_>) -> io::Result<()> {
         sync_dir(&self.layers)?;
         reached(FaultPoint::Copied)
+    }
+
+    /// What is there: state and memory files as `ID/state` and `ID/memory`, with whatever else is beside them, and layers.
+    pub fn list(&self) -> io::Result<Listed> {
+        let mut listed = Listed { layers: names(&self.layers)?.into_iter().collect(), ..Listed::default() };
+        for id in names(&self.snapshots)? {
+            let files = match names(&self.snapshot(&id)) {
+                // No directory.
+                Err(_) => vec![String::new()],
+                Ok(files) => files,
+            };
+            listed.snapshots.extend(files.iter().map(|name| format!("{id}/{name}")));
+            if files.is_empty() {
+                listed.snapshots.insert(format!("{id}/"));
+            }
+        }
+        Ok(listed)
     }
 
     /// Takes away what has no row: directories of snapshots, files of layers, overlays that a sandbox neither uses nor goes on

@@ -11,7 +11,7 @@ pub struct Retention {
     pub age_ms: Option<u64>,
     /// Most snapshots.
     pub count: Option<u64>,
-    /// Most octets on the disk.
+    /// Most octets of memory and state on the disk. The newest stays, whatever it takes.
     pub bytes: Option<u64>,
 }
 
@@ -35,10 +35,12 @@ pub fn expired<'a>(
         rows.sort_by_key(|row| (row.created_ms, row.id.as_str()));
         let mut count = rows.len() as u64;
         let mut bytes = rows.iter().fold(0u64, |sum, row| sum.saturating_add(row.bytes));
+        let newest = rows.last().map(|row| row.id.clone());
         for row in rows.iter().filter(|row| !pinned.contains(&row.id)) {
             let over = |limit: Option<u64>, value: u64| limit.is_some_and(|limit| value > limit);
             let age = now_ms.saturating_sub(row.created_ms);
-            if over(retention.age_ms, age) || over(retention.count, count) || over(retention.bytes, bytes) {
+            let too_large = over(retention.bytes, bytes) && newest.as_ref() != Some(&row.id);
+            if over(retention.age_ms, age) || over(retention.count, count) || too_large {
                 count -= 1;
                 bytes = bytes.saturating_sub(row.bytes);
                 gone.push((row.created_ms, &row.id));
@@ -72,7 +74,7 @@ mod tests {
         assert_eq!(gone(&rows, &[], Retention { count: Some(2), ..NONE }), "ab");
         assert_eq!(gone(&rows, &[], Retention { age_ms: Some(700), ..NONE }), "ab");
         assert_eq!(gone(&rows, &[], Retention { bytes: Some(40), ..NONE }), "ab");
-        assert_eq!(gone(&rows, &[], Retention { bytes: Some(29), ..NONE }), "abcd");
+        assert_eq!(gone(&rows, &[], Retention { bytes: Some(29), ..NONE }), "abc");
         assert_eq!(gone(&rows, &[], Retention { count: Some(3), age_ms: Some(799), bytes: None }), "ab");
         assert_eq!(gone(&rows, &[], Retention { count: Some(0), ..NONE }), "abcd");
     }
