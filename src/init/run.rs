@@ -16,6 +16,7 @@ use super::reaper::{Kept, Reaped, reap};
 use super::service::Service;
 use super::spawn::Program;
 use crate::node::config::DEFAULT_PATH;
+use crate::node::faults::VARIABLE as FAULTS_VARIABLE;
 
 /// How long the supervisor may take to stop the node's sandboxes after a signal.
 const ORDERLY_STOP: Duration = Duration::from_secs(15);
@@ -75,7 +76,10 @@ fn signals() -> SignalFd {
 }
 
 fn supervisor() -> Service {
-    own_service("supervisor", &["supervise"], &[format!("{LINK_VARIABLE}={LINK_FD}")], cgroups::SUPERVISE)
+    // What a test put on the kernel's command line.
+    let faults = std::env::var(FAULTS_VARIABLE).ok().map(|file| format!("{FAULTS_VARIABLE}={file}"));
+    let more: Vec<String> = [format!("{LINK_VARIABLE}={LINK_FD}")].into_iter().chain(faults).collect();
+    own_service("supervisor", &["supervise"], &more, cgroups::SUPERVISE)
 }
 
 /// It reads the node's configuration and then gives up being root.

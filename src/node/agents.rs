@@ -380,6 +380,8 @@ impl Supervisor {
         match message {
             Message::Item { fields, .. } => {
                 let Some(number) = fields.number("exec") else { return };
+                // Also of one that has ended, as long as the agent knows it: two programs with one number are refused.
+                sandbox.next_exec = sandbox.next_exec.max(number.saturating_add(1));
                 let running = fields.get("state") == Some("running");
                 if running && sandbox.returned {
                     // It ended after the snapshot that the sandbox was put back to.
@@ -398,7 +400,6 @@ impl Supervisor {
                         exec.is_run(CodeRun { language, context: None, running: true });
                     }
                     exec.reopen(&sandbox.home, self.config.sandbox.exec_ring_kib * 1024);
-                    sandbox.next_exec = sandbox.next_exec.max(number.saturating_add(1));
                     sandbox.execs.insert(number, exec);
                 }
                 take_over(sandbox, number);
@@ -413,11 +414,16 @@ impl Supervisor {
                     .filter(|exec| exec.outcome.is_none() && exec.route.is_none())
                     .map(|exec| exec.number)
                     .collect();
+                let waits = sandbox.waits_for_survey();
                 for number in lost {
                     let error = Error::new(Code::LinkLost, "the program ended while nobody watched");
                     self.exec_ended(id, number, Err(error));
                 }
+                if waits {
+                    self.runs(id);
+                }
             }
+            Message::Err { error, .. } if sandbox.waits_for_survey() => self.fail_start(id, error.clone()),
             _ => {}
         }
     }

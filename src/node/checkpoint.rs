@@ -6,6 +6,7 @@
 use std::io;
 use std::time::Instant;
 
+use super::faults::{self, Point};
 use super::instance::{Route, Sandbox};
 use super::pause::FREEZE;
 use super::requests::Job;
@@ -17,7 +18,7 @@ use crate::sandbox::id::SandboxId;
 use crate::sandbox::limits;
 use crate::sandbox::worker::{self, Capture, CaptureError};
 use crate::storage::overlay::MAX_LAYERS;
-use crate::storage::snapshots::files::{self, Shape, unhindered};
+use crate::storage::snapshots::files::{self, FaultPoint, Shape};
 use crate::storage::snapshots::{Shelves, SnapshotKind, SnapshotRow, SnapshotState};
 use crate::storage::state::{Change, LayerRow};
 use crate::storage::templates::Template;
@@ -155,6 +156,7 @@ impl Supervisor {
 
     /// The row is durable: the programs are frozen.
     pub(super) fn snapshot_begun(&mut self, snapshot: &str) {
+        faults::pass(Point::Storage(FaultPoint::RowWritten));
         let Some(making) = self.snapshots.making.get_mut(snapshot) else { return };
         making.step = Step::Freezing(Instant::now());
         let id = making.sandbox.clone();
@@ -307,10 +309,12 @@ impl Supervisor {
 
     /// All of it is in the database.
     pub(super) fn snapshot_committed(&mut self, snapshot: &str) {
+        faults::pass(Point::Storage(FaultPoint::Committed));
         let Some(making) = self.snapshots.making.get(snapshot) else { return };
         let (id, failure) = (making.sandbox.clone(), making.failure.clone());
         if let Some(sandbox) = self.sandboxes.get(&id) {
             drop_other_overlays(sandbox);
+            faults::pass(Point::Storage(FaultPoint::OverlayDropped));
         }
         match (failure, self.snapshots.store.snapshot(snapshot).cloned()) {
             (Some(error), _) => return self.snapshot_failed(snapshot, error),
@@ -426,9 +430,10 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> Error {
 /// Makes the files of a snapshot and has the worker take the machine. Blocks.
 fn hold(row: &SnapshotRow, shape: &Shape, home: &Home, pid: i32, shelves: &Shelves) -> Held {
     let next = row.next_overlay.as_deref().unwrap_or_default();
-    let made = shelves.begin(&row.id, row.memory_bytes, &mut unhindered).map_err(failed("its files"));
+    let made = shelves.begin(&row.id, row.memory_bytes, &mut faults::storage).map_err(failed("its files"));
     let made = made.and_then(|files| {
-        let overlay = files::make_overlay(home.dir(), next, shape, &mut unhindered).map_err(failed("its overlay"))?;
+        let overlay =
+            files::make_overlay(home.dir(), next, shape, &mut faults::storage).map_err(failed("its overlay"))?;
         Ok((files, overlay))
     });
     let (files, overlay) = match made {
@@ -439,6 +444,9 @@ fn hold(row: &SnapshotRow, shape: &Shape, home: &Home, pid: i32, shelves: &Shelv
     let memory_max = limits::lend_memory(home.cgroup(), row.memory_bytes);
     let memory_max = memory_max.inspect_err(|e| log::warn!("no more memory for a snapshot: {e}")).ok();
     let taken = worker::begin_capture(home.socket(), pid, &files.state, &files.memory, Some((next, &overlay)));
+    if taken.is_ok() {
+        faults::pass(Point::Storage(FaultPoint::Pushed));
+    }
     match taken {
         Ok(capture) => Held { result: Ok(capture), pushed: true, memory_max },
         Err(e) => {
@@ -456,7 +464,8 @@ fn hold(row: &SnapshotRow, shape: &Shape, home: &Home, pid: i32, shelves: &Shelv
 fn write(held: Held, row: &SnapshotRow, home: &Home, shelves: &Shelves) -> Written {
     let files = held.result.and_then(|capture| {
         capture.finish().map_err(failed("its memory"))?;
-        shelves.sync(&row.id, &mut unhindered).map_err(failed("its files"))
+        faults::storage(FaultPoint::Captured).map_err(failed("its memory"))?;
+        shelves.sync(&row.id, &mut faults::storage).map_err(failed("its files"))
     });
     if let Some(max) = held.memory_max
         && let Err(e) = limits::give_back_memory(home.cgroup(), max)
@@ -466,7 +475,7 @@ fn write(held: Held, row: &SnapshotRow, home: &Home, shelves: &Shelves) -> Writt
     let layer = held.pushed.then(|| link(row, home, shelves));
     if !held.pushed
         && let Some(next) = &row.next_overlay
-        && let Err(e) = files::drop_overlay(home.dir(), next, &mut unhindered)
+        && let Err(e) = files::drop_overlay(home.dir(), next, &mut faults::storage)
     {
         log::warn!("overlay {next} of snapshot {} cannot be removed: {e}", row.id);
     }
@@ -476,5 +485,5 @@ fn write(held: Held, row: &SnapshotRow, home: &Home, shelves: &Shelves) -> Writt
 /// The overlay that was frozen gets its name as a layer.
 fn link(row: &SnapshotRow, home: &Home, shelves: &Shelves) -> io::Result<u64> {
     let layer = row.layer.as_deref().ok_or(io::ErrorKind::InvalidInput)?;
-    shelves.link_layer(&home.overlay(), layer, &mut unhindered)
+    shelves.link_layer(&home.overlay(), layer, &mut faults::storage)
 }

@@ -180,6 +180,7 @@ impl Supervisor {
                 return;
             }
             State::Pausing if paused && pausing.is_some() => {
+                super::faults::pass(super::faults::Point::PauseEnded);
                 // It has a memory of its own now.
                 (sandbox.state, sandbox.snapshot) = (State::Paused, None);
             }

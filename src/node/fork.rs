@@ -7,6 +7,7 @@
 use std::io;
 
 use super::checkpoint::{Want, drop_other_overlays, overlay_shape};
+use super::faults::{self, Point};
 use super::finish::Extent;
 use super::instance::{Awaited, Route, Sandbox, Waiter};
 use super::requests::Job;
@@ -16,7 +17,7 @@ use super::supervisor::{Done, Supervisor, now_ms};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::spec::{Defaults, Spec};
-use crate::storage::snapshots::files::{self, unhindered};
+use crate::storage::snapshots::files;
 use crate::storage::snapshots::{SnapshotKind, SnapshotRow, SnapshotState};
 use crate::storage::state::{Change, SandboxRow};
 use crate::wire::{Code, Error, Fields, Message, Request};
@@ -67,6 +68,7 @@ impl Supervisor {
 
     /// Makes the sandboxes of a fork.
     pub(super) fn fork_from(&mut self, key: u64, tag: &str, snapshot: &str, count: u64) {
+        faults::pass(Point::ForkBegun);
         let row = self.snapshots.ready(snapshot).cloned();
         let owner = self.clients.get(&key).map(|client| client.identity().owner.clone());
         let waits = |node: &Self| {
@@ -298,7 +300,7 @@ impl Supervisor {
     /// A guest knows who it is, or cannot be told: its network opens, and what runs in it is heard.
     pub(super) fn introduced(&mut self, id: &SandboxId, outcome: Result<(), Error>) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
-        let starting = sandbox.is_booting();
+        let (starting, is_new) = (sandbox.is_booting(), sandbox.state == State::Starting);
         if let Err(error) = outcome {
             let message = format!("the guest could not be told who it is: {}", error.message);
             match starting {
@@ -307,12 +309,14 @@ impl Supervisor {
             }
             return;
         }
+        faults::pass(Point::Introduced);
         if let Some(worker) = &mut sandbox.worker {
             worker.link.send(&Message::Request(Request::new("open", "vm.open")));
         }
         sandbox.reason.clear();
         self.touched_sandboxes.insert(id.clone());
-        if starting {
+        // The programs that a new sandbox came with have numbers, which no new one may get: it runs when they are known.
+        if starting && !is_new {
             self.runs(id);
         }
         self.survey(id);
@@ -336,7 +340,7 @@ impl Supervisor {
         sandbox.rolling_back = Some(RollingBack::Preparing);
         let (home, owned) = (sandbox.home.clone(), id.clone());
         let work = move || {
-            let result = files::make_overlay(home.dir(), &name, &shape, &mut unhindered);
+            let result = files::make_overlay(home.dir(), &name, &shape, &mut faults::storage);
             Done::RollbackPrepared { sandbox: owned, snapshot, overlay: name, result: result.map(drop) }
         };
         if let Err(e) = self.background.run("rollback", work) {
@@ -399,6 +403,7 @@ impl Supervisor {
             }
             return;
         }
+        faults::pass(Point::RollbackWritten);
         sandbox.rolling_back = Some(RollingBack::Ending);
         if sandbox.worker.is_none() {
             return self.rollback_ended(id);
@@ -413,6 +418,7 @@ impl Supervisor {
     pub(super) fn rollback_ended(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.rolling_back = None;
+        faults::pass(Point::RollbackEnded);
         drop_other_overlays(sandbox);
         sandbox.home.drop_paused();
         sandbox.hung_ms = None;
@@ -441,6 +447,7 @@ impl Supervisor {
     /// says so.
     pub(super) fn returned_agent_ready(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        faults::pass(Point::AgentReturned);
         let row = SandboxRow { state: State::Running.to_string(), ..sandbox.row() };
         let ticket = self.database.submit_durable(Change::PutSandbox(Box::new(row)));
         self.snapshots.after(ticket, Then::Returned(id.clone()));
@@ -452,7 +459,10 @@ impl Supervisor {
             return;
         }
         match refused {
-            None => self.introduce(id),
+            None => {
+                faults::pass(Point::ReturnWritten);
+                self.introduce(id);
+            }
             Some(error) => self.fail_start(id, error),
         }
     }

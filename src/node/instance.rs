@@ -261,6 +261,11 @@ impl Sandbox {
         self.restarting || self.state == State::Resuming
     }
 
+    /// Whether it is a new sandbox that goes on from a snapshot, of whose programs is not known yet which there are.
+    pub fn waits_for_survey(&self) -> bool {
+        self.state == State::Starting && self.origin().is_some()
+    }
+
     /// The snapshot that its next worker, or the one that is being started, goes on from. `None` for a boot, and for what
     /// was paused, which has files of its own.
     pub fn origin(&self) -> Option<&str> {

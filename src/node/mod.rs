@@ -15,6 +15,7 @@ mod delegation;
 mod drain;
 mod exchange;
 mod externals;
+pub mod faults;
 mod finish;
 mod fork;
 mod health;

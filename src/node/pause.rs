@@ -11,6 +11,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::faults::{self, Point};
 use super::instance::{Awaited, Waiter};
 use super::start::MIB;
 use super::supervisor::{Done, Supervisor};
@@ -69,6 +70,7 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get_mut(id).filter(|s| s.pausing == Some(Pausing::Recording)) else {
             return;
         };
+        faults::pass(Point::PauseWritten);
         sandbox.pausing = Some(Pausing::Freezing(Instant::now()));
         self.ask_freeze(id);
     }
@@ -121,6 +123,7 @@ impl Supervisor {
         }
         match result {
             Ok(_) => {
+                faults::pass(Point::PauseCommitted);
                 sandbox.pausing = Some(Pausing::Ending);
                 if let Some(worker) = sandbox.worker.as_mut().filter(|worker| !worker.dead) {
                     worker.told_to_stop = true;
@@ -214,6 +217,7 @@ impl Supervisor {
 
     /// The agent of a resumed guest is there. Its files are no longer what the sandbox is, and then it is told who it is.
     pub(super) fn resumed_agent_ready(&mut self, id: &SandboxId) {
+        faults::pass(Point::AgentResumed);
         let Some(sandbox) = self.sandboxes.get(id) else { return };
         let (home, owned) = (sandbox.home.clone(), id.clone());
         let started =
@@ -230,6 +234,7 @@ impl Supervisor {
             self.fail_start(id, error);
             return;
         }
+        faults::pass(Point::Unpaused);
         if self.sandboxes.get(id).is_some_and(|sandbox| sandbox.state == State::Resuming) {
             self.introduce(id);
         }
@@ -260,6 +265,7 @@ fn capture(home: &Home, pid: i32, memory_bytes: u64) -> Result<Fields, Error> {
     });
     let captured = captured.and_then(|capture| capture.finish().map_err(io("its worker")));
     let done = captured.and_then(|fields| {
+        faults::reached(Point::PauseCaptured).map_err(io("its files"))?;
         home.commit_pause(&state, &memory).map_err(io("its files"))?;
         Ok(fields)
     });

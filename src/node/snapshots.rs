@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::checkpoint::Making;
 use super::exchange::Arrivals;
+use super::faults::{self, Point};
 use super::merging::Merging;
 use super::requests::choose;
 use super::sealing::Seals;
@@ -17,7 +18,7 @@ use crate::sandbox::home::{Home, Places};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::worker;
 use crate::storage::memory_file;
-use crate::storage::snapshots::files::{self, Listed, OVERLAY, Owner, unhindered};
+use crate::storage::snapshots::files::{self, FaultPoint, Listed, OVERLAY, Owner, unhindered};
 use crate::storage::snapshots::retention;
 use crate::storage::snapshots::store::Garbage;
 use crate::storage::snapshots::{Holding, Shelves, SnapshotKind, SnapshotRow, SnapshotState, Store};
@@ -172,14 +173,14 @@ impl Supervisor {
         let interrupted = interrupted.iter().filter_map(|row| SandboxId::parse(row.sandbox.as_deref()?));
         self.snapshots.interrupted = interrupted.collect();
         let owners = self.owners(&sandboxes);
-        let mut changes = match files::recover(&self.snapshots.store, &owners, &self.snapshots.shelves, &mut unhindered)
-        {
-            Ok(changes) => changes,
-            Err(e) => {
-                log::error!("snapshots that were being made cannot be settled: {e}");
-                return sandboxes;
-            }
-        };
+        let mut changes =
+            match files::recover(&self.snapshots.store, &owners, &self.snapshots.shelves, &mut faults::storage) {
+                Ok(changes) => changes,
+                Err(e) => {
+                    log::error!("snapshots that were being made cannot be settled: {e}");
+                    return sandboxes;
+                }
+            };
         // What was made for one purpose has none without whoever wanted it.
         let passing = |row: &&SnapshotRow| matches!(row.kind, SnapshotKind::Export | SnapshotKind::Fork);
         let passing = self.snapshots.store.snapshots().filter(passing).filter(|row| row.state == SnapshotState::Ready);
@@ -250,11 +251,15 @@ impl Supervisor {
             (Then::RolledBack(id), refused) => self.rollback_written(&id, refused),
             (Then::Returned(id), refused) => self.returned(&id, refused),
             (Then::Removed { client, tag, id }, None) => {
+                faults::pass(Point::Storage(FaultPoint::RemovalWritten));
                 self.finish(client, &Message::ok(&tag, Fields::new().with("id", id)));
                 self.collect();
             }
             (Then::Removed { client, tag, .. }, Some(error)) => self.finish(client, &Message::err(&tag, error)),
-            (Then::Collected(garbage), None) => self.clear_away(garbage),
+            (Then::Collected(garbage), None) => {
+                faults::pass(Point::Collected);
+                self.clear_away(garbage);
+            }
             // They are without rows in memory, and stay until the next start.
             (Then::Collected(_), Some(_)) => self.cleared(&[]),
             (Then::Imported { client, tag, snapshot }, refused) => {
@@ -286,7 +291,7 @@ impl Supervisor {
             (sandbox.id.to_string(), Owner { home, overlay, pushed: None })
         });
         let owners = owners.collect();
-        if let Err(e) = self.snapshots.shelves.sweep(&self.snapshots.store, &owners, &mut unhindered) {
+        if let Err(e) = self.snapshots.shelves.sweep(&self.snapshots.store, &owners, &mut faults::storage) {
             log::error!("files of snapshots that nobody has cannot be taken away: {e}");
         }
         self.collect();
@@ -337,7 +342,8 @@ impl Supervisor {
         let started = self.background.run("snapshots", move || {
             let snapshots = garbage.snapshots.iter().map(|id| fs::remove_dir_all(shelves.snapshot(id)));
             let layers = garbage.layers.iter().map(|id| fs::remove_file(shelves.layer(id)));
-            let failed = snapshots.chain(layers).filter_map(Result::err);
+            let each = snapshots.chain(layers).inspect(|_| faults::pass(Point::Storage(FaultPoint::Swept)));
+            let failed = each.filter_map(Result::err);
             Done::Cleared(failed.filter(|e| e.kind() != io::ErrorKind::NotFound).collect())
         });
         if let Err(e) = started {

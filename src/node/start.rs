@@ -11,7 +11,7 @@ use super::agents::no_room;
 use super::health::Probe;
 use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
 use super::pools::Shape;
-use super::supervisor::{Done, Source, Supervisor, Timer, now_ms};
+use super::supervisor::{Done, Source, Stopping, Supervisor, Timer, now_ms};
 use super::warm::Parked;
 use crate::network::MTU;
 use crate::sandbox::agent::{Agent, Approach};
@@ -107,7 +107,9 @@ impl Supervisor {
             // It may be on a disk that is being looked at: `imported` comes back here.
             return Ok(());
         }
-        if sandbox.comes_back() && self.stopping.is_some() {
+        // A supervisor that is replaced ends what it has begun.
+        let ends = |stopping: &Stopping| !stopping.hands_over || sandbox.restarting;
+        if sandbox.comes_back() && self.stopping.as_ref().is_some_and(ends) {
             return Err(Error::new(Code::Stopping, "the node is stopping"));
         }
         let template = self.catalogue.get(&name)?.clone();
@@ -417,11 +419,14 @@ impl Supervisor {
         let configure =
             configure_request(sandbox.spec.name.as_deref().unwrap_or(id.as_str()), &sandbox.spec, &self.catalogue);
         let configure = sandbox.configure_network(configure, &self.config.network.dns);
+        let booting = sandbox.is_booting();
         let Some(worker) = &mut sandbox.worker else { return };
         let tag = worker.agent.request(configure);
         worker.routes.insert(tag, Route::Configure);
         self.touched_sandboxes.insert(id.clone());
-        if !sandbox.is_booting() {
+        if !booting {
+            // A supervisor before this one may have ended between telling it who it is and this.
+            worker.link.send(&Message::Request(Request::new("open", "vm.open")));
             self.survey(id);
             return;
         }

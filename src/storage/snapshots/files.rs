@@ -30,7 +30,7 @@ use std::path::{Path, PathBuf};
 use super::rows::{LayerRow, SnapshotState};
 use super::store::{Garbage, Store};
 use crate::storage::memory_file::{self, taken};
-use crate::storage::overlay;
+use crate::storage::overlay::{self, OverlayError};
 use crate::storage::state::Change;
 
 /// Name of a sandbox's own overlay where its row has none; those of others begin with it.
@@ -295,7 +295,12 @@ pub struct Owner {
 /// Step 2: makes an empty overlay in a sandbox's directory. It is on the medium on return, so that a push is quick.
 pub fn make_overlay(home: &Path, name: &str, shape: &Shape, reached: Reached<'_>) -> io::Result<File> {
     let file = make(&home.join(name))?;
-    overlay::create(&file, shape.disk_bytes, shape.base_bytes, shape.base_sha256).map_err(io::Error::other)?;
+    let created = overlay::create(&file, shape.disk_bytes, shape.base_bytes, shape.base_sha256);
+    // A full disk is to be known as one.
+    created.map_err(|e| match e {
+        OverlayError::Io { cause, .. } if cause.raw_os_error().is_some() => cause,
+        other => io::Error::other(other),
+    })?;
     file.sync_all()?;
     sync_dir(home)?;
     reached(FaultPoint::OverlayMade)?;
