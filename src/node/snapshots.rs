@@ -18,7 +18,7 @@ use crate::sandbox::home::{Home, Places};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::worker;
 use crate::storage::memory_file;
-use crate::storage::snapshots::files::{self, FaultPoint, Listed, OVERLAY, Owner, unhindered};
+use crate::storage::snapshots::files::{self, FaultPoint, Listed, OVERLAY, Owner};
 use crate::storage::snapshots::retention;
 use crate::storage::snapshots::store::Garbage;
 use crate::storage::snapshots::{Holding, Shelves, SnapshotKind, SnapshotRow, SnapshotState, Store};
