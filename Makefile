@@ -137,12 +137,15 @@ test: lint config-check peers build $(B)/qemu.img
 	cargo test -p qemu-tests --locked -q -- --test-threads=1
 	echo "test: all passed"
 
-# For hours: the recovery tests with many kills, cycles and power cuts.
+# For hours: the tests of recovery and snapshots with many kills, cycles, copies and power cuts.
 soak: build
 	@WARREN_SOAK_KILLS=$${WARREN_SOAK_KILLS:-500} WARREN_SOAK_CYCLES=$${WARREN_SOAK_CYCLES:-1000} \
 	    WARREN_SOAK_CUTS=$${WARREN_SOAK_CUTS:-40} WARREN_SOAK_WRITES=$${WARREN_SOAK_WRITES:-200} \
 	    WARREN_SOAK_WRITE_BOOTS=$${WARREN_SOAK_WRITE_BOOTS:-10} \
-	    cargo test -p qemu-tests --locked --test recovery -- --test-threads=1 --nocapture
+	    WARREN_SOAK_FAULTS=$${WARREN_SOAK_FAULTS:-1} WARREN_SOAK_PAUSES=$${WARREN_SOAK_PAUSES:-100} \
+	    WARREN_SOAK_CHAIN=$${WARREN_SOAK_CHAIN:-20} WARREN_SOAK_FORKS=$${WARREN_SOAK_FORKS:-50} \
+	    cargo test -p qemu-tests --locked --test recovery --test snapshot_faults --test snapshot_life \
+	    --test snapshot_memory -- --test-threads=1 --nocapture
 
 # Coverage-guided, on the one stable toolchain: see fuzz/build and docs/testing.md.
 MINUTES ?= 10

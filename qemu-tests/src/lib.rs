@@ -13,7 +13,9 @@ pub mod client;
 pub mod connection;
 pub mod console;
 pub mod cpio;
+pub mod fault;
 pub mod files;
+pub mod internet;
 pub mod load;
 pub mod machine;
 pub mod node;
@@ -25,6 +27,7 @@ pub mod shared;
 pub mod state;
 pub mod timing;
 pub mod transcript;
+pub mod witness;
 pub mod writes;
 
 pub use client::{Call, Client, Reply};

@@ -72,6 +72,20 @@ impl Sandbox {
         out
     }
 
+    /// Puts the guest tool into it, as /run/guest-tool.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn put_guest_tool(&self) {
+        let tool = std::fs::read(crate::artefacts::node_tool("guest-tool")).expect("it was built");
+        let request = self.request("file.write").set("path", "/run/guest-tool").set("mode", "0755").set("user", 0);
+        let call = self.start(request);
+        let writer = call.writer();
+        assert!(writer.write("content", &tool), "writing the tool broke off");
+        writer.end("content");
+        call.finish_ok();
+    }
+
     /// Its row, as `sandbox.inspect` gives it.
     pub fn inspect(&self) -> Fields {
         self.client.ok(self.request("sandbox.inspect")).fields

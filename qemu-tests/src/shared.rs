@@ -36,6 +36,11 @@ pub fn node_with_code() -> Turn {
     node_from(|| boot().template_disk(&Artefact::CodeDisk.path()))
 }
 
+/// The same for a file of tests that have the node fail at given points (`fault`): all of them have to ask here.
+pub fn node_with_faults() -> Turn {
+    node_from(|| Boot::kernel().parameter(&format!("WARREN_FAULTS={}", crate::fault::FILE)))
+}
+
 fn node_from(boot: impl FnOnce() -> Boot) -> Turn {
     let mut node = NODE.lock().unwrap_or_else(PoisonError::into_inner);
     if node.as_ref().is_some_and(|node| !node.is_running()) {

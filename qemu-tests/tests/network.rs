@@ -3,38 +3,11 @@
 
 use std::process::Command;
 
-use qemu_tests::client::Call;
-use qemu_tests::node::{Boot, root_exec};
+use qemu_tests::internet::{HOST, Internet, OTHER};
+use qemu_tests::node::Boot;
 use qemu_tests::timing::{self, wait_for};
 use qemu_tests::{Node, Sandbox, shared};
 use warren::wire::{Code, Request};
-
-const HOST: &str = "1.2.3.4";
-const OTHER: &str = "5.6.7.8";
-
-/// The outside of a node; it is there until this is dropped.
-struct Internet<'a> {
-    node: &'a Node,
-    _call: Call,
-}
-
-impl<'a> Internet<'a> {
-    fn of(node: &'a Node) -> Self {
-        wait_for("the uplink of a test before to be gone", || {
-            node.run(&["ip", "link", "show", "up0"]).exit.ne(&0).then_some(())
-        });
-        let mut call = node.root().start(root_exec(&[node.rig_program(), "internet"]));
-        call.read_until("stdout", "ready\n");
-        Self { node, _call: call }
-    }
-
-    /// Octets (TCP) or datagrams (UDP) that came to a host.
-    fn count(&self, host: &str, protocol: &str) -> u64 {
-        let text = self.node.sh("nc 93.0.0.2 9 < /dev/null");
-        let mut lines = text.lines().filter_map(|line| line.strip_prefix(&format!("{host} {protocol} ")));
-        lines.next().map_or(0, |count| count.parse().expect("a count"))
-    }
-}
 
 /// Whether a TCP connection to port 80 is answered within seconds. What must not pass is dropped without a word; that it
 /// was not merely slow is seen where it would have arrived.
@@ -44,17 +17,6 @@ fn reaches(sandbox: &Sandbox, host: &str) -> bool {
 
 fn assert_reaches(sandbox: &Sandbox, host: &str) {
     assert!((0..5).any(|_| reaches(sandbox, host)), "{host} is not reached");
-}
-
-/// Puts the guest tool into a sandbox.
-fn put_guest_tool(sandbox: &Sandbox) {
-    let tool = std::fs::read(qemu_tests::artefacts::node_tool("guest-tool")).expect("it was built");
-    let request = sandbox.request("file.write").set("path", "/run/guest-tool").set("mode", "0755").set("user", 0);
-    let call = sandbox.start(request);
-    let writer = call.writer();
-    assert!(writer.write("content", &tool), "writing the tool broke off");
-    writer.end("content");
-    call.finish_ok();
 }
 
 fn on(node: &Node, keys: &[(&str, &str)]) -> Sandbox {
@@ -134,7 +96,7 @@ fn a_guest_reaches_the_internet_and_nothing_else() {
     assert_eq!(a.sh("cat /etc/resolv.conf"), "nameserver 1.1.1.1\nnameserver 9.9.9.9\n");
     assert_reaches(&a, HOST);
     assert_reaches(&b, OTHER);
-    put_guest_tool(&a);
+    a.put_guest_tool();
     a.sh("/run/guest-tool udp-send to=1.2.3.4:53 count=3");
     assert!(internet.count(HOST, "tcp") >= 6);
     wait_for("three datagrams", || (internet.count(HOST, "udp") == 3).then_some(()));
@@ -174,7 +136,7 @@ fn a_guest_with_lists_reaches_what_they_leave_and_a_change_cuts_what_it_forbids(
     let writer = call.writer();
     assert!(writer.write("stdin", b"one\n"));
     call.read_until("stdout", "one\n");
-    put_guest_tool(&sandbox);
+    sandbox.put_guest_tool();
     let flood = "while true; do /run/guest-tool udp-send to=5.6.7.8:53 count=1; usleep 50000; done";
     let request = sandbox.exec_request(&["sh", "-c", flood]).set("user", 0).set("detach", true);
     sandbox.client().ok(request);

@@ -15,7 +15,8 @@ use qemu_tests::load::Load;
 use qemu_tests::node::{Boot, DATA_DISK_OCTETS};
 use qemu_tests::state::NodeState;
 use qemu_tests::writes::{Replay, Writes, check_file_system, file_of};
-use qemu_tests::{Fields, Node, Request, Sandbox, shared, timing};
+use qemu_tests::{Fields, Node, Request, Sandbox, fault, shared, timing, witness};
+use warren::storage::snapshots::SnapshotState;
 use warren::storage::state::State;
 
 fn setting(name: &str, default: u64) -> u64 {
@@ -370,4 +371,102 @@ struct Life {
     created: u64,
     /// When it was asked for, and when it was done.
     removal: Option<(u64, u64)>,
+}
+
+/// What was said of a snapshot, by how long the log of writes was then.
+#[derive(Debug)]
+struct Kept {
+    id: String,
+    /// In its guest's memory and on its disk.
+    word: String,
+    made: u64,
+    /// When its removal was asked for, and when it was done.
+    removal: Option<(u64, u64)>,
+}
+
+#[test]
+fn a_power_cut_during_snapshots_rollbacks_and_removals_leaves_memory_and_disk_of_one_instant() {
+    let cuts = setting("WARREN_SOAK_WRITES", 8);
+    let boots = setting("WARREN_SOAK_WRITE_BOOTS", 1);
+    let seed = setting("WARREN_SOAK_SEED", 1);
+    let mut random = Random(seed);
+    let node = Boot::kernel().log_writes().start();
+    let sandbox = node.sandbox(&[]);
+    witness::start(&sandbox);
+    let mut kept: Vec<Kept> = Vec::new();
+    for round in 0..5 {
+        let word = format!("word-{round}");
+        witness::say(&sandbox, &word);
+        let id = node.control().ok(sandbox.request("snapshot.create")).field("id").to_string();
+        kept.push(Kept { id, word, made: node.logged_octets(), removal: None });
+        if round % 2 == 1 {
+            let to = &kept[random.below(kept.len() as u64) as usize];
+            if to.removal.is_none() {
+                node.control().ok(sandbox.request("sandbox.rollback").set("snapshot", &to.id));
+            }
+            let doomed = &mut kept[round - 1];
+            let begun = node.logged_octets();
+            node.control().ok(Request::new("", "snapshot.remove").arg(&doomed.id));
+            doomed.removal = Some((begun, node.logged_octets()));
+        }
+    }
+    let id = sandbox.keep();
+    let disk = node.power_cut().pop().expect("the data disk");
+    let writes = Writes::open(&disk.log_path()).expect("the log can be read");
+    let first = writes.within(kept[0].made);
+    let span = (writes.len() - first) as u64;
+    let mut instants: Vec<usize> = (1..cuts).map(|_| first + random.below(span) as usize).collect();
+    instants.push(writes.len());
+    instants.sort_unstable();
+    println!("seed={seed} writes={} instants={instants:?}", writes.len());
+    let mut replay = Replay::new(&writes, &Artefact::DataImage.path(), DATA_DISK_OCTETS).expect("there is room");
+    // The booted ones are among all of them, and not the last.
+    let booted: BTreeSet<usize> = (0..boots).map(|_| random.below(cuts) as usize).collect();
+    for (at, count) in instants.iter().enumerate() {
+        let shown = format!("seed {seed}, after {count} of {} writes", writes.len());
+        let disk = replay.cut(*count, || random.below(2) == 0).expect("there is room");
+        let is = |octets: u64| writes.within(octets) <= *count;
+        let must = |one: &&Kept| is(one.made) && one.removal.is_none_or(|(begun, _)| !is(begun));
+        let must_not = |one: &&Kept| one.removal.is_some_and(|(_, done)| is(done));
+        let mounted = check_file_system(&disk);
+        let place = TempDir::new().expect("a temporary directory can be made");
+        let database = file_of(&mounted, "/state.db", &place).unwrap_or_else(|| panic!("{shown}: no database"));
+        let _ = file_of(&mounted, "/state.db-wal", &place);
+        let (_, recorded) = State::open(&database, || {}).unwrap_or_else(|e| panic!("{shown}: {e}"));
+        assert_eq!(recorded.moved_aside, None, "{shown}: the database is damaged");
+        let ready =
+            |one: &&Kept| recorded.snapshots.iter().any(|row| row.id == one.id && row.state == SnapshotState::Ready);
+        let lost: Vec<&Kept> = kept.iter().filter(must).filter(|one| !ready(one)).collect();
+        let back: Vec<&Kept> = kept.iter().filter(must_not).filter(ready).collect();
+        assert!(lost.is_empty() && back.is_empty(), "{shown}: lost {lost:?}, back {back:?}");
+        // What a row names is there.
+        for row in recorded.snapshots.iter().filter(|row| row.state == SnapshotState::Ready) {
+            let state = file_of(&mounted, &format!("/snapshots/{}/state", row.id), &place);
+            assert!(state.is_some(), "{shown}: snapshot {} has no state", row.id);
+        }
+        for row in &recorded.layers {
+            let layer = file_of(&mounted, &format!("/layers/{}", row.id), &place);
+            assert!(layer.is_some(), "{shown}: layer {} is not there", row.id);
+        }
+        if !booted.contains(&at) {
+            continue;
+        }
+        let node = Boot::kernel().data_disk(disk).start();
+        fault::assert_agree(&node, &shown);
+        let sandbox = Sandbox::of(node.control(), &id);
+        for one in kept.iter().filter(ready) {
+            witness::insist(&node, &sandbox.request("sandbox.rollback").set("snapshot", &one.id));
+            assert_eq!(witness::word(&sandbox), one.word, "{shown}");
+            witness::goes_on(&sandbox);
+        }
+        let rows = node.control().ok(Request::new("", "snapshot.list")).items;
+        for one in ids(&rows) {
+            node.control().ok(Request::new("", "snapshot.remove").arg(&one));
+        }
+        sandbox.remove().expect("it can be removed");
+        timing::wait_for("nothing to be left", || {
+            node.sh("find /data/snapshots /data/layers -mindepth 1").is_empty().then_some(())
+        });
+        node.power_off();
+    }
 }

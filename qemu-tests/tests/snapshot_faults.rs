@@ -1,0 +1,405 @@
+//! Snapshots, rollbacks, forks, removals and pauses that are cut short at each of their steps: the supervisor is killed, the
+//! worker, both, or the step fails as on a full disk. Whatever happens, a sandbox is what it was or what it was to become.
+//!
+//! In every run the supervisor is killed at each step, and the other blows fall at some of them, which `WARREN_SOAK_SEED` (1)
+//! chooses; with `WARREN_SOAK_FAULTS=1` all fall everywhere.
+
+use std::collections::BTreeSet;
+
+use qemu_tests::fault::{Blow, assert_agree, strike};
+use qemu_tests::state::NodeState;
+use qemu_tests::{Code, Error, Node, Reply, Request, Sandbox, shared, timing, witness};
+use warren::node::faults::Point;
+use warren::storage::snapshots::files::FaultPoint;
+
+/// The steps of a snapshot, in their order.
+const SNAPSHOT: [Point; 10] = [
+    Point::Storage(FaultPoint::RowWritten),
+    Point::Storage(FaultPoint::DirectoryMade),
+    Point::Storage(FaultPoint::FilesMade),
+    Point::Storage(FaultPoint::OverlayMade),
+    Point::Storage(FaultPoint::Pushed),
+    Point::Storage(FaultPoint::Captured),
+    Point::Storage(FaultPoint::FilesSynced),
+    Point::Storage(FaultPoint::LayerLinked),
+    Point::Storage(FaultPoint::Committed),
+    Point::Storage(FaultPoint::OverlayDropped),
+];
+
+/// Those at which a step can fail: in `SNAPSHOT`.
+const FAILING: [usize; 6] = [1, 2, 3, 5, 6, 7];
+
+/// The steps of a rollback.
+const ROLLBACK: [Point; 6] = [
+    Point::Storage(FaultPoint::OverlayMade),
+    Point::RollbackWritten,
+    Point::RollbackEnded,
+    Point::AgentReturned,
+    Point::ReturnWritten,
+    Point::Introduced,
+];
+
+/// The steps of a fork of a running sandbox, beside those of its snapshot.
+const FORK: [Point; 3] = [Point::Storage(FaultPoint::OverlayDropped), Point::ForkBegun, Point::Introduced];
+
+/// The steps of a removal.
+const REMOVAL: [Point; 3] =
+    [Point::Storage(FaultPoint::RemovalWritten), Point::Collected, Point::Storage(FaultPoint::Swept)];
+
+const PAUSE: [Point; 4] = [Point::PauseWritten, Point::PauseCaptured, Point::PauseCommitted, Point::PauseEnded];
+const RESUME: [Point; 3] = [Point::AgentResumed, Point::Unpaused, Point::Introduced];
+
+/// Whether a blow beside the supervisor's end falls at the step of that number.
+fn falls(step: usize, kind: u64) -> bool {
+    let setting = |name: &str, default| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
+    let every: u64 = setting("WARREN_SOAK_FAULTS", 0);
+    every > 0 || (step as u64 + kind + setting("WARREN_SOAK_SEED", 1)).is_multiple_of(4)
+}
+
+fn snapshots(node: &Node, sandbox: &Sandbox) -> BTreeSet<String> {
+    let rows = node.control().ok(Request::new("", "snapshot.list").set("sandbox", &sandbox.id)).items;
+    rows.iter().map(|row| row.get("id").expect("an id").to_string()).collect()
+}
+
+fn files(node: &Node) -> BTreeSet<String> {
+    node.sh("cd /data && find snapshots layers -mindepth 1 -maxdepth 1").lines().map(str::to_string).collect()
+}
+
+fn take(sandbox: &Sandbox) -> Request {
+    sandbox.request("snapshot.create")
+}
+
+fn back(sandbox: &Sandbox, snapshot: &str) -> Request {
+    sandbox.request("sandbox.rollback").set("snapshot", snapshot)
+}
+
+fn remove(snapshot: &str) -> Request {
+    Request::new("", "snapshot.remove").arg(snapshot)
+}
+
+/// A sandbox with a program that counts.
+fn counting(node: &Node, network: &str) -> Sandbox {
+    let sandbox = node.sandbox(&[("network", network)]);
+    witness::start(&sandbox);
+    sandbox
+}
+
+/// The node hears what it sends.
+fn is_heard(node: &Node, sandbox: &Sandbox, after: &str) {
+    let address = sandbox.inspect().get("address").expect("it has one").to_string();
+    let route = node.sh(&format!("ip route get {address}"));
+    let device = route.split_whitespace().skip_while(|word| *word != "dev").nth(1).expect("a device");
+    let packets = || {
+        let text = node.sh(&format!("cat /sys/class/net/{device}/statistics/rx_packets"));
+        text.trim().parse::<u64>().expect("a number")
+    };
+    let before = packets();
+    timing::wait_for(&format!("a packet of the sandbox after {after}"), || {
+        sandbox.sh("timeout 2 nc -w 1 1.2.3.4 80 < /dev/null > /dev/null 2>&1; true");
+        (packets() > before).then_some(())
+    });
+}
+
+/// It runs, it counts, and it says this.
+fn runs(sandbox: &Sandbox, word: &str, after: &str) {
+    assert_eq!(sandbox.state(), "running", "after {after}: {:?}", sandbox.inspect());
+    witness::answers(sandbox);
+    assert_eq!(witness::word(sandbox), word, "after {after}");
+    witness::goes_on(sandbox);
+}
+
+/// Takes away a sandbox and its snapshots: nothing is left.
+fn leave_nothing(node: &Node, sandbox: Sandbox, before: &BTreeSet<String>, state: &NodeState) {
+    for id in snapshots(node, &sandbox) {
+        node.control().ok(remove(&id));
+    }
+    sandbox.remove().expect("it can be removed");
+    timing::wait_for("nothing to be left", || (files(node) == *before).then_some(()));
+    state.assert_restored(node);
+}
+
+#[test]
+fn a_supervisor_that_dies_at_any_step_of_a_snapshot_leaves_a_sandbox_that_runs_on() {
+    let node = shared::node_with_faults();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let sandbox = counting(&node, "off");
+    for (step, point) in SNAPSHOT.into_iter().enumerate() {
+        let known = snapshots(&node, &sandbox);
+        let word = point.name();
+        witness::say(&sandbox, &word);
+        let from = witness::count(&sandbox);
+        let mut blows = vec![(point, Blow::Supervisor)];
+        // What the next one settles is cut short as well.
+        if [FaultPoint::Pushed, FaultPoint::FilesSynced].map(Point::Storage).contains(&point) {
+            blows.push((Point::Storage(FaultPoint::LayerLinked), Blow::Supervisor));
+            blows.push((Point::Storage(FaultPoint::Swept), Blow::Supervisor));
+        }
+        let result = strike(&node, &blows, take(&sandbox));
+        runs(&sandbox, &word, &word);
+        assert!(witness::count(&sandbox) >= from, "it went back by itself");
+        assert_agree(&node, &word);
+        let new: Vec<String> = snapshots(&node, &sandbox).difference(&known).cloned().collect();
+        if let Ok(reply) = &result {
+            assert_eq!(new, [reply.field("id")], "after {word}: what was answered is there");
+        }
+        assert_eq!(new.len(), usize::from(step >= 8), "after {word}: {new:?}");
+        for id in new {
+            witness::say(&sandbox, "later");
+            node.control().ok(back(&sandbox, &id));
+            runs(&sandbox, &word, &format!("a rollback to what {word} left"));
+        }
+        node.assert_ledger_agrees();
+    }
+    // The sandbox can be taken a snapshot of, and go back to it.
+    witness::say(&sandbox, "last");
+    let last = node.control().ok(take(&sandbox)).field("id").to_string();
+    witness::say(&sandbox, "later");
+    node.control().ok(back(&sandbox, &last));
+    runs(&sandbox, "last", "all of it");
+    leave_nothing(&node, sandbox, &before, &state);
+}
+
+#[test]
+fn a_worker_that_dies_at_a_step_of_a_snapshot_leaves_a_sandbox_that_can_go_back() {
+    let node = shared::node_with_faults();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let sandbox = counting(&node, "off");
+    witness::say(&sandbox, "safe");
+    let safe = node.control().ok(take(&sandbox)).field("id").to_string();
+    for (step, point) in SNAPSHOT.into_iter().enumerate() {
+        for (kind, both) in [(0, false), (1, true)] {
+            if !falls(step, kind) {
+                continue;
+            }
+            let word = format!("{}-{both}", point.name());
+            witness::say(&sandbox, &word);
+            let worker = node.worker(&sandbox.id);
+            let blow = if both { Blow::Both(worker) } else { Blow::Worker(worker) };
+            let known = snapshots(&node, &sandbox);
+            let result = strike(&node, &[(point, blow)], take(&sandbox));
+            timing::wait_for("the end to be seen", || (witness::settled(&node, &sandbox.id) == "error").then_some(()));
+            let new: Vec<String> = snapshots(&node, &sandbox).difference(&known).cloned().collect();
+            if let Ok(reply) = &result {
+                assert_eq!(new, [reply.field("id")], "after {word}: what was answered is there");
+            }
+            assert_agree(&node, &word);
+            // The one that was made is as good as the one before.
+            for (id, said) in new.iter().map(|id| (id, &*word)).chain([(&safe, "safe")]) {
+                witness::insist(&node, &back(&sandbox, id));
+                runs(&sandbox, said, &word);
+            }
+            assert_agree(&node, &word);
+            node.assert_ledger_agrees();
+        }
+    }
+    leave_nothing(&node, sandbox, &before, &state);
+}
+
+#[test]
+fn a_step_that_finds_no_room_is_said_and_changes_nothing() {
+    let node = shared::node_with_faults();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let sandbox = counting(&node, "off");
+    witness::say(&sandbox, "on");
+    let refused = |point: Point, result: Result<Reply, Error>| {
+        let error = result.expect_err("it cannot be done");
+        assert!(error.is(Code::NoCapacity), "{}: {error}", point.name());
+        runs(&sandbox, "on", &point.name());
+        assert_agree(&node, &point.name());
+    };
+    for point in FAILING.map(|step| SNAPSHOT[step]) {
+        refused(point, strike(&node, &[(point, Blow::Full)], take(&sandbox)));
+        assert_eq!(snapshots(&node, &sandbox), BTreeSet::new(), "{}", point.name());
+    }
+    for point in [SNAPSHOT[2], SNAPSHOT[6]] {
+        let fork = Request::new("", "snapshot.fork").arg(&sandbox.id).set("n", 2);
+        refused(point, strike(&node, &[(point, Blow::Full)], fork));
+    }
+    refused(PAUSE[1], strike(&node, &[(PAUSE[1], Blow::Full)], sandbox.request("sandbox.pause")));
+    let id = node.control().ok(take(&sandbox)).field("id").to_string();
+    refused(ROLLBACK[0], strike(&node, &[(ROLLBACK[0], Blow::Full)], back(&sandbox, &id)));
+    witness::say(&sandbox, "later");
+    node.control().ok(back(&sandbox, &id));
+    runs(&sandbox, "on", "a rollback with room");
+    leave_nothing(&node, sandbox, &before, &state);
+}
+
+#[test]
+fn whoever_dies_at_a_step_of_a_rollback_leaves_the_old_or_the_new() {
+    let node = shared::node_with_faults();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let sandbox = counting(&node, "on");
+    witness::say(&sandbox, "then");
+    let then = node.control().ok(take(&sandbox)).field("id").to_string();
+    for (step, point) in ROLLBACK.into_iter().enumerate() {
+        for kind in 0..3 {
+            // By then it has another worker than the one whose number is known.
+            if kind > 0 && (!falls(step, kind) || step > 1) {
+                continue;
+            }
+            let after = format!("{} {kind}", point.name());
+            witness::say(&sandbox, "now");
+            let worker = node.worker(&sandbox.id);
+            let blow = [Blow::Supervisor, Blow::Worker(worker), Blow::Both(worker)][kind as usize];
+            let result = strike(&node, &[(point, blow)], back(&sandbox, &then));
+            let found = timing::wait_for("a state that lasts", || {
+                let found = witness::settled(&node, &sandbox.id);
+                // A worker that was killed may not have been missed yet.
+                (found != "running" || kind != 1 || result.is_ok() || step > 0).then_some(found)
+            });
+            match found.as_str() {
+                "running" => {
+                    let word = if step == 0 && result.is_err() { "now" } else { "then" };
+                    runs(&sandbox, word, &after);
+                }
+                "paused" => {
+                    assert!(step > 0, "after {after} it is in the snapshot already");
+                    witness::insist(&node, &sandbox.request("sandbox.resume"));
+                    runs(&sandbox, "then", &after);
+                }
+                "error" => assert!(step == 0 && kind > 0, "after {after}: {:?}", sandbox.inspect()),
+                other => panic!("after {after} it is {other}"),
+            }
+            if found != "error" {
+                is_heard(&node, &sandbox, &after);
+            }
+            assert_agree(&node, &after);
+            witness::insist(&node, &back(&sandbox, &then));
+            runs(&sandbox, "then", &after);
+            node.assert_ledger_agrees();
+        }
+    }
+    leave_nothing(&node, sandbox, &before, &state);
+}
+
+#[test]
+fn a_supervisor_that_dies_at_a_step_of_a_fork_leaves_whole_sandboxes_or_none() {
+    let node = shared::node_with_faults();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let sandbox = counting(&node, "off");
+    for (step, point) in SNAPSHOT.into_iter().take(9).chain(FORK).enumerate() {
+        // Those of its snapshot are walked above: one in four says that a fork's is none but that it goes.
+        if step < 9 && !falls(step, 0) {
+            continue;
+        }
+        let word = point.name();
+        witness::say(&sandbox, &word);
+        let request = Request::new("", "snapshot.fork").arg(&sandbox.id).set("n", 2);
+        let result = strike(&node, &[(point, Blow::Supervisor)], request);
+        runs(&sandbox, &word, &word);
+        let told: BTreeSet<String> = result
+            .iter()
+            .flat_map(|reply| &reply.items)
+            .filter_map(|item| item.get("id"))
+            .map(str::to_string)
+            .collect();
+        let rows = node.control().ok(Request::new("", "sandbox.list")).items;
+        let clones: BTreeSet<String> =
+            rows.iter().filter_map(|row| row.get("id")).filter(|id| *id != sandbox.id).map(str::to_string).collect();
+        assert!(told.is_subset(&clones), "after {word}: {told:?} were told, {clones:?} are there");
+        for id in clones {
+            let clone = Sandbox::of(node.control(), &id);
+            if witness::settled(&node, &id) == "running" {
+                runs(&clone, &word, &word);
+                assert_eq!(clone.sh("hostname").trim(), id, "after {word}");
+            } else {
+                assert!(!told.contains(&id), "after {word}: {id} was told");
+            }
+            clone.remove().expect("a clone can be removed");
+        }
+        assert_eq!(snapshots(&node, &sandbox), BTreeSet::new(), "after {word}");
+        assert_agree(&node, &word);
+        node.assert_ledger_agrees();
+    }
+    leave_nothing(&node, sandbox, &before, &state);
+}
+
+#[test]
+fn a_supervisor_that_dies_at_a_step_of_a_removal_leaves_no_file_of_what_is_gone() {
+    let node = shared::node_with_faults();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let sandbox = counting(&node, "off");
+    witness::say(&sandbox, "kept");
+    let kept = node.control().ok(take(&sandbox)).field("id").to_string();
+    for point in REMOVAL {
+        let word = point.name();
+        let doomed = node.control().ok(take(&sandbox)).field("id").to_string();
+        // A cut while the next one sweeps: it is gone on with.
+        let blows = [(point, Blow::Supervisor), (Point::Storage(FaultPoint::Swept), Blow::Supervisor)];
+        let blows = if point == Point::Collected { &blows[..] } else { &blows[..1] };
+        let _ = strike(&node, blows, remove(&doomed));
+        assert_eq!(snapshots(&node, &sandbox), BTreeSet::from([kept.clone()]), "after {word}");
+        assert_agree(&node, &word);
+        let error = node.control().err(back(&sandbox, &doomed));
+        assert!(error.is(Code::NotFound), "{error}");
+        runs(&sandbox, "kept", &word);
+        node.assert_ledger_agrees();
+    }
+    witness::say(&sandbox, "later");
+    node.control().ok(back(&sandbox, &kept));
+    runs(&sandbox, "kept", "all of it");
+    leave_nothing(&node, sandbox, &before, &state);
+}
+
+#[test]
+fn whoever_dies_at_a_step_of_a_pause_or_a_resume_leaves_the_one_state_or_the_other() {
+    let node = shared::node_with_faults();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let sandbox = counting(&node, "on");
+    for (step, point) in PAUSE.into_iter().chain(RESUME).enumerate() {
+        let word = format!("{}-{step}", point.name());
+        witness::say(&sandbox, &word);
+        let from = witness::count(&sandbox);
+        let resumes = step >= PAUSE.len();
+        if resumes {
+            node.control().ok(sandbox.request("sandbox.pause"));
+        }
+        let verb = if resumes { "sandbox.resume" } else { "sandbox.pause" };
+        let result = strike(&node, &[(point, Blow::Supervisor)], sandbox.request(verb));
+        let found = witness::settled(&node, &sandbox.id);
+        if result.is_ok() {
+            assert_eq!(found, if resumes { "running" } else { "paused" }, "after {word}");
+        }
+        if found == "paused" {
+            witness::insist(&node, &sandbox.request("sandbox.resume"));
+        }
+        runs(&sandbox, &word, &word);
+        assert!(witness::count(&sandbox) >= from, "after {word} it began anew");
+        is_heard(&node, &sandbox, &word);
+        assert_agree(&node, &word);
+        node.assert_ledger_agrees();
+    }
+    leave_nothing(&node, sandbox, &before, &state);
+}
+
+#[test]
+fn a_supervisor_that_is_replaced_finishes_what_it_has_begun() {
+    let node = shared::node_with_faults();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let sandbox = counting(&node, "off");
+    for point in [SNAPSHOT[0], SNAPSHOT[3], SNAPSHOT[4], SNAPSHOT[7], SNAPSHOT[8]] {
+        let word = point.name();
+        witness::say(&sandbox, &word);
+        let worker = node.worker(&sandbox.id);
+        let result = strike(&node, &[(point, Blow::HandOver)], take(&sandbox));
+        let id = result.unwrap_or_else(|error| panic!("{word}: {error}")).field("id").to_string();
+        assert!(snapshots(&node, &sandbox).contains(&id), "{word}");
+        runs(&sandbox, &word, &word);
+        assert_eq!(node.worker(&sandbox.id), worker, "it runs on");
+        witness::say(&sandbox, "later");
+        // And what goes on from it is begun by one and ended by the same.
+        let result = strike(&node, &[(ROLLBACK[1], Blow::HandOver)], back(&sandbox, &id));
+        result.unwrap_or_else(|error| panic!("{word}: {error}"));
+        runs(&sandbox, &word, &word);
+        assert_agree(&node, &word);
+    }
+    leave_nothing(&node, sandbox, &before, &state);
+}
+
+#[test]
+fn every_point_is_walked() {
+    let walked = [&SNAPSHOT[..], &ROLLBACK, &FORK, &REMOVAL, &PAUSE, &RESUME].concat();
+    let missing: Vec<String> = Point::all().filter(|point| !walked.contains(point)).map(Point::name).collect();
+    // Nothing is merged on the node yet.
+    assert_eq!(missing, ["Copied"]);
+}

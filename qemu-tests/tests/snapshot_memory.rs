@@ -1,0 +1,104 @@
+//! Many copies of one guest take of the node's memory what they write.
+
+use std::collections::BTreeSet;
+
+use qemu_tests::{Request, Sandbox, shared, timing};
+
+/// Memory of the guest that is forked, in MiB.
+const GUEST_MIB: &str = "256";
+
+/// What its program has in memory before it is forked, in MiB.
+const DATA_MIB: u64 = 32;
+
+/// What a copy may take of the node, in MiB: its worker, and what its kernel, its agent and its program write. A copy of the
+/// data alone would be four times that.
+const COPY_MIB: u64 = 8;
+
+/// Builds a large table of random octets, says a number of it, and waits for a word: then it computes what follows from it.
+const PROGRAM: &str = r#"
+import os, time, zlib
+data = bytearray()
+while len(data) < MIB << 20:
+    data += os.urandom(1 << 20)
+open('/workspace/ready', 'w').write('%d\n' % zlib.crc32(data))
+while True:
+    try:
+        words = open('/workspace/go').read().split()
+    except OSError:
+        words = []
+    if words and words[-1] == 'end':
+        os.remove('/workspace/go')
+        results = ['%s %d\n' % (n, zlib.crc32(data, int(n))) for n in words[:-1]]
+        open('/workspace/part', 'w').writelines(results)
+        os.rename('/workspace/part', '/workspace/result')
+    time.sleep(0.1)
+"#;
+
+fn ask(sandbox: &Sandbox, numbers: &[u64]) {
+    let words: Vec<String> = numbers.iter().map(u64::to_string).collect();
+    sandbox.sh(&format!(
+        "echo {} end > /workspace/next && chmod 666 /workspace/next && mv /workspace/next /workspace/go",
+        words.join(" ")
+    ));
+}
+
+fn answer(sandbox: &Sandbox) -> Vec<(u64, u64)> {
+    let text = timing::wait_for("a result", || {
+        Some(sandbox.sh("cat /workspace/result 2>/dev/null; true")).filter(|text| !text.is_empty())
+    });
+    let pair = |line: &str| line.split_once(' ').map(|(n, result)| (n.parse().unwrap(), result.parse().unwrap()));
+    text.lines().filter_map(pair).collect()
+}
+
+#[test]
+fn forks_of_python_compute_at_once_and_take_what_they_write() {
+    let count: u64 = std::env::var("WARREN_SOAK_FORKS").ok().and_then(|text| text.parse().ok()).unwrap_or(8);
+    let node = shared::node_with_templates();
+    timing::wait_for("the python template", || {
+        let rows = node.control().ok(Request::new("", "template.list")).items;
+        rows.iter().any(|row| row.get("name") == Some("python")).then_some(())
+    });
+    let parent = node.sandbox(&[("template", "python"), ("memory_mib", GUEST_MIB)]);
+    let program = PROGRAM.replace("MIB", &DATA_MIB.to_string());
+    parent.client().ok(parent.exec_request(&["python3", "-c", &program]).set("detach", true));
+    timing::wait_for("its data", || {
+        (parent.exec(&["test", "-s", "/workspace/ready"]).field("exit") == "0").then_some(())
+    });
+    let available = || {
+        node.sh(
+            "sync; echo 3 > /proc/sys/vm/drop_caches; sed -n 's/^MemAvailable: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo",
+        )
+        .trim()
+        .parse::<u64>()
+        .expect("a number")
+    };
+    // The first has what all share brought in.
+    let first = node.control().ok(Request::new("", "snapshot.create").arg(&parent.id)).field("id").to_string();
+    let fork = |n: u64| -> Vec<Sandbox> {
+        let reply = node.control().ok(Request::new("", "snapshot.fork").arg(&first).set("n", n));
+        reply.items.iter().filter_map(|item| item.get("id")).map(|id| Sandbox::of(node.control(), id)).collect()
+    };
+    let mut clones = fork(1);
+    ask(&clones[0], &[0]);
+    answer(&clones[0]);
+    let before = available();
+    clones.extend(fork(count));
+    assert_eq!(clones.len() as u64, count + 1);
+    for (clone, n) in clones[1..].iter().zip(1..) {
+        ask(clone, &[n]);
+    }
+    let computed: Vec<(u64, u64)> = clones[1..].iter().flat_map(answer).collect();
+    let after = available();
+    let each = before.saturating_sub(after) / count;
+    println!("{count} forks took {each} KiB each");
+    assert!(each <= COPY_MIB << 10, "a fork takes {each} KiB of the node");
+    // The parent has the same data, and computes all of it by itself.
+    ask(&parent, &(1..=count).collect::<Vec<u64>>());
+    assert_eq!(answer(&parent), computed);
+    let results: BTreeSet<u64> = computed.iter().map(|(_, result)| *result).collect();
+    assert_eq!(results.len() as u64, count, "each computed another thing");
+    for clone in clones {
+        clone.remove().expect("a clone can be removed");
+    }
+    node.control().ok(Request::new("", "snapshot.remove").arg(&first));
+}
