@@ -209,18 +209,16 @@ impl Supervisor {
         let of_template =
             self.snapshots.store.snapshot(&snapshot).is_some_and(|row| row.kind == SnapshotKind::Template);
         let wanted = |waiter: &Waiter| matches!(waiter.what, Awaited::Created { .. });
-        if !of_template
-            || !is_the_snapshots(error)
-            || sandbox.removing
-            || sandbox.waiters.is_empty()
-            || !sandbox.waiters.iter().all(wanted)
-        {
+        if !of_template || !is_the_snapshots(error) || sandbox.removing {
+            return false;
+        }
+        if error.is(Code::CpuMismatch) || error.is(Code::Corrupt) {
+            self.snapshots.unfit.insert(snapshot.clone());
+        }
+        if sandbox.waiters.is_empty() || !sandbox.waiters.iter().all(wanted) {
             return false;
         }
         log::warn!("sandbox {id} cannot start from its template's snapshot {snapshot}: {error}; another is booted");
-        if error.is(Code::CpuMismatch) || error.is(Code::Corrupt) {
-            self.snapshots.unfit.insert(snapshot);
-        }
         let waiters = std::mem::take(&mut sandbox.waiters);
         let (spec, owner) = (sandbox.spec.clone(), sandbox.owner.clone());
         // The name is the other's.

@@ -308,7 +308,7 @@ impl Supervisor {
         let Ask { key, tag, spec, owner, progress } = ask;
         let waiter = Waiter { client: key, tag: tag.clone(), what: Awaited::Created { progress } };
         let origin = self.template_origin(&spec);
-        match self.create(spec, owner, Some(waiter), origin.as_ref()) {
+        match self.create_or_boot(spec, owner, waiter, origin.as_ref()) {
             Ok(id) if self.sandboxes.contains_key(&id) => self.add_job(key, &tag, Job::Wait(id)),
             Ok(_) => {}
             Err(error) => self.finish(key, &Message::err(&tag, error)),
