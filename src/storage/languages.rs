@@ -74,7 +74,7 @@ mod tests {
     #[test]
     fn a_language_says_how_it_is_started_or_run_once() {
         assert_eq!(checked("[python]\nstart = [\"/usr/bin/python3\", \"{python}\"]"), Ok(()));
-        assert_eq!(checked("[c++]\nonce = [\"/usr/bin/run\", \"{source}\"]"), Ok(()));
+        assert_eq!(checked("[\"c++\"]\nonce = [\"/usr/bin/run\", \"{source}\"]"), Ok(()));
     }
 
     #[test]
