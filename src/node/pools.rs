@@ -189,6 +189,9 @@ impl Supervisor {
     pub(super) fn discard(&mut self, id: &SandboxId) {
         self.let_go_of_pools(id);
         let Some(mut sandbox) = self.sandboxes.remove(id) else { return };
+        // What it was to go on from it needs no longer.
+        self.snapshots.store.release(id.as_str());
+        self.collect();
         if let (true, Some(network)) = (sandbox.holds_slot, &self.network) {
             sandbox.tap = None;
             network.release(id.as_str());
