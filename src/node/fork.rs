@@ -4,6 +4,7 @@
 //! overlay, durably; its worker is ended; another goes on from the snapshot. From the row on, the sandbox is what it was in
 //! the snapshot: whatever ends the supervisor or the new worker leaves it paused there.
 
+use std::fs::{self, File};
 use std::io;
 
 use super::checkpoint::{Want, drop_other_overlays, overlay_shape};
@@ -17,6 +18,7 @@ use super::supervisor::{Done, Supervisor, now_ms};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::spec::{Defaults, Spec};
+use crate::sandbox::worker;
 use crate::storage::snapshots::files;
 use crate::storage::snapshots::{SnapshotKind, SnapshotRow, SnapshotState};
 use crate::storage::state::{Change, SandboxRow};
@@ -307,7 +309,11 @@ impl Supervisor {
             }
             return;
         }
+        if is_new {
+            self.learn_working_set(id);
+        }
         faults::pass(Point::Introduced);
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         if let Some(worker) = &mut sandbox.worker {
             worker.link.send(&Message::Request(Request::new("open", "vm.open")));
         }
@@ -318,6 +324,36 @@ impl Supervisor {
             self.runs(id);
         }
         self.survey(id);
+    }
+
+    /// The first guest that goes on from a snapshot shows what those after it will change at once. Best effort.
+    fn learn_working_set(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get(id) else { return };
+        let (Some(snapshot), Some(worker)) = (sandbox.origin(), &sandbox.worker) else { return };
+        let lasts = |row: &SnapshotRow| matches!(row.kind, SnapshotKind::Template | SnapshotKind::Snapshot);
+        if !self.snapshots.ready(snapshot).is_ok_and(lasts) || !self.snapshots.learned.insert(snapshot.to_string()) {
+            return;
+        }
+        let path = self.snapshots.shelves.working_set(snapshot);
+        let (socket, pid) = (sandbox.home.socket().to_path_buf(), worker.pid);
+        let learn = move || -> Result<(), worker::CaptureError> {
+            if path.exists() {
+                return Ok(());
+            }
+            let being_written = path.with_extension("new");
+            let file = File::create(&being_written)?;
+            worker::working_set(&socket, pid, &file)?;
+            Ok(fs::rename(being_written, path)?)
+        };
+        let started = self.background.run("working set", move || {
+            if let Err(e) = learn() {
+                log::warn!("what guests of a snapshot change at once is not known: {e}");
+            }
+            Done::Learned
+        });
+        if let Err(e) = started {
+            log::warn!("no thread: {e}");
+        }
     }
 
     // ---- Rollback ----

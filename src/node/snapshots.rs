@@ -53,6 +53,8 @@ pub(super) struct Snapshots {
     tickets: HashMap<Ticket, Then>,
     /// Files without a row are to be looked for once nothing is being made.
     sweep: bool,
+    /// Those of which it was asked what their guests change at once.
+    pub learned: BTreeSet<String>,
     /// Sandboxes that a supervisor before this one was taking a snapshot of.
     pub interrupted: BTreeSet<SandboxId>,
 }
@@ -94,6 +96,7 @@ impl Snapshots {
             making: BTreeMap::new(),
             tickets: HashMap::new(),
             sweep: false,
+            learned: BTreeSet::new(),
             interrupted: BTreeSet::new(),
         }
     }

@@ -261,6 +261,7 @@ impl Supervisor {
                 (["state", "memory"], [state, memory])
             }
         };
+        let working_set = sandbox.origin().and_then(|id| File::open(self.snapshots.shelves.working_set(id)).ok());
         let base = templates::open_image(template).map_err(|e| Error::new(Code::Corrupt, e.to_string()))?;
         let kvm = fs::OpenOptions::new()
             .read(true)
@@ -311,6 +312,10 @@ impl Supervisor {
                 .set("base", "fd:4")
                 .set("overlay", "fd:5");
             let mut descriptors = [&kvm, &source[0], &source[1], &serial, &base, &overlay].map(AsFd::as_fd).to_vec();
+            if let Some(file) = &working_set {
+                request = request.set("working_set", format!("fd:{}", descriptors.len()));
+                descriptors.push(file.as_fd());
+            }
             for layer in &layers {
                 request = request.set("layer", format!("fd:{}", descriptors.len()));
                 descriptors.push(layer.as_fd());

@@ -147,6 +147,8 @@ pub(super) enum Done {
     Merged(io::Result<u64>),
     /// Files of snapshots that nobody needs were removed, but for these.
     Cleared(Vec<io::Error>),
+    /// A worker was asked what its guest has changed so far.
+    Learned,
     /// A snapshot that a client sends is there, or is none.
     SnapshotImported { client: u64, tag: String, snapshot: String, result: Result<Arrived, Error> },
     /// What a resumed sandbox was paused as is out of the way, or cannot be.
@@ -545,6 +547,7 @@ impl Supervisor {
                 }
                 Done::Sealed { snapshot, result } => self.sealed(&snapshot, result),
                 Done::Merged(result) => self.merged(result),
+                Done::Learned => {}
                 Done::Cleared(errors) => self.cleared(&errors),
                 Done::SnapshotImported { client, tag, snapshot, result } => {
                     self.snapshot_imported(client, &tag, &snapshot, result);

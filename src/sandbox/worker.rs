@@ -127,6 +127,17 @@ pub fn next_overlay(socket: &Path) -> Result<Option<String>, CaptureError> {
     Ok(read_answer(&stream)?.get("overlay").map(str::to_string))
 }
 
+/// Has a worker write down which pages of its memory file its guest has changed so far, into an empty file, for those that
+/// go on from the same one later. Blocks.
+pub fn working_set(socket: &Path, pid: i32, into: &File) -> Result<Fields, CaptureError> {
+    let stream = connect(socket)?;
+    stream.set_read_timeout(Some(CAPTURE))?;
+    let page_map = File::open(format!("/proc/{pid}/pagemap"))?;
+    let request = Request::new("learn", "vm.working_set").set("page_map", "fd:0").set("into", "fd:1");
+    send_with_descriptors(&stream, request, &[page_map.as_fd(), into.as_fd()])?;
+    read_answer(&stream)
+}
+
 /// The final answer to the one request of a connection.
 fn read_answer(mut stream: &UnixStream) -> Result<Fields, CaptureError> {
     let mut decoder = crate::wire::Decoder::new();

@@ -4,7 +4,7 @@
 //! and TLB misses cost nothing there: rows compare with each other and with `PEER`, not with real hardware. A guest of
 //! several processors runs on a second node, by wall time: virtual time has one CPU.
 //!
-//! `bench PART…` measures only some of it: `boot`, `measure`, `jail`, `cycle`, `restore`, `clones`, `peer`, `net`, `many`,
+//! `bench PART…` measures only some of it: `boot`, `measure`, `jail`, `cycle`, `restore`, `warm`, `clones`, `peer`, `net`, `many`,
 //! `code`, `wall`.
 
 use std::fs;
@@ -59,6 +59,15 @@ fn main() -> ExitCode {
         }
     }
     node.power_cut();
+
+    if asked("warm") {
+        let config = "[[warm]]\ntemplate = \"base\"\nmemory_mib = 128\nnetwork = true\n";
+        let node = Boot::diskless().virtual_time().file("/etc/warren/warren.toml", 0o644, config.as_bytes().to_vec());
+        let node = node.file("/test/bin/node-bench", 0o755, bytes(&node_tool("node-bench"))).power_on();
+        node.run(&["sh", "-c", "until [ -S /run/warren/control.sock ]; do sleep 0.01; done"]);
+        complete &= measure(&node, &["node-bench", "warm"], &mut rows);
+        node.power_cut();
+    }
 
     if asked("many") {
         // A node of its own: a hundred guests have more memory than the others need.

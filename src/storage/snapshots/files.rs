@@ -160,6 +160,11 @@ impl Shelves {
         self.snapshot(id).join("memory")
     }
 
+    /// What guests that go on from a snapshot change at once. A hint: it may be missing.
+    pub fn working_set(&self, id: &str) -> PathBuf {
+        self.snapshot(id).join("working-set")
+    }
+
     /// File of a frozen layer.
     pub fn layer(&self, id: &str) -> PathBuf {
         self.layers.join(id)

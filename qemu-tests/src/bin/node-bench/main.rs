@@ -48,13 +48,14 @@ fn main() -> ExitCode {
         ["code"] => code::measure(),
         ["cycle"] => fleet::cycle(),
         ["restore"] => restore::measure(),
+        ["warm"] => restore::warm(),
         ["many"] => fleet::many(),
         ["clones"] => clones::measure(),
         ["net"] => net::measure(None),
         ["net", peer] => net::measure(Some(peer)),
         ["peer", program] => peer::Peer::measure(program),
         _ => Err(io::Error::other(
-            "usage: node-bench boot | measure | wall | jail | code | cycle | restore | clones | many | net [PROGRAM] | peer PROGRAM",
+            "usage: node-bench boot | measure | wall | jail | code | cycle | restore | warm | clones | many | net [PROGRAM] | peer PROGRAM",
         )),
     };
     match result {
