@@ -315,6 +315,7 @@ impl Supervisor {
         self.record_exec(id, number);
         self.touched_sandboxes.insert(id.clone());
         self.touch_viewers(id, number);
+        self.learn_working_set(id);
     }
 
     /// Starts a program, or a code run.

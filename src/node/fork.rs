@@ -309,11 +309,7 @@ impl Supervisor {
             }
             return;
         }
-        if is_new {
-            self.learn_working_set(id);
-        }
         faults::pass(Point::Introduced);
-        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         if let Some(worker) = &mut sandbox.worker {
             worker.link.send(&Message::Request(Request::new("open", "vm.open")));
         }
@@ -326,10 +322,11 @@ impl Supervisor {
         self.survey(id);
     }
 
-    /// The first guest that goes on from a snapshot shows what those after it will change at once. Best effort.
-    fn learn_working_set(&mut self, id: &SandboxId) {
+    /// The first guest that goes on from a snapshot and runs a program shows what those after it will change at once. Best
+    /// effort.
+    pub(super) fn learn_working_set(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get(id) else { return };
-        let (Some(snapshot), Some(worker)) = (sandbox.origin(), &sandbox.worker) else { return };
+        let (Some(snapshot), Some(worker)) = (sandbox.snapshot.as_deref(), &sandbox.worker) else { return };
         let lasts = |row: &SnapshotRow| matches!(row.kind, SnapshotKind::Template | SnapshotKind::Snapshot);
         if !self.snapshots.ready(snapshot).is_ok_and(lasts) || !self.snapshots.learned.insert(snapshot.to_string()) {
             return;
