@@ -42,6 +42,8 @@ fn files(node: &Node) -> BTreeSet<String> {
 #[test]
 fn a_sandbox_goes_back_to_what_it_was() {
     let node = shared::node();
+    // Not before the template is hashed.
+    drop(node.sandbox(&[]));
     let (before, state) = (files(&node), NodeState::of(&node));
     let sandbox = node.sandbox(&[("memory_mib", "256")]);
     sandbox.sh("echo one > /workspace/file; echo one > /dev/shm/file");
@@ -75,6 +77,8 @@ fn a_sandbox_goes_back_to_what_it_was() {
 #[test]
 fn forks_are_machines_of_their_own_with_the_same_memory() {
     let node = shared::node();
+    // Not before the template is hashed.
+    drop(node.sandbox(&[]));
     let (before, state) = (files(&node), NodeState::of(&node));
     let parent = node.sandbox(&[("network", "on")]);
     let id = "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n' > /etc/machine-id";
