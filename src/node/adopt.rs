@@ -91,6 +91,7 @@ impl Supervisor {
             self.take_executions(&mut sandbox, &snapshot.executions);
             // Its directory goes last when a sandbox is removed: that was done, but for the row.
             if !sandbox.home.is_there() {
+                self.snapshots.store.release(id.as_str());
                 discarded.push(sandbox.home);
                 continue;
             }
@@ -121,7 +122,10 @@ impl Supervisor {
                     self.record(&id);
                     self.let_go(&id, true);
                 }
-                Fate::Discard => discarded.push(sandbox.home),
+                Fate::Discard => {
+                    self.snapshots.store.release(id.as_str());
+                    discarded.push(sandbox.home);
+                }
                 Fate::Ended(state, reason) => {
                     log::warn!("sandbox {id}: {reason}");
                     sandbox.state = state;
