@@ -291,6 +291,10 @@ pub struct Node {
     allowed: Vec<String>,
 }
 
+/// Takes all room on the data partition, to the last block.
+const FILL: &str = "mkdir /data/full; n=0; for size in 1073741824 67108864 1048576 65536 4096; do \
+    while fallocate -l $size /data/full/$n 2>/dev/null; do n=$((n+1)); done; rm -f /data/full/$n; done; sync";
+
 impl Node {
     /// The connection to the control socket that the tests share.
     pub fn control(&self) -> &Client {
@@ -490,6 +494,16 @@ impl Node {
     /// Whether QEMU still runs.
     pub fn is_running(&self) -> bool {
         self.machine.is_running()
+    }
+
+    /// Takes all room on the data partition, to the last block, until `free_data`.
+    pub fn fill_data(&self) {
+        self.sh(FILL);
+    }
+
+    /// Gives back what `fill_data` took.
+    pub fn free_data(&self) {
+        self.sh("rm -r /data/full; sync");
     }
 
     /// Waits until the node's record of what sandboxes hold and its kernel agree.

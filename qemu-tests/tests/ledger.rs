@@ -76,10 +76,6 @@ fn a_supervisor_that_comes_after_settles_what_was_left() {
 /// What the node says of a sandbox for whose writes it has no room.
 const NO_ROOM: &str = "no room for what the sandbox writes";
 
-/// Takes all room on the data partition, to the last block.
-const FILL: &str = "mkdir /data/full; n=0; for size in 1073741824 67108864 1048576 65536 4096; do \
-    while fallocate -l $size /data/full/$n 2>/dev/null; do n=$((n+1)); done; rm -f /data/full/$n; done; sync";
-
 #[test]
 fn a_full_data_partition_refuses_what_needs_room_and_harms_nobody() {
     // A guest whose overlay has no room for its first writes says so in words of its own.
@@ -92,7 +88,7 @@ fn a_full_data_partition_refuses_what_needs_room_and_harms_nobody() {
         let ready = ["workers", "overlays"].map(|pool| node.pool(pool).number("ready").unwrap_or(0));
         ready.iter().all(|ready| *ready >= 2).then_some(())
     });
-    node.sh(FILL);
+    node.fill_data();
     // What was made beforehand is still there to be had, and its guest finds no room for what it writes first. After that
     // nothing can be made.
     let (mut made, mut of_guests, mut of_node) = (Vec::new(), Vec::new(), Vec::new());
@@ -132,7 +128,7 @@ fn a_full_data_partition_refuses_what_needs_room_and_harms_nobody() {
     assert!(refused.is(Code::NoCapacity) && refused.fields.get("resource") == Some("disk"), "{refused}");
     assert!(["EIO", "EROFS"].contains(&refused.fields.get("errno").unwrap_or_default()), "{refused:?}");
     assert!(node.control().call(Request::new("", "node.info")).is_ok());
-    node.sh("rm -r /data/full; sync");
+    node.free_data();
     for sandbox in made.into_iter().chain([writing]) {
         sandbox.remove().expect("a sandbox can be removed");
     }

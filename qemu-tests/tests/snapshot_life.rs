@@ -132,7 +132,6 @@ fn a_full_disk_refuses_and_leaves_a_sandbox_that_runs_on() {
     witness::say(&sandbox, "then");
     let then = take(&sandbox);
     witness::say(&sandbox, "now");
-    let fill = "dd if=/dev/zero of=/data/filler bs=1M 2>/dev/null; dd if=/dev/zero of=/data/filler2 bs=4k 2>/dev/null; sync; true";
     let requests = [
         sandbox.request("snapshot.create"),
         sandbox.request("sandbox.rollback").set("snapshot", &then),
@@ -140,9 +139,9 @@ fn a_full_disk_refuses_and_leaves_a_sandbox_that_runs_on() {
         sandbox.request("sandbox.pause"),
     ];
     for request in requests {
-        node.sh(fill);
+        node.fill_data();
         let result = node.control().call(request.clone());
-        node.sh("rm -f /data/filler /data/filler2; sync");
+        node.free_data();
         let error = result.expect_err("there is no room");
         assert!(error.is(Code::NoCapacity), "{request:?}: {error}");
         assert_eq!(sandbox.state(), "running", "{request:?}");
