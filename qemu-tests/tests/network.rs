@@ -197,6 +197,7 @@ fn a_killed_supervisor_cuts_no_connection_and_the_next_one_keeps_the_policy() {
     wait_for("another supervisor", || (node.supervisor() != supervisor).then_some(()));
     // The bridge may still be telling of the restart.
     wait_for("its answer", || node.control().call(Request::new("", "hello")).ok());
+    qemu_tests::witness::answers(&sandbox);
     let now = echoed();
     wait_for("the connection to go on", || (echoed() > now + 1).then_some(()));
     assert_eq!(sandbox.inspect().get("address"), Some(address.as_str()));

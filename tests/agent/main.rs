@@ -338,7 +338,9 @@ fn the_end_of_stdin_ends_the_input_of_a_terminal() {
 fn ctrl_c_interrupts_what_runs_on_a_terminal() {
     let agent = Agent::start();
     let mut client = agent.connect();
-    client.start(Request::new("x", "exec.start").arg("sleep").arg("1000").set("tty", true).set("stdin", true));
+    client.start(shell("echo there; exec sleep 1000").set("tty", true).set("stdin", true));
+    // Before that it may not have its terminal yet, and would not hear.
+    client.wait_for("there");
     client.send(&Message::data("x", "stdin", "\x03"));
     assert_eq!(client.finish("x").result.number("signal"), Some(2));
 }
