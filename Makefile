@@ -56,7 +56,7 @@ peers: deps
 
 # --- parts -----------------------------------------------------------------------------------------------------
 
-build: node $(B)/templates.img $(B)/code.img $(B)/data.img
+build: node $(B)/templates.img $(B)/data.img
 node: $(B)/bzImage $(B)/host-initramfs.img
 kernels: $(B)/vmlinux $(B)/bzImage
 templates: $(B)/templates/base/manifest.toml $(B)/templates/python/manifest.toml $(B)/templates/code/manifest.toml
@@ -132,7 +132,7 @@ lint: deps
 config-check: deps
 	@kernel-config/test
 
-test: lint config-check peers build $(B)/qemu.img
+test: lint config-check peers build $(B)/code.img $(B)/qemu.img
 	@cargo test --locked -q
 	cargo test -p qemu-tests --locked -q -- --test-threads=1
 	echo "test: all passed"
@@ -157,7 +157,7 @@ fuzz: deps
 sanitize: deps
 	@fuzz/sanitize "$$PWD/target/sanitize"
 
-bench: build
+bench: build $(B)/code.img
 	@cargo build --release --locked -q -p qemu-tests --bins
 	$(TARGET)/bench $(PARTS)
 

@@ -37,7 +37,7 @@ impl Artefact {
             Self::HostInitramfs => ("host-initramfs.img", "WARREN_HOST_INITRAMFS", "build"),
             Self::DataImage => ("data.img", "WARREN_DATA_IMAGE", "build"),
             Self::TemplateDisk => ("templates.img", "WARREN_TEMPLATE_DISK", "build"),
-            Self::CodeDisk => ("code.img", "WARREN_CODE_DISK", "build"),
+            Self::CodeDisk => ("code.img", "WARREN_CODE_DISK", "build/code.img"),
             Self::DiskImage => ("qemu.img", "WARREN_DISK_IMAGE", "build/qemu.img"),
             Self::Warren => ("warren", "WARREN_BINARY", "binaries"),
             Self::Burrow => ("burrow", "WARREN_BURROW", "binaries"),
