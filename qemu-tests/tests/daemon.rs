@@ -60,8 +60,9 @@ fn a_supervisor_that_no_init_started_serves_and_the_next_takes_over_after_a_kill
     node.sh(&format!("kill -9 {first}"));
     let second = start(&node, &format!("{GROUP}/supervise"));
     assert_ne!(first, second);
-    let again = timing::wait_for("the agent to be reached", || {
-        Some(warren(&node, &["exec", &id, "--", "cat", "/workspace/file"])).filter(|output| output.exit == 0)
+    let again = timing::wait_for("the agent to be reached and the file to be written", || {
+        Some(warren(&node, &["exec", &id, "--", "cat", "/workspace/file"]))
+            .filter(|output| output.exit == 0 && !output.stdout.is_empty())
     });
     assert_eq!(again.stdout, "kept\n");
     assert_eq!(node.sh(&format!("cat {group}/cgroup.procs")), worker, "it runs on under the same worker");
