@@ -100,7 +100,12 @@ impl Bitmap {
                 Some(page) => {
                     let bit = (next % BLOCKS_PER_PAGE) as usize;
                     let octet = page.octets[bit / 8];
-                    if bit.is_multiple_of(8) && octet == if state { 0xff } else { 0 } {
+                    // Most of a bitmap is long runs: they are looked through by words.
+                    if bit.is_multiple_of(64)
+                        && page.octets[bit / 8..].first_chunk() == Some(&[if state { 0xff } else { 0 }; 8])
+                    {
+                        next += 64;
+                    } else if bit.is_multiple_of(8) && octet == if state { 0xff } else { 0 } {
                         next += 8;
                     } else if (octet >> (bit % 8) & 1 == 1) == state {
                         next += 1;
