@@ -129,6 +129,11 @@ impl<T, W: PartialEq> Pool<T, W> {
         self.ready.iter().map(|(item, _)| &item.thing)
     }
 
+    /// What is ready, to be changed.
+    pub fn ready_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.ready.iter_mut().map(|(item, _)| &mut item.thing)
+    }
+
     /// Numbers of what is ready.
     pub fn ready_numbers(&self) -> impl Iterator<Item = u32> {
         self.ready.iter().map(|(item, _)| item.number)
@@ -149,7 +154,12 @@ impl<T, W: PartialEq> Pool<T, W> {
 
     /// Takes something that is ready. Who gets none waits, or has one made.
     pub fn take(&mut self, now: Instant) -> Option<Item<T>> {
-        let taken = self.pop(now);
+        self.take_best(now, |_| 0)
+    }
+
+    /// Takes what is ready that has the highest rank.
+    pub fn take_best(&mut self, now: Instant, rank: impl Fn(&T) -> u32) -> Option<Item<T>> {
+        let taken = self.pop(now, rank);
         match taken {
             Some(_) => self.counters.hits += 1,
             None => self.counters.misses += 1,
@@ -158,10 +168,11 @@ impl<T, W: PartialEq> Pool<T, W> {
     }
 
     /// The one that was used last is the one whose memory is warm, and lets the others grow old.
-    fn pop(&mut self, now: Instant) -> Option<Item<T>> {
+    fn pop(&mut self, now: Instant, rank: impl Fn(&T) -> u32) -> Option<Item<T>> {
         let age = self.limits.age;
-        let young = |(item, _): &(Item<T>, Instant)| now.saturating_duration_since(item.made) < age;
-        let at = self.ready.iter().rposition(young)?;
+        let young = |item: &Item<T>| now.saturating_duration_since(item.made) < age;
+        let ready = self.ready.iter().enumerate().filter(|(_, (item, _))| young(item));
+        let (at, _) = ready.max_by_key(|(_, (item, _))| rank(&item.thing))?;
         self.failures = 0;
         self.ready.remove(at).map(|(item, _)| item)
     }
@@ -201,7 +212,7 @@ impl<T, W: PartialEq> Pool<T, W> {
         if self.waiting.is_empty() {
             return None;
         }
-        let item = self.pop(now)?;
+        let item = self.pop(now, |_| 0)?;
         let (who, _) = self.waiting.pop_front()?;
         Some((who, item))
     }

@@ -239,6 +239,7 @@ impl Supervisor {
                 verdict: None,
                 foreign: None,
                 disk_full: false,
+                learning: None,
             });
         }
         self.touched_sandboxes.insert(id.clone());

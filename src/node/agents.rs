@@ -3,6 +3,7 @@
 use mio::Token;
 
 use super::instance::{Route, Sandbox};
+use super::pools::PREPARE;
 use super::requests::Job;
 use super::supervisor::{Supervisor, TURN, now_ms};
 use crate::control::client::ANSWERS_HIGH;
@@ -10,7 +11,7 @@ use crate::sandbox::agent::{Approach, Heard};
 use crate::sandbox::exec::{CodeRun, Exec, Sink, output_index};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
-use crate::sandbox::worker;
+use crate::sandbox::worker::{self, LEARN};
 use crate::storage::state::Change;
 use crate::wire::{Code, Decoded, Error, Fields, Filled, Message, Request};
 
@@ -38,6 +39,13 @@ impl Supervisor {
                     if fields.get("event") == Some("disk-full") && !std::mem::replace(&mut worker.disk_full, true) {
                         log::warn!("sandbox {id}: the node has no room for what it writes");
                     }
+                }
+                Some(Decoded::Message(Message::Ok { tag, .. })) if tag == LEARN => self.learned_working_set(id, Ok(())),
+                Some(Decoded::Message(Message::Err { tag, error })) if tag == LEARN => {
+                    self.learned_working_set(id, Err(error));
+                }
+                Some(Decoded::Message(Message::Err { tag, error })) if tag == PREPARE => {
+                    log::warn!("sandbox {id}: its worker could prepare nothing: {error}");
                 }
                 Some(Decoded::Message(message)) => self.take_inquiry(id, &message),
                 Some(Decoded::Bad { .. }) => {}

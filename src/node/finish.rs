@@ -25,6 +25,8 @@ use crate::wire::{Code, Error, Fields, Message, Request};
 
 /// How long init may take to tell how a worker ended.
 const OBITUARY: Duration = Duration::from_millis(500);
+/// How long the worker of a sandbox that is removed may take to tell what its guest touched.
+const LEARNING: Duration = Duration::from_secs(1);
 /// How long a worker may take to end a machine at once, before it is killed.
 const WORKER_STOP: Duration = Duration::from_secs(3);
 /// Pause before a lost agent link is made anew, and how often that is tried.
@@ -323,9 +325,12 @@ impl Supervisor {
         }
         let unborn = |w: &mut Waiter| matches!(w.what, Awaited::Created { .. } | Awaited::Forked | Awaited::Prepared);
         let pending: Vec<_> = sandbox.waiters.extract_if(.., unborn).collect();
-        if sandbox.worker.is_some() {
-            if let Err(e) = sandbox.home.kill() {
-                log::error!("sandbox {id} cannot be killed: {e}");
+        if let Some(worker) = &sandbox.worker {
+            if worker.learning.is_some() && !worker.dead {
+                // What it is telling is of use to others: `learned_working_set` comes back here.
+                self.timers.after(LEARNING, Timer::Kill(id.clone()));
+            } else {
+                self.kill_removed(id);
             }
         } else if !sandbox.releasing {
             self.release(id, Extent::Everything);
@@ -336,6 +341,14 @@ impl Supervisor {
                 Awaited::Forked => self.forked(waiter.client, &waiter.tag, Err(error)),
                 _ => self.finish(waiter.client, &Message::err(&waiter.tag, error)),
             }
+        }
+    }
+
+    /// Ends the worker of a sandbox that is removed.
+    pub(super) fn kill_removed(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get(id).filter(|s| s.removing && s.worker.is_some()) else { return };
+        if let Err(e) = sandbox.home.kill() {
+            log::error!("sandbox {id} cannot be killed: {e}");
         }
     }
 

@@ -4,8 +4,8 @@
 //! overlay, durably; its worker is ended; another goes on from the snapshot. From the row on, the sandbox is what it was in
 //! the snapshot: whatever ends the supervisor or the new worker leaves it paused there.
 
-use std::fs::{self, File};
-use std::io;
+use std::fs;
+use std::io::{self, Read, Seek};
 
 use super::checkpoint::{Want, drop_other_overlays, overlay_shape};
 use super::faults::{self, Point};
@@ -152,6 +152,9 @@ impl Supervisor {
     pub(super) fn template_prepared(&mut self, key: u64, tag: &str, id: &SandboxId, snapshot: &str) {
         self.remove(id);
         let new = self.snapshots.store.snapshot(snapshot).cloned();
+        if let Some(new) = &new {
+            self.prefer_snapshot(new);
+        }
         let old = self.snapshots.store.snapshots().filter(|row| {
             let same = |new: &SnapshotRow| row.id != new.id && is_for(row, new) && has_network(row) == has_network(new);
             row.kind == SnapshotKind::Template && row.state == SnapshotState::Ready && new.as_ref().is_some_and(same)
@@ -260,6 +263,7 @@ impl Supervisor {
         }
         self.database.submit(change);
         self.collect();
+        self.look_at_pools();
     }
 
     // ---- Guests that go on from a snapshot ----
@@ -295,6 +299,10 @@ impl Supervisor {
         let tag = worker.agent.request(thaw);
         worker.routes.insert(tag, Route::Introduce);
         self.touched_sandboxes.insert(id.clone());
+        // The programs that a new sandbox came with have numbers, which no new one may get. The agent answers in this order.
+        if sandbox.state == State::Starting {
+            self.survey(id);
+        }
     }
 
     /// A guest knows who it is, or cannot be told: its network opens, and what runs in it is heard.
@@ -315,36 +323,64 @@ impl Supervisor {
         }
         sandbox.reason.clear();
         self.touched_sandboxes.insert(id.clone());
-        // The programs that a new sandbox came with have numbers, which no new one may get: it runs when they are known.
-        if starting && !is_new {
-            self.runs(id);
+        // A new sandbox runs when it is known what runs in it, which was asked with this.
+        if !is_new {
+            if starting {
+                self.runs(id);
+            }
+            self.survey(id);
         }
-        self.survey(id);
     }
 
-    /// The first guest that goes on from a snapshot and runs a program shows what those after it will change at once. Best
-    /// effort.
+    /// The first guest that goes on from a snapshot and runs a program shows what those after it will touch at once. It is
+    /// asked by the link that it would be told to stop by, so that it answers also where it is removed right after. Best effort.
     pub(super) fn learn_working_set(&mut self, id: &SandboxId) {
-        let Some(sandbox) = self.sandboxes.get(id) else { return };
-        let (Some(snapshot), Some(worker)) = (sandbox.snapshot.as_deref(), &sandbox.worker) else { return };
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let (Some(snapshot), Some(worker)) = (sandbox.snapshot.clone(), &mut sandbox.worker) else { return };
         let lasts = |row: &SnapshotRow| matches!(row.kind, SnapshotKind::Template | SnapshotKind::Snapshot);
-        if !self.snapshots.ready(snapshot).is_ok_and(lasts) || !self.snapshots.learned.insert(snapshot.to_string()) {
+        if worker.learning.is_some()
+            || worker.link.queued() > 0
+            || self.snapshots.learned.contains(&snapshot)
+            || !self.snapshots.ready(&snapshot).is_ok_and(lasts)
+        {
             return;
         }
-        let path = self.snapshots.shelves.working_set(snapshot);
-        let (socket, pid) = (sandbox.home.socket().to_path_buf(), worker.pid);
-        let learn = move || -> Result<(), worker::CaptureError> {
-            if path.exists() {
-                return Ok(());
-            }
-            let being_written = path.with_extension("new");
-            let file = File::create(&being_written)?;
-            worker::working_set(&socket, pid, &file)?;
-            Ok(fs::rename(being_written, path)?)
+        if self.snapshots.shelves.working_set(&snapshot).exists() {
+            self.snapshots.learned.insert(snapshot);
+            return;
+        }
+        let pid = worker.pid;
+        match worker::ask_working_set(worker.link.stream(), pid) {
+            Ok(set) => worker.learning = Some((snapshot, set)),
+            Err(e) => log::warn!("worker {pid} cannot be asked what its guest touched: {e}"),
+        }
+    }
+
+    /// A worker has told what its guest touched, or why it cannot.
+    pub(super) fn learned_working_set(&mut self, id: &SandboxId, outcome: Result<(), Error>) {
+        let worker = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut());
+        let Some((snapshot, set)) = worker.and_then(|worker| worker.learning.take()) else { return };
+        // Where it is being removed, that has waited for this.
+        self.kill_removed(id);
+        if let Err(error) = outcome {
+            log::warn!("what guests of snapshot {snapshot} touch at once is not known: {error}");
+            return;
+        }
+        if self.snapshots.ready(&snapshot).is_err() || !self.snapshots.learned.insert(snapshot.clone()) {
+            return;
+        }
+        let path = self.snapshots.shelves.working_set(&snapshot);
+        let keep = move || -> io::Result<()> {
+            let mut octets = Vec::new();
+            let (mut set, being_written) = (set, path.with_extension("new"));
+            set.rewind()?;
+            set.read_to_end(&mut octets)?;
+            fs::write(&being_written, octets)?;
+            fs::rename(being_written, path)
         };
         let started = self.background.run("working set", move || {
-            if let Err(e) = learn() {
-                log::warn!("what guests of a snapshot change at once is not known: {e}");
+            if let Err(e) = keep() {
+                log::warn!("what guests of a snapshot touch at once cannot be kept: {e}");
             }
             Done::Learned
         });

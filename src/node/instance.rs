@@ -96,6 +96,8 @@ pub struct Worker {
     pub foreign: Option<Error>,
     /// A disk of it found no room on the node: what its guest makes of that is not the guest's fault.
     pub disk_full: bool,
+    /// It was asked which pages of that snapshot's memory its guest touched, and writes them there.
+    pub learning: Option<(String, File)>,
 }
 
 /// Whose request waits for a sandbox.

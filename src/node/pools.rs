@@ -6,6 +6,7 @@
 //! sandbox owns is taken down.
 
 mod overlays;
+mod prepared;
 mod workers;
 
 use std::fs::{self, DirBuilder};
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 use mio::Token;
 pub(super) use overlays::Shape;
 use overlays::{Blank, remove_files};
+pub(super) use prepared::PREPARE;
 use workers::Idle;
 
 use super::components::Progress;
@@ -67,6 +69,8 @@ pub(super) struct Pools {
     directory: PathBuf,
     /// What overlays are made for: the last that was asked for.
     shape: Option<Shape>,
+    /// What workers that wait prepare: the template's snapshot that the last sandbox went on from.
+    preferred: Option<String>,
     /// Nothing is made to be ready before.
     refill: Instant,
     /// Looks by timers to come. Each was the earliest when it was added, so there are few.
@@ -88,6 +92,7 @@ impl Pools {
             overlays: Pool::new(config.overlay_pool.limits()),
             directory: config.paths.data.join("overlays"),
             shape: None,
+            preferred: None,
             refill: Instant::now() + FIRST_FILL,
             timers: Vec::new(),
             look: true,
@@ -164,11 +169,17 @@ impl Supervisor {
 
     /// What `node.info` says of the pools.
     pub(super) fn pool_rows(&self) -> Vec<Fields> {
-        let workers = fields("workers", &self.pools.workers.shown());
+        let prepared = self.pools.workers.ready().filter(|idle| idle.prepared.is_some()).count();
+        let workers = fields("workers", &self.pools.workers.shown()).with("prepared", prepared);
         let workers = self.pools.idle().fold(workers, |fields, id| fields.with("idle", id));
         let slots = self.network.as_ref().map(|network| fields("slots", &network.pool()));
         let rows = [Some(workers), Some(fields("overlays", &self.pools.overlays.shown())), slots].into_iter().flatten();
         rows.chain(self.warm.rows()).collect()
+    }
+
+    /// Something changed that they go by.
+    pub(super) fn look_at_pools(&mut self) {
+        self.pools.look = true;
     }
 
     fn refill_later(&mut self) {

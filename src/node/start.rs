@@ -43,7 +43,10 @@ impl Supervisor {
         origin: Option<&SnapshotRow>,
     ) -> Result<SandboxId, Error> {
         self.check_new(&spec, &owner)?;
-        let idle = self.take_idle();
+        let idle = self.take_idle(origin.map(|row| row.id.as_str()));
+        if let Some(row) = origin {
+            self.prefer_snapshot(row);
+        }
         let id = match &idle {
             Some(item) => item.thing.id.clone(),
             None => SandboxId::random().map_err(|e| Error::new(Code::Internal, format!("no random id: {e}")))?,
@@ -312,6 +315,9 @@ impl Supervisor {
                 .set("base", "fd:4")
                 .set("overlay", "fd:5");
             let mut descriptors = [&kvm, &source[0], &source[1], &serial, &base, &overlay].map(AsFd::as_fd).to_vec();
+            if let Some(snapshot) = sandbox.origin() {
+                request = request.set("prepared", snapshot);
+            }
             if let Some(file) = &working_set {
                 request = request.set("working_set", format!("fd:{}", descriptors.len()));
                 descriptors.push(file.as_fd());
@@ -371,6 +377,7 @@ impl Supervisor {
             verdict: None,
             foreign: None,
             disk_full: false,
+            learning: None,
         };
         let unwatched = |e| Error::new(Code::NoCapacity, format!("worker {pid} cannot be watched: {e}"));
         held.tokens[1] = self.watch(control, Source::WorkerLink(id.clone())).map_err(unwatched)?;
@@ -467,6 +474,7 @@ impl Supervisor {
         }
         sandbox.started_ms = Some(now_ms());
         sandbox.ended_ms = None;
+        self.look_at_pools();
         self.watch_health(id);
         let writing = self.record(id);
         if let Some(sandbox) = self.sandboxes.get_mut(id) {

@@ -73,6 +73,8 @@ pub(super) enum Timer {
     Boot(SandboxId, i32),
     /// The guest must have shut down by now.
     Stop(SandboxId),
+    /// A removed sandbox's worker must have told by now what it was asked.
+    Kill(SandboxId),
     /// Init must have told by now how a worker ended.
     Obituary(SandboxId),
     /// A worker whose agent link broke: link it again.
@@ -547,7 +549,7 @@ impl Supervisor {
                 }
                 Done::Sealed { snapshot, result } => self.sealed(&snapshot, result),
                 Done::Merged(result) => self.merged(result),
-                Done::Learned => {}
+                Done::Learned => self.look_at_pools(),
                 Done::Cleared(errors) => self.cleared(&errors),
                 Done::SnapshotImported { client, tag, snapshot, result } => {
                     self.snapshot_imported(client, &tag, &snapshot, result);
@@ -588,6 +590,7 @@ impl Supervisor {
         match timer {
             Timer::Boot(id, pid) => self.boot_expired(&id, pid),
             Timer::Stop(id) => self.stop_expired(&id),
+            Timer::Kill(id) => self.kill_removed(&id),
             Timer::Obituary(id) => self.bury_anyway(&id),
             Timer::Relink(id) => self.relink(&id),
             Timer::Freeze(id) => self.freeze_expired(&id),

@@ -18,6 +18,21 @@ fn counts(pool: &Pool<(), char>) -> (usize, usize) {
 }
 
 #[test]
+fn the_best_of_what_is_ready_is_taken_and_of_equals_the_last() {
+    let now = Instant::now();
+    let mut pool: Pool<u32, char> = Pool::new(Limits { min_ready: 4, ..limits() });
+    for rank in [1, 3, 3, 0] {
+        let number = pool.wanted(now).expect("a place");
+        pool.made(Item { number, thing: rank, made: now }, now);
+    }
+    let mut take = || pool.take_best(now, |rank| *rank).map(|item| (item.number, item.thing));
+    assert_eq!(
+        [take(), take(), take(), take(), take()],
+        [Some((2, 3)), Some((1, 3)), Some((0, 1)), Some((3, 0)), None]
+    );
+}
+
+#[test]
 fn so_many_are_kept_ready_and_no_more_than_the_most_are_made() {
     let now = Instant::now();
     let mut pool = Pool::new(limits());

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::wire::{Code, Decoded, Error, Fields, Message, OLDEST_WORKER_LINK, Request, WORKER_LINK};
@@ -19,8 +20,12 @@ pub fn connect(socket: &Path) -> io::Result<UnixStream> {
     UnixStream::connect(socket)
 }
 
-/// Sends a request with descriptors on a fresh, still blocking connection.
-pub fn send_with_descriptors(stream: &UnixStream, request: Request, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+/// Sends a request with descriptors on a connection on which nothing waits to be sent.
+pub fn send_with_descriptors(
+    stream: &impl AsRawFd,
+    request: Request,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
     let line = Message::Request(request).to_bytes();
     let raw: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
     let sent = sendmsg::<()>(
@@ -127,15 +132,17 @@ pub fn next_overlay(socket: &Path) -> Result<Option<String>, CaptureError> {
     Ok(read_answer(&stream)?.get("overlay").map(str::to_string))
 }
 
-/// Has a worker write down which pages of its memory file its guest has changed so far, into an empty file, for those that
-/// go on from the same one later. Blocks.
-pub fn working_set(socket: &Path, pid: i32, into: &File) -> Result<Fields, CaptureError> {
-    let stream = connect(socket)?;
-    stream.set_read_timeout(Some(CAPTURE))?;
+/// Tag of the request below.
+pub const LEARN: &str = "learn";
+
+/// Has a worker write down, in the file that this gives, which pages of its memory file its guest has touched so far, for those
+/// that go on from the same one later. Its answer comes by the link that it is asked by, on which nothing is queued.
+pub fn ask_working_set(link: &impl AsRawFd, pid: i32) -> io::Result<File> {
     let page_map = File::open(format!("/proc/{pid}/pagemap"))?;
-    let request = Request::new("learn", "vm.working_set").set("page_map", "fd:0").set("into", "fd:1");
-    send_with_descriptors(&stream, request, &[page_map.as_fd(), into.as_fd()])?;
-    read_answer(&stream)
+    let into = File::from(memfd_create(c"working-set", MFdFlags::MFD_CLOEXEC)?);
+    let request = Request::new(LEARN, "vm.working_set").set("page_map", "fd:0").set("into", "fd:1");
+    send_with_descriptors(link, request, &[page_map.as_fd(), into.as_fd()])?;
+    Ok(into)
 }
 
 /// The final answer to the one request of a connection.

@@ -39,13 +39,22 @@ pub enum Source {
     },
     /// A snapshot: it goes on where that was taken. Its network is closed until `vm.open`.
     Snapshot {
-        /// Devices and processors.
-        state: File,
-        /// RAM without its hole; never changes.
-        memory: File,
-        /// What such guests change at once (`snapshot::working_set`).
-        working_set: Option<File>,
+        /// Its files.
+        files: SnapshotFiles,
+        /// Name of what was prepared of it beforehand, which is used where the worker has it.
+        prepared: Option<String>,
     },
+}
+
+/// What a guest goes on from.
+#[derive(Debug)]
+pub struct SnapshotFiles {
+    /// Devices and processors.
+    pub state: File,
+    /// RAM without its hole; never changes.
+    pub memory: File,
+    /// What such guests touch at once (`snapshot::working_set`).
+    pub working_set: Option<File>,
 }
 
 /// What a microVM is started with.
@@ -100,6 +109,7 @@ impl StartConfig {
         let layers = take_layers(&mut args, &mut descriptors)?;
         let net = take_net(&mut args, &mut descriptors)?;
         let state = args.text("state")?;
+        let prepared = args.text("prepared")?;
         let working_set = match (&state, args.text("working_set")?) {
             (Some(_), Some(given)) => Some(take_named(&mut descriptors, "working_set", &given)?.into()),
             (None, Some(_)) => {
@@ -125,11 +135,11 @@ impl StartConfig {
                     initramfs: take("initramfs")?.into(),
                     command_line,
                 },
-                Some(state) => Source::Snapshot {
-                    memory: take("memory")?.into(),
-                    state: take_named(&mut descriptors, "state", &state)?.into(),
-                    working_set,
-                },
+                Some(state) => {
+                    let memory = take("memory")?.into();
+                    let state = take_named(&mut descriptors, "state", &state)?.into();
+                    Source::Snapshot { files: SnapshotFiles { state, memory, working_set }, prepared }
+                }
             },
             disks,
             disk_limits,
@@ -137,6 +147,41 @@ impl StartConfig {
         };
         args.finish()?;
         Ok(config)
+    }
+}
+
+/// The arguments of `vm.prepare`.
+#[derive(Debug)]
+pub struct PrepareConfig {
+    /// What `vm.start` will call it.
+    pub name: String,
+    /// Processors, 1 to `MAX_VCPUS`.
+    pub vcpus: u8,
+    /// Memory in octets, a multiple of a page.
+    pub memory_bytes: u64,
+    /// /dev/kvm.
+    pub kvm: OwnedFd,
+    /// The snapshot.
+    pub files: SnapshotFiles,
+}
+
+impl PrepareConfig {
+    /// Checks a `vm.prepare` request; `descriptors` are those that came with it.
+    pub fn parse(request: Request, descriptors: Vec<OwnedFd>) -> Result<Self, Error> {
+        let mut args = Args::of(request);
+        let mut descriptors: Vec<Option<OwnedFd>> = descriptors.into_iter().map(Some).collect();
+        let name = needed("name", args.text("name")?)?;
+        let vcpus = args.number("vcpus", 1..=MAX_VCPUS)?.unwrap_or(1) as u8;
+        let memory_mib = needed("memory_mib", args.number("memory_mib", MIN_MEMORY_MIB..=MAX_MEMORY_MIB)?)?;
+        let working_set = match args.text("working_set")? {
+            Some(given) => Some(take_named(&mut descriptors, "working_set", &given)?.into()),
+            None => None,
+        };
+        let mut take = |key| take_descriptor(&mut args, &mut descriptors, key);
+        let (kvm, state, memory) = (take("kvm")?, take("state")?.into(), take("memory")?.into());
+        args.finish()?;
+        let files = SnapshotFiles { state, memory, working_set };
+        Ok(Self { name, vcpus, memory_bytes: memory_mib << 20, kvm, files })
     }
 }
 
@@ -329,6 +374,21 @@ mod tests {
         let mut request = request();
         request.args.retain(|a| !matches!(a, crate::wire::Arg::Named(k, _) if k == key));
         request.set(key, value)
+    }
+
+    #[test]
+    fn what_is_to_be_prepared_names_its_snapshot() {
+        let request = |keys: &[&str]| {
+            let all = Request::new("1", "vm.prepare").set("name", "a").set("memory_mib", 128);
+            (0..).zip(keys).fold(all, |request, (n, key)| request.set(key, format!("fd:{n}")))
+        };
+        let config = PrepareConfig::parse(request(&["kvm", "state", "memory", "working_set"]), descriptors(4)).unwrap();
+        assert_eq!((config.name.as_str(), config.vcpus, config.memory_bytes), ("a", 1, 128 << 20));
+        assert!(config.files.working_set.is_some());
+        assert!(PrepareConfig::parse(request(&["kvm", "state", "memory"]), descriptors(3)).is_ok());
+        for keys in [&["kvm", "state"][..], &["state", "memory"], &["kvm", "state", "memory", "disk"]] {
+            assert!(PrepareConfig::parse(request(keys), descriptors(4)).is_err(), "{keys:?}");
+        }
     }
 
     #[test]

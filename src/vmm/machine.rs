@@ -3,7 +3,6 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -20,10 +19,11 @@ use super::jail::{self, lists::Kind};
 use super::kvm::{Bus, ExitCounts, KvmError, Mismatch, PauseError, Processors, Vm};
 use super::last_words::End;
 use super::memory::{GuestMemory, MemoryError};
+use super::restoring::{Prepared, Restoring};
 use super::snapshot::child::Child;
 use super::snapshot::memory::Plan;
 use super::snapshot::working_set::WorkingSet;
-use super::snapshot::{Saved, SavedError, saved};
+use super::snapshot::{Saved, SavedError};
 use crate::wire::{Code, Error, Fields};
 
 /// Why a microVM could not be started.
@@ -150,24 +150,6 @@ impl Bus for DeviceSet {
     }
 }
 
-/// Reads the state of a snapshot that is to become a microVM of that shape.
-fn read_state(file: &File, vcpus: u8, memory_bytes: u64) -> Result<Saved, StartError> {
-    let len = file.metadata().map_err(StartError::Snapshot)?.len();
-    if len > saved::MAX_BYTES as u64 {
-        return Err(SavedError::TooLong { bytes: usize::try_from(len).unwrap_or(usize::MAX) }.into());
-    }
-    let mut octets = vec![0; len as usize];
-    file.read_exact_at(&mut octets, 0).map_err(StartError::Snapshot)?;
-    let state = Saved::decode(&octets)?;
-    let shape = state.shape()?;
-    if shape != (vcpus, memory_bytes) {
-        let (had, of) = shape;
-        let why = format!("it is of {had} processors and {of} octets of memory, not of {vcpus} and {memory_bytes}");
-        return Err(SavedError::NotSaved(why).into());
-    }
-    Ok(state)
-}
-
 /// Why a snapshot cannot be taken.
 fn cannot(what: &'static str) -> impl Fn(io::Error) -> Error {
     move |e| Error::new(Code::VmFailed, format!("the snapshot cannot be taken: {what}: {e}"))
@@ -214,9 +196,15 @@ pub struct Captured {
 }
 
 impl Machine {
-    /// Makes the microVM and lets it run. The devices are watched by `registry` under tokens from `first_token` on.
-    /// `ended` is called on another thread when the guest meets its end.
-    pub fn start<F>(config: StartConfig, registry: &Registry, first_token: usize, ended: F) -> Result<Self, StartError>
+    /// Makes the microVM and lets it run; of what was `prepared`, where that is what is asked for. The devices are watched by
+    /// `registry` under tokens from `first_token` on. `ended` is called on another thread when the guest meets its end.
+    pub fn start<F>(
+        config: StartConfig,
+        prepared: Option<Prepared>,
+        registry: &Registry,
+        first_token: usize,
+        ended: F,
+    ) -> Result<Self, StartError>
     where
         F: Fn(End) + Send + Sync + 'static,
     {
@@ -234,29 +222,30 @@ impl Machine {
             serial,
             cid,
         } = config;
-        let (memory, saved) = match &source {
-            Source::Kernel { .. } => (GuestMemory::new(memory_bytes)?, None),
-            Source::Snapshot { state, memory, working_set } => {
-                let saved = read_state(state, vcpus, memory_bytes)?;
-                let memory = GuestMemory::restored(memory, memory_bytes)?;
-                if let Some(working_set) = working_set {
-                    WorkingSet::read(working_set).map_err(StartError::Snapshot)?.prepare(&memory);
-                }
-                (memory, Some(saved))
+        let (memory, restoring) = match &source {
+            Source::Kernel { .. } => (GuestMemory::new(memory_bytes)?, Err(kvm)),
+            Source::Snapshot { files, prepared: name } => {
+                let ready = prepared.zip(name.as_deref());
+                let ready = ready.and_then(|(prepared, name)| prepared.parts(name, vcpus, memory_bytes));
+                let parts = match ready {
+                    Some(parts) => parts,
+                    None => Restoring::new(kvm, files, vcpus, memory_bytes)?,
+                };
+                (parts.memory.clone(), Ok(parts))
             }
         };
         let devices = DeviceConfig { base, overlay, layers, disks, disk_limits, net, serial, cid };
         let devices = Arc::new(DeviceSet::new(&memory, devices)?);
         let windows = devices.windows();
-        let entry = match &source {
-            Source::Kernel { kernel, initramfs, command_line } => {
-                let places: Vec<MmioDevice> = windows.iter().map(|w| MmioDevice { addr: w.base, gsi: w.gsi }).collect();
-                boot::load(&memory, &BootSource { kernel, initramfs, command_line, vcpus, devices: &places })?
-            }
-            Source::Snapshot { .. } => 0,
+        let mut entry = 0;
+        if let Source::Kernel { kernel, initramfs, command_line } = &source {
+            let places: Vec<MmioDevice> = windows.iter().map(|w| MmioDevice { addr: w.base, gsi: w.gsi }).collect();
+            entry = boot::load(&memory, &BootSource { kernel, initramfs, command_line, vcpus, devices: &places })?;
+        }
+        let (vm, restoring) = match restoring {
+            Err(kvm) => (Vm::new(kvm, memory.clone())?, None),
+            Ok(Restoring { saved, vm, processors, .. }) => (vm, Some((saved, processors))),
         };
-
-        let vm = Vm::new(kvm, memory.clone())?;
         vm.wire_interrupt(devices.serial_interrupt(), layout::COM1_GSI)?;
         let generation = EventFd::new(EFD_NONBLOCK).map_err(StartError::Event)?;
         vm.wire_interrupt(&generation, layout::GENERATION_GSI)?;
@@ -268,13 +257,14 @@ impl Machine {
         }
         drop(windows);
         devices.register(registry, first_token).map_err(StartError::Watch)?;
-        let vcpus = match &saved {
+        let is_restored = restoring.is_some();
+        let vcpus = match restoring {
             None => vm.create_vcpus(vcpus, entry)?,
-            Some(saved) => {
-                let restored = vm.restore(vcpus, saved)?;
+            Some((saved, processors)) => {
+                let restored = vm.restore(processors, &saved)?;
                 // Last: they may raise interrupts into the controllers that were put back just now.
                 devices.close_net(true);
-                devices.restore(saved)?;
+                devices.restore(&saved)?;
                 restored
             }
         };
@@ -285,7 +275,7 @@ impl Machine {
         jail::enter(Kind::Device).map_err(StartError::Jail)?;
         let machine =
             Self { memory_bytes, processors, exits, devices, memory, generation, held: false, next_overlay: None, vm };
-        if saved.is_some() {
+        if is_restored {
             machine.renew().map_err(StartError::Renew)?;
         }
         machine.processors.run();

@@ -255,19 +255,25 @@ impl GuestMemory {
         Ok(to - from)
     }
 
-    /// Makes pages of a restored guest its own, with what its file has in them, before anybody touches them. The range is
-    /// whole pages of that file: offset and length, in octets. `false` where it is outside of RAM, or the host has none.
-    pub fn make_own(&self, mut offset: u64, len: u64) -> bool {
+    /// Guest-physical address of a range that is given by its offset in the memory file, where one region has all of it.
+    pub fn at(&self, mut offset: u64, len: u64) -> Option<u64> {
         for region in self.regions() {
             if offset < region.size {
-                let Ok(slice) = self.slice(region.guest_addr + offset, len as usize) else { return false };
-                // SAFETY: a checked range of one of our mappings; its octets stay what they are.
-                let done = unsafe { libc::madvise(slice.iovec.iov_base, slice.len(), libc::MADV_POPULATE_WRITE) };
-                return done == 0;
+                return (len <= region.size - offset).then_some(region.guest_addr + offset);
             }
             offset -= region.size;
         }
-        false
+        None
+    }
+
+    /// Makes pages of a restored guest its own, with what its file has in them, before anybody touches them. The range is
+    /// whole pages of that file: offset and length, in octets. `false` where it is outside of RAM, or the host has none.
+    pub fn make_own(&self, offset: u64, len: u64) -> bool {
+        let slice = self.at(offset, len).and_then(|addr| self.slice(addr, len as usize).ok());
+        slice.is_some_and(|slice| {
+            // SAFETY: a checked range of one of our mappings; its octets stay what they are.
+            unsafe { libc::madvise(slice.iovec.iov_base, slice.len(), libc::MADV_POPULATE_WRITE) == 0 }
+        })
     }
 
     fn read_array<const N: usize>(&self, addr: u64) -> Result<[u8; N], MemoryError> {

@@ -12,6 +12,7 @@
 //! | `memory` | the guest's RAM |
 //! | `jail` | what the process gives up before it reads a request |
 //! | `snapshot` | a paused microVM as files |
+//! | `restoring` | one that goes on from these, before it is known whose it is |
 //! | `last_words` | why it ended |
 //!
 //! Threads: the main one runs the loop and the devices; each processor and each disk has its own.
@@ -27,6 +28,7 @@ mod link;
 mod machine;
 pub mod memory;
 mod platform;
+mod restoring;
 pub mod snapshot;
 mod worker;
 

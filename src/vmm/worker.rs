@@ -16,11 +16,14 @@ use mio::event::Event;
 use mio::net::UnixListener;
 use mio::{Events, Interest, Poll, Token, Waker};
 
-use super::config::{CaptureConfig, MAX_MEMORY_MIB, MIN_TARGET_MIB, StartConfig, parse_limits, parse_working_set};
+use super::config::{
+    CaptureConfig, MAX_MEMORY_MIB, MIN_TARGET_MIB, PrepareConfig, StartConfig, parse_limits, parse_working_set,
+};
 use super::jail;
 use super::last_words::{End, LastWords, Reason, say};
 use super::link::{Connection, RawStream};
 use super::machine::Machine;
+use super::restoring::Prepared;
 use crate::wire::{Args, Code, Decoded, Error, Fields, Filled, Message, PROTOCOL_VERSION, Request, WORKER_LINK};
 
 /// The descriptor that the worker listens on.
@@ -91,6 +94,8 @@ struct Worker {
     next_connection: usize,
     /// The microVM, once `vm.start` made it.
     machine: Option<Machine>,
+    /// What was made of a snapshot before that.
+    prepared: Option<Prepared>,
     /// How the microVM ended; the loop ends with it.
     end: Option<End>,
     /// Filled by processors' threads; the first end counts.
@@ -136,6 +141,7 @@ impl Worker {
             connections: BTreeMap::new(),
             next_connection: FIRST_CONNECTION,
             machine: None,
+            prepared: None,
             end: None,
             guest_end: Arc::default(),
             waker,
@@ -277,6 +283,7 @@ impl Worker {
                 let overlay = self.machine.as_ref().and_then(Machine::next_overlay);
                 Ok(Outcome::Done(overlay.iter().fold(greeting, |greeting, name| greeting.with("overlay", name))))
             }
+            "vm.prepare" => self.prepare(token, request),
             "vm.start" => self.start(token, request),
             "vm.watch" => {
                 Args::of(request).finish()?;
@@ -428,6 +435,19 @@ impl Worker {
         Ok(Outcome::Done(fields))
     }
 
+    /// Makes what can be made of a snapshot before it is known whose guest goes on from it. In place of what was prepared before.
+    fn prepare(&mut self, token: Token, request: Request) -> Result<Outcome, Error> {
+        let descriptors = self.connections.get_mut(&token).map(Connection::take_descriptors).unwrap_or_default();
+        if self.machine.is_some() || self.end.is_some() {
+            return Err(Error::new(Code::BadState, "this worker was started already"));
+        }
+        self.prepared = None;
+        let prepared = Prepared::new(PrepareConfig::parse(request, descriptors)?).map_err(|e| e.to_wire())?;
+        let fields = Fields::new().with("own", prepared.own).with("mapped", prepared.mapped);
+        self.prepared = Some(prepared);
+        Ok(Outcome::Done(fields))
+    }
+
     fn start(&mut self, token: Token, request: Request) -> Result<Outcome, Error> {
         let descriptors = self.connections.get_mut(&token).map(Connection::take_descriptors).unwrap_or_default();
         if self.machine.is_some() || self.end.is_some() {
@@ -446,7 +466,7 @@ impl Worker {
                 panic!("the worker's loop cannot be woken");
             }
         };
-        match Machine::start(config, self.poll.registry(), FIRST_DEVICE, ended) {
+        match Machine::start(config, self.prepared.take(), self.poll.registry(), FIRST_DEVICE, ended) {
             Ok(machine) => {
                 self.machine = Some(machine);
                 let running = Fields::new().with("event", "running");

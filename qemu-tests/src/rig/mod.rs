@@ -58,6 +58,8 @@ pub struct Setup {
     shares_disk: bool,
     /// Key, what stands before `fd:N` in its value, descriptor.
     descriptors: Vec<(String, String, OwnedFd)>,
+    working_set: Option<File>,
+    prepare: bool,
 }
 
 impl Default for Setup {
@@ -83,7 +85,21 @@ impl Setup {
             snapshot: None,
             shares_disk: false,
             descriptors: Vec::new(),
+            working_set: None,
+            prepare: false,
         }
+    }
+
+    /// With what such guests touch at once, for a restored one.
+    pub fn working_set(mut self, set: &File) -> Self {
+        self.working_set = Some(set.try_clone().expect("a descriptor can be copied"));
+        self
+    }
+
+    /// With all of a snapshot that can be made before made by `vm.prepare`: `Vm::prepared` is the worker's answer.
+    pub fn prepared(mut self) -> Self {
+        self.prepare = true;
+        self
     }
 
     /// What that snapshot was taken of, going on where it stood, with a copy of its disk.
@@ -207,12 +223,35 @@ impl Setup {
                 [("kernel", open(&self.kernel)), ("initramfs", open(&self.initramfs))]
             }
         };
+        let stream = UnixStream::connect(path("socket")).expect("the worker's socket exists");
+        stream.set_read_timeout(Some(timing::hang())).expect("a socket takes a time limit");
+        let mut prepared = None;
+        if self.prepare {
+            let mut request = Request::new("prepare", "vm.prepare").set("name", "rig").set("vcpus", self.vcpus);
+            request = request.set("memory_mib", self.memory_mib);
+            let mut descriptors = vec![("kvm", kvm.as_fd())];
+            descriptors.extend(source.iter().map(|(key, file)| (*key, file.as_fd())));
+            descriptors.extend(self.working_set.as_ref().map(|set| ("working_set", set.as_fd())));
+            for (index, (key, _)) in descriptors.iter().enumerate() {
+                request = request.set(key, format!("fd:{index}"));
+            }
+            let raw: Vec<_> = descriptors.iter().map(|(_, descriptor)| *descriptor).collect();
+            send_with_descriptors(&stream, request, &raw).expect("vm.prepare can be sent");
+            match Connection::over(stream.try_clone().expect("a descriptor can be copied")).receive() {
+                Ok(Message::Ok { fields, .. }) => prepared = Some(fields),
+                other => panic!("vm.prepare gave {other:?}"),
+            }
+        }
         let own = [("kvm", kvm), ("serial", serial), ("base", base), ("overlay", overlay)];
         let layer = frozen.filter(|_| self.shares_disk).map(|layer| ("layer", layer));
         let own = own.into_iter().chain(source).chain(layer);
         let mut descriptors: Vec<(String, String, OwnedFd)> =
             own.map(|(key, file)| (key.to_string(), String::new(), file.into())).collect();
         descriptors.extend(self.descriptors);
+        descriptors.extend(self.working_set.map(|set| ("working_set".to_string(), String::new(), set.into())));
+        if self.prepare {
+            request = request.set("prepared", "rig");
+        }
         for (index, (key, prefix, _)) in descriptors.iter().enumerate() {
             request = request.set(key, format!("{prefix}fd:{index}"));
         }
@@ -220,8 +259,6 @@ impl Setup {
             request = request.set(key, value);
         }
         let began = Instant::now();
-        let stream = UnixStream::connect(path("socket")).expect("the worker's socket exists");
-        stream.set_read_timeout(Some(timing::hang())).expect("a socket takes a time limit");
         let raw: Vec<_> = descriptors.iter().map(|(_, _, descriptor)| descriptor.as_fd()).collect();
         send_with_descriptors(&stream, request, &raw).expect("vm.start can be sent");
         // Open until a worker that refused is told to stop: it ends when nobody is left who could start it.
@@ -231,6 +268,7 @@ impl Setup {
             home,
             process,
             shape: (self.vcpus, self.memory_mib),
+            prepared,
             began,
             took: began.elapsed(),
             control: OnceLock::new(),
@@ -325,6 +363,8 @@ pub struct Vm {
     process: Worker,
     /// Processors and MiB of memory.
     shape: (u8, u64),
+    /// What the worker said to `vm.prepare`.
+    pub prepared: Option<Fields>,
     began: Instant,
     took: Duration,
     control: OnceLock<Client>,

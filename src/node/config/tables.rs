@@ -76,6 +76,8 @@ pub struct Sandbox {
     pub stop_timeout_s: u64,
     /// Output kept of each exec for re-attaching, in KiB, 16–1,048,576.
     pub exec_ring_kib: u64,
+    /// Workers that wait and have prepared what the last sandbox from a template went on from, 0–256.
+    pub prepared: u64,
 }
 
 /// How it is seen that a guest has hung.
@@ -466,6 +468,7 @@ impl Default for Sandbox {
             boot_timeout_s: 30,
             stop_timeout_s: 10,
             exec_ring_kib: 1024,
+            prepared: 2,
         }
     }
 }
@@ -525,6 +528,7 @@ impl Sandbox {
         within("sandbox.max_sandboxes", self.max_sandboxes, 1..=65_536)?;
         within("sandbox.boot_timeout_s", self.boot_timeout_s, 1..=600)?;
         within("sandbox.stop_timeout_s", self.stop_timeout_s, 0..=600)?;
-        within("sandbox.exec_ring_kib", self.exec_ring_kib, 16..=1_048_576)
+        within("sandbox.exec_ring_kib", self.exec_ring_kib, 16..=1_048_576)?;
+        within("sandbox.prepared", self.prepared, 0..=256)
     }
 }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use mio::Token;
 
 use super::exhausted;
+use super::prepared::Prepared;
 use crate::node::ledger::Booking;
 use crate::node::supervisor::{Done, Source, Supervisor};
 use crate::pool::Item;
@@ -31,16 +32,22 @@ pub(in crate::node) struct Idle {
     pub uid: u32,
     /// Its process as an event source.
     pub token: Token,
+    /// What it was told to prepare.
+    pub prepared: Option<Prepared>,
 }
 
 impl Supervisor {
-    /// A worker that is ready, and lives.
-    pub(in crate::node) fn take_idle(&mut self) -> Option<Item<Idle>> {
+    /// A worker that is ready, and lives; where there is one that prepared `snapshot`, that one.
+    pub(in crate::node) fn take_idle(&mut self, snapshot: Option<&str>) -> Option<Item<Idle>> {
         while let Some(dead) = self.pools.workers.lost(|idle| !idle.berth.is_alive()) {
             self.idle_broke(dead);
         }
         self.refill_later();
-        self.pools.workers.take(Instant::now())
+        self.pools.workers.take_best(Instant::now(), |idle| match &idle.prepared {
+            Some(prepared) if snapshot == Some(&prepared.snapshot) => 2,
+            None => 1,
+            Some(_) => 0,
+        })
     }
 
     /// Gives a new sandbox the worker that was taken for it, or sees to it that it gets one.
@@ -124,7 +131,7 @@ impl Supervisor {
         };
         match made {
             Ok((berth, token)) if !ordered => {
-                let thing = Idle { id: id.clone(), berth, uid, token };
+                let thing = Idle { id: id.clone(), berth, uid, token, prepared: None };
                 self.pools.workers.made(Item { number: place, thing, made: now }, now);
                 if self.stopping.is_some() {
                     self.drain_pools();
@@ -218,7 +225,7 @@ impl Supervisor {
     }
 
     fn idle_broke(&mut self, Item { number, thing, .. }: Item<Idle>) {
-        let Idle { id, berth, uid, token } = thing;
+        let Idle { id, berth, uid, token, .. } = thing;
         self.unwatch(token);
         let cause = death::reason(LastWords::read(&berth.home.last_words()).as_ref(), None, Oom::None, b"");
         let what = format!("worker {} of no sandbox yet ({id}) ended: {cause}", berth.pid);
@@ -320,6 +327,7 @@ impl Supervisor {
         if now < self.pools.refill || self.stopping.is_some() {
             return;
         }
+        self.tend_prepared();
         while let Some(place) = self.pools.workers.wanted(now) {
             let made = match (self.uids.take(), SandboxId::random()) {
                 (Some(uid), Ok(id)) => {

@@ -273,6 +273,7 @@ pub const REQUESTS: &[Ioctl] = &[
     kvm("KVM_SET_CLOCK", 0x4030_ae7b, ""),
     kvm("KVM_SET_IRQCHIP", 0x8208_ae63, ""),
     kvm("KVM_GET_STATS_FD", 0xaece, ""),
+    kvm("KVM_PRE_FAULT_MEMORY", 0xc040_aed5, ""),
 ];
 
 /// Whether a thread of that kind may make what is entered for `kinds`.

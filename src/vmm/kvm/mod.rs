@@ -6,6 +6,7 @@
 
 mod cpuid;
 mod msr;
+mod prefault;
 mod registers;
 mod run;
 mod state;
@@ -13,6 +14,7 @@ mod stats;
 mod vcpu;
 
 pub use cpuid::{Make, Mismatch};
+pub use prefault::fault_in;
 pub use run::{Bus, ExitCounts, PauseError, Processors};
 pub use state::VcpuState;
 pub use stats::GuestExits;
@@ -170,14 +172,21 @@ impl Vm {
         (0..count).map(|id| Vcpu::new(self, id, count, entry)).collect()
     }
 
-    /// Makes all processors as they were saved, and then the interrupt controllers and the clock. To be called once.
-    /// Where this host lacks something of them, nothing is made.
-    pub fn restore(&self, count: u8, saved: &Saved) -> Result<Vec<Vcpu>, KvmError> {
+    /// Makes processors that can become those that were saved. To be called once. Where this host lacks something of them,
+    /// nothing is made.
+    pub fn prepare(&self, count: u8, saved: &Saved) -> Result<Vec<VcpuFd>, KvmError> {
         for id in 0..count {
             let processor = cpuid::Processor { id, count, has_tsc_deadline: self.has_tsc_deadline, tsc_khz: 0 };
             state::check(&self.offer, &processor, &self.msrs, saved)?;
         }
         let fds = (0..count).map(|id| self.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
+        (0..).zip(&fds).try_for_each(|(id, fd)| state::identify(fd, id, &self.offer, saved))?;
+        Ok(fds)
+    }
+
+    /// Makes prepared processors what they were when they were saved, and then the interrupt controllers and the clock: the
+    /// guest's time goes on from this moment.
+    pub fn restore(&self, fds: Vec<VcpuFd>, saved: &Saved) -> Result<Vec<Vcpu>, KvmError> {
         let now = state::moment();
         for (id, fd) in (0..).zip(&fds) {
             state::restore(fd, id, &self.offer, saved, now)?;

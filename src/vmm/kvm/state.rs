@@ -189,21 +189,28 @@ fn msrs_of(saved: &Saved, index: u64) -> Result<Vec<kvm_msr_entry>, SavedError> 
     plains(saved.find("msrs", index)?, "entries", usize::from(u16::MAX))
 }
 
-/// Makes a fresh processor the saved one. `now` is the host's TSC that all processors are put back against.
+/// Gives a fresh processor what a guest finds of it: the frequency of its TSC and its CPUID. Nothing of it is of a moment.
+pub(super) fn identify(fd: &VcpuFd, id: u8, offer: &Offer, saved: &Saved) -> Result<(), KvmError> {
+    let index = u64::from(id);
+    let entries = cpuid_of(saved, index)?;
+    let khz = saved.find("vcpu", index)?.number("tsc_khz", u64::from(u32::MAX), 0)?;
+    let own = u64::from(fd.get_tsc_khz().unwrap_or(0));
+    if khz != 0 && own != 0 && khz.abs_diff(own) > own / TSC_TOLERANCE {
+        // A processor that cannot scale its TSC.
+        let lacks = |_| KvmError::Mismatch(Box::new(offer.lacks(format!("tsc-of-{khz}-khz"), &entries)));
+        fd.set_tsc_khz(khz as u32).map_err(lacks)?;
+    }
+    let cpuid = CpuId::from_entries(&entries).map_err(|_| KvmError::Lacks("room for the CPUID entries".to_string()))?;
+    fd.set_cpuid2(&cpuid).map_err(refused(format!("the saved CPUID of processor {id}")))
+}
+
+/// Makes a processor that was identified the saved one. `now` is the host's TSC that all processors are put back against.
 pub(super) fn restore(fd: &VcpuFd, id: u8, offer: &Offer, saved: &Saved, now: u64) -> Result<(), KvmError> {
     let index = u64::from(id);
     let entries = cpuid_of(saved, index)?;
     let lacks = |what: String| KvmError::Mismatch(Box::new(offer.lacks(what, &entries)));
     let what = |what: &str| refused(format!("the saved {what} of processor {id}"));
     let part = saved.find("vcpu", index)?;
-    let khz = part.number("tsc_khz", u64::from(u32::MAX), 0)?;
-    let own = u64::from(fd.get_tsc_khz().unwrap_or(0));
-    if khz != 0 && own != 0 && khz.abs_diff(own) > own / TSC_TOLERANCE {
-        // A processor that cannot scale its TSC.
-        fd.set_tsc_khz(khz as u32).map_err(|_| lacks(format!("tsc-of-{khz}-khz")))?;
-    }
-    let cpuid = CpuId::from_entries(&entries).map_err(|_| KvmError::Lacks("room for the CPUID entries".to_string()))?;
-    fd.set_cpuid2(&cpuid).map_err(what("CPUID"))?;
     let mp_state = part.number("mp_state", u64::from(u32::MAX), 0)? as u32;
     fd.set_mp_state(kvm_mp_state { mp_state }).map_err(what("state"))?;
     fd.set_regs(&plain(part, "regs")?).map_err(what("registers"))?;

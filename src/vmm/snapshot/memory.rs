@@ -139,6 +139,17 @@ fn is_zero(page: &[u8]) -> bool {
 
 /// The pages of a region that are this process' own, and those that the guest gave up: start and end in the region.
 pub(super) fn own_pages(region: &Region, page_map: &File) -> io::Result<Vec<(u64, u64)>> {
+    // Neither a file's page nor the page of zeroes.
+    pages(region, page_map, PAGE_IS_FILE | PAGE_IS_PFNZERO)
+}
+
+/// The pages of a region that are mapped and still its file's: start and end in the region.
+pub(super) fn file_pages(region: &Region, page_map: &File) -> io::Result<Vec<(u64, u64)>> {
+    pages(region, page_map, PAGE_IS_PFNZERO)
+}
+
+/// The pages of a region that are present or swapped, and of those, a file's or not by `inverted`.
+fn pages(region: &Region, page_map: &File, inverted: u64) -> io::Result<Vec<(u64, u64)>> {
     let mut found: Vec<(u64, u64)> = Vec::new();
     let end = region.host_addr + region.size;
     let mut at = region.host_addr;
@@ -150,8 +161,7 @@ pub(super) fn own_pages(region: &Region, page_map: &File) -> io::Result<Vec<(u64
             end,
             vec: rows.as_mut_ptr() as u64,
             vec_len: REGIONS as u64,
-            // Present or swapped, and neither a file's page nor the page of zeroes.
-            category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+            category_inverted: inverted,
             category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO,
             category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
             return_mask: PAGE_IS_PRESENT,

@@ -59,11 +59,16 @@ pub fn measure() -> io::Result<()> {
         thaw(&mut agent(&vm)?.0)?;
         vm.working_set()
     };
-    let prepared = |tap| -> io::Result<Vm> {
-        let set = set.try_clone()?;
-        Ok(with_tap(Setup::new().cloned(&template).descriptor("working_set", set), tap)?.start())
-    };
+    let prepared =
+        |tap| -> io::Result<Vm> { Ok(with_tap(Setup::new().cloned(&template).working_set(&set), tap)?.start()) };
     restores("prepared_", &format!("; {pages} pages prepared"), || prepared(&taps[0]))?;
+    let ready =
+        |tap| Ok::<_, io::Error>(with_tap(Setup::new().cloned(&template).working_set(&set).prepared(), tap)?.start());
+    let first = ready(&taps[0])?;
+    let number = |key| first.prepared.as_ref().and_then(|fields| fields.number(key)).unwrap_or(0);
+    let how = format!("; made before, {} pages its own, {} mapped", number("own"), number("mapped"));
+    drop(first);
+    restores("ready_", &how, || ready(&taps[0]))?;
     stops(&clone(&taps[0])?)?;
     clones(&template, || taps.iter().map(clone).collect())
 }

@@ -123,11 +123,21 @@ fn running() {
     let (set, pages) = clones[1].working_set();
     println!("working_set={pages}");
     assert!(pages > 100, "{pages} pages");
-    let next = Setup::new().restored(&snapshot).descriptor("working_set", set).start();
+    let next = Setup::new().restored(&snapshot).working_set(&set).start();
     let changed = next.process().guest_kib(128).expect("its mappings can be read");
     assert!(changed >= pages * 4, "{changed} KiB of {pages} pages");
     next.restored_agent();
     assert_eq!(next.sh("cat /run/word"), "before\n");
+    drop(next);
+    // One that was prepared before it was asked for has them, and time has not passed for it.
+    let next = Setup::new().restored(&snapshot).working_set(&set).prepared().start();
+    let prepared = next.prepared.as_ref().expect("the worker prepared it");
+    let number = |key: &str| prepared.number(key).unwrap_or(0);
+    println!("own={} mapped={}", number("own"), number("mapped"));
+    assert!(number("own") >= pages * 9 / 10 && number("mapped") > number("own"), "{prepared:?}");
+    next.restored_agent();
+    assert_eq!(next.sh("cat /run/word"), "before\n");
+    goes_on(&next, counter(&next));
     drop(next);
     // What a clone's snapshot has is what it changed.
     let (diff, captured) = clones[0].capture(true, false, true);
