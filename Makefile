@@ -138,7 +138,7 @@ test: lint config-check peers build $(B)/code.img $(B)/qemu.img
 	echo "test: all passed"
 
 # For hours: the tests of recovery and snapshots with many kills, cycles, copies and power cuts.
-soak: build
+soak: build $(B)/code.img
 	@WARREN_SOAK_KILLS=$${WARREN_SOAK_KILLS:-500} WARREN_SOAK_CYCLES=$${WARREN_SOAK_CYCLES:-1000} \
 	    WARREN_SOAK_CUTS=$${WARREN_SOAK_CUTS:-40} WARREN_SOAK_WRITES=$${WARREN_SOAK_WRITES:-200} \
 	    WARREN_SOAK_WRITE_BOOTS=$${WARREN_SOAK_WRITE_BOOTS:-10} \

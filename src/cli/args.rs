@@ -8,6 +8,7 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use super::code::args::{CodeArgs, ContextVerb};
+use super::values::{Disk, parse_disk, parse_duration, parse_label, parse_mib, parse_time_limit};
 use crate::wire::Request;
 
 /// Where the node listens when neither `--socket` nor `WARREN_SOCKET` says otherwise.
@@ -81,7 +82,7 @@ pub enum Verb {
         #[arg(value_name = "SANDBOX")]
         id: String,
         /// Memory it is asked to do with; what is above goes back to the node as far as the guest can spare it
-        #[arg(long, required_unless_present_any = ["network", "limits"], value_name = "SIZE", value_parser = parse_mib)]
+        #[arg(long, required_unless_present_any = ["network", "limits", "time limits"], value_name = "SIZE", value_parser = parse_mib)]
         memory_target: Option<u64>,
         /// What it may reach; the lists are as a whole what they are from now on
         #[command(flatten)]
@@ -89,6 +90,9 @@ pub enum Verb {
         /// What it may take; 0 is no limit
         #[command(flatten)]
         limits: LimitArgs,
+        /// How long it may be there
+        #[command(flatten)]
+        time_limits: TimeLimitArgs,
     },
     /// Stop sandboxes; their disks stay
     Stop {
@@ -369,6 +373,35 @@ pub struct LimitArgs {
     pub net_mbps: Option<u64>,
 }
 
+/// How long a sandbox may be there: each a time such as 10m, which ends with a stop, or 10m:pause, or none.
+#[derive(Debug, Default, Clone, Args)]
+#[group(id = "time limits", multiple = true)]
+pub struct TimeLimitArgs {
+    /// How long from now it may be there, such as 10m or 10m:pause (then it is paused, not stopped), or none
+    #[arg(long, value_name = "LIMIT", value_parser = parse_time_limit)]
+    pub ttl: Option<String>,
+    /// How long it may be without use
+    #[arg(long, value_name = "LIMIT", value_parser = parse_time_limit)]
+    pub idle_timeout: Option<String>,
+    /// How long it may be there at most, from its creation on
+    #[arg(long, value_name = "LIMIT", value_parser = parse_time_limit)]
+    pub max_lifetime: Option<String>,
+}
+
+impl TimeLimitArgs {
+    /// Puts those that were given into a request.
+    pub fn add_to(&self, request: Request) -> Request {
+        let limits = [("ttl", &self.ttl), ("idle_timeout", &self.idle_timeout), ("max_lifetime", &self.max_lifetime)];
+        let given = limits.into_iter().filter_map(|(key, limit)| Some((key, limit.as_ref()?)));
+        given.fold(request, |request, (key, limit)| request.set(key, limit))
+    }
+
+    /// Whether there are any.
+    pub fn are_given(&self) -> bool {
+        self.ttl.is_some() || self.idle_timeout.is_some() || self.max_lifetime.is_some()
+    }
+}
+
 /// What a new sandbox is to be.
 #[derive(Debug, Default, Args)]
 pub struct Shape {
@@ -409,6 +442,9 @@ pub struct Shape {
     /// Whether it is started again when it fails: never, on-failure, on-failure:N
     #[arg(long, value_name = "POLICY")]
     pub restart: Option<String>,
+    /// How long it may be there
+    #[command(flatten)]
+    pub time_limits: TimeLimitArgs,
     /// Boot it, also where its template has a snapshot to start from
     #[arg(long)]
     pub cold: bool,
@@ -531,83 +567,6 @@ pub struct BridgeArgs {
     pub wait: Duration,
 }
 
-/// A size in MiB: a bare number is MiB; K, M, G, T, P (with or without `iB` or `B`) are powers of 1024.
-pub fn parse_mib(text: &str) -> Result<u64, String> {
-    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().map_err(|_| format!("{text:?} is not a size such as 512M or 2G"))?;
-    let unit = unit.to_ascii_lowercase();
-    let unit = unit.strip_suffix("ib").or_else(|| unit.strip_suffix('b')).unwrap_or(&unit);
-    let scaled = match unit {
-        "" | "m" => Some(number),
-        "k" if number.is_multiple_of(1024) => Some(number / 1024),
-        "k" => return Err(format!("{text:?} is not a whole number of MiB")),
-        "g" => number.checked_mul(1 << 10),
-        "t" => number.checked_mul(1 << 20),
-        "p" => number.checked_mul(1 << 30),
-        _ => return Err(format!("{text:?} has an unknown unit: known are K, M, G, T, P")),
-    };
-    scaled.ok_or_else(|| format!("{text:?} is too large"))
-}
-
-/// What `--disk` says.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Disk {
-    /// Size of the root disk in MiB.
-    Root(u64),
-    /// A further disk, as the node is asked for it.
-    Extra(String),
-}
-
-/// A size is the root disk's; anything with a colon is a further disk, and the node's to check. Its size has units here.
-fn parse_disk(text: &str) -> Result<Disk, String> {
-    match text.split_once(":new:") {
-        Some((name, size)) => parse_mib(size).map(|mib| Disk::Extra(format!("{name}:new:{mib}"))),
-        None if text.contains(':') => Ok(Disk::Extra(text.to_string())),
-        None => parse_mib(text).map(Disk::Root),
-    }
-}
-
-/// A time: a bare number is seconds; units are ms, s, m, h. At most a year.
-pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    const YEAR_MS: u64 = 366 * 24 * 3600 * 1000;
-    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().map_err(|_| format!("{text:?} is not a time such as 500ms, 30s or 5m"))?;
-    let scale = match unit {
-        "ms" => 1,
-        "" | "s" => 1000,
-        "m" => 60 * 1000,
-        "h" => 3600 * 1000,
-        _ => return Err(format!("{text:?} has an unknown unit: known are ms, s, m, h")),
-    };
-    match number.checked_mul(scale) {
-        Some(ms) if ms <= YEAR_MS => Ok(Duration::from_millis(ms)),
-        _ => Err(format!("{text:?} is over a year")),
-    }
-}
-
-/// `KEY=VALUE`; what a key may be is the node's to say.
-fn parse_label(text: &str) -> Result<String, String> {
-    match text.split_once('=') {
-        Some((key, _)) if !key.is_empty() => Ok(text.to_string()),
-        _ => Err(format!("{text:?} is not KEY=VALUE")),
-    }
-}
-
-/// Puts the value of this process's environment to a bare `NAME`, as docker does; a name that is not set here is
-/// left out.
-pub fn resolve_env(given: &[String]) -> Vec<Vec<u8>> {
-    use std::os::unix::ffi::OsStringExt;
-    given
-        .iter()
-        .filter_map(|entry| match entry.contains('=') {
-            true => Some(entry.clone().into_bytes()),
-            false => std::env::var_os(entry).map(|v| [entry.as_bytes(), b"=", &v.into_vec()].concat()),
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -664,24 +623,6 @@ mod tests {
         assert!(parse(&["create", "python", "--json"]).unwrap().json);
         assert!(parse(&["create", "-t", "python", "base"]).is_err());
         assert!(parse(&["create"]).is_ok());
-    }
-
-    #[test]
-    fn sizes_and_times_have_units() {
-        assert_eq!(parse_mib("512"), Ok(512));
-        assert_eq!(parse_mib("512MiB"), Ok(512));
-        assert_eq!(parse_mib("2g"), Ok(2048));
-        assert_eq!(parse_mib("1P"), Ok(1 << 30));
-        assert_eq!(parse_mib("2048k"), Ok(2));
-        for bad in ["", "G", "1.5G", "-1", "1000k", "5X", "99999999999999999999", "9999999999999999P"] {
-            assert!(parse_mib(bad).is_err(), "{bad}");
-        }
-        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
-        assert_eq!(parse_duration("30"), Ok(Duration::from_secs(30)));
-        assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
-        for bad in ["", "s", "1d", "99999999h", "1.5s"] {
-            assert!(parse_duration(bad).is_err(), "{bad}");
-        }
     }
 
     #[test]

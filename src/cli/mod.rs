@@ -27,6 +27,7 @@ mod show;
 mod signals;
 mod snapshot;
 mod terminal;
+mod values;
 
 use args::{Cli, NodeVerb, TemplateVerb, Verb};
 use client::Client;
@@ -108,8 +109,8 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Ps(args) => show::ps(&mut connect()?, args, cli.json),
         Verb::Inspect { ids } => show::inspect(&mut connect()?, "sandbox.inspect", ids),
         Verb::Top { ids } => show::top(&mut connect()?, ids, cli.json),
-        Verb::Update { id, memory_target, network, limits } => {
-            show::update(&mut connect()?, id, *memory_target, network, limits, cli.json)
+        Verb::Update { id, memory_target, network, limits, time_limits } => {
+            show::update(&mut connect()?, id, *memory_target, network, limits, time_limits, cli.json)
         }
         Verb::Stop { ids, time } => show::stop(&mut connect()?, ids, *time, cli.json),
         Verb::Pause { ids } => show::change_each(&mut connect()?, "sandbox.pause", ids, cli.json),

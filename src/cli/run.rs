@@ -5,11 +5,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant};
 
 use super::Failure;
-use super::args::{Cli, CreateArgs, Disk, ExecArgs, HowArgs, RunArgs, Shape, resolve_env};
+use super::args::{Cli, CreateArgs, ExecArgs, HowArgs, RunArgs, Shape};
 use super::client::{Call, Client, Event, INTERRUPTED, PROTOCOL_ERROR, local};
 use super::exec::{Mode, OWN_FAILURE, Session, take_signals};
 use super::output::{StatusLine, complain, json_object, print, print_error, print_json};
 use super::signals::exit_code;
+use super::values::{Disk, resolve_env};
 use crate::wire::{Code, Error, Fields, Request};
 
 /// How long the end of an interrupted creation may take.
@@ -172,6 +173,7 @@ pub(super) fn make(client: &mut Client, shape: &Shape, template: Option<&str>) -
     if let Some(restart) = &shape.restart {
         request = request.set("restart", restart);
     }
+    request = shape.time_limits.add_to(request);
     for label in &shape.label {
         request = request.set("label", label);
     }

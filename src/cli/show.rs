@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::Failure;
-use super::args::{AuditArgs, LimitArgs, NetworkArgs, PsArgs};
+use super::args::{AuditArgs, LimitArgs, NetworkArgs, PsArgs, TimeLimitArgs};
 use super::client::{CONNECTION_LOST, Call, Client, Event};
 use super::output::{ago, human_bytes, human_seconds, json_object, print, print_error, print_json, printable, table};
 use crate::wire::{Code, Error, Fields, Request};
@@ -127,6 +127,7 @@ pub fn update(
     memory_target_mib: Option<u64>,
     network: &NetworkArgs,
     limits: &LimitArgs,
+    time_limits: &TimeLimitArgs,
     json: bool,
 ) -> Result<u8, Failure> {
     let request = || Request::new("", "sandbox.update").arg(id);
@@ -143,8 +144,9 @@ pub fn update(
     let limits = limits.fold(None, |request: Option<Request>, (key, limit)| {
         Some(request.unwrap_or_else(|| Request::new("", "sandbox.update").arg(id)).set(key, limit))
     });
+    let times = time_limits.are_given().then(|| time_limits.add_to(request()));
     let mut said = Fields::new();
-    for request in memory.into_iter().chain(network).chain(limits) {
+    for request in memory.into_iter().chain(network).chain(limits).chain(times) {
         let reply = client.call(request)?.fields;
         let first = said.0.is_empty();
         said.0.extend(reply.0.into_iter().filter(|(key, _)| first || key != "id"));

@@ -124,8 +124,9 @@ pub(super) fn context(verb: &str, mut args: Args, _: Defaults) -> Result<Command
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::time_limits::TimeLimits;
 
-    const DEFAULTS: Defaults = Defaults { vcpus: 1, memory_mib: 512 };
+    const DEFAULTS: Defaults = Defaults { vcpus: 1, memory_mib: 512, time_limits: TimeLimits::NONE };
 
     fn of(request: Request) -> Result<Command, Error> {
         Command::of(request, DEFAULTS)

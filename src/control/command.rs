@@ -9,6 +9,7 @@ use crate::sandbox::id::check_name;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::network;
 use crate::sandbox::spec::{Defaults, MEMORY_MIB, MIN_MEMORY_TARGET_MIB, Quota, Spec, Update};
+use crate::sandbox::time_limits;
 use crate::storage::audit::AuditQuery;
 use crate::wire::{Arg, Args, Code, Error, Request};
 
@@ -347,7 +348,7 @@ verbs! {
         let sandbox = sandbox(&mut args)?;
         done(args, Command::SandboxStats(sandbox))
     };
-    "sandbox.update", "SANDBOX memory_target_mib=N | network=on|off [allow=CIDR,…]* [deny=CIDR,…]* | [cpu_quota=N] [disk_iops=N] [disk_mbps=N] [net_mbps=N]", "change a running sandbox", sandbox_update;
+    "sandbox.update", "SANDBOX memory_target_mib=N | network=on|off [allow=CIDR,…]* [deny=CIDR,…]* | [cpu_quota=N] [disk_iops=N] [disk_mbps=N] [net_mbps=N] | [ttl=LIMIT] [idle_timeout=LIMIT] [max_lifetime=LIMIT]", "change a running sandbox", sandbox_update;
     "sandbox.logs", "SANDBOX [follow=true]", "the serial log, on channel log", sandbox_logs;
     "exec.start",
     "SANDBOX ARG+ [env=K=V]* [cwd=PATH] [user=USER] [stdin=true] [tty=true cols=N rows=N] [timeout_ms=N] [detach=true]",
@@ -481,13 +482,16 @@ fn sandbox_remove(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error
 fn sandbox_update(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
     let sandbox = sandbox(&mut args)?;
     let memory = args.number("memory_target_mib", MIN_MEMORY_TARGET_MIB..=*MEMORY_MIB.end())?;
-    let update = match (memory, network::take(&mut args)?, Quota::take(&mut args)?) {
-        (Some(mib), None, None) => Update::Memory(mib),
-        (None, Some(policy), None) => Update::Network(policy),
-        (None, None, Some(quota)) => Update::Quota(quota),
-        (None, None, None) => return Err(missing("memory_target_mib")),
+    let times = Some(time_limits::take(&mut args)?).filter(|changes| !changes.is_empty());
+    let update = match (memory, network::take(&mut args)?, Quota::take(&mut args)?, times) {
+        (Some(mib), None, None, None) => Update::Memory(mib),
+        (None, Some(policy), None, None) => Update::Network(policy),
+        (None, None, Some(quota), None) => Update::Quota(quota),
+        (None, None, None, Some(changes)) => Update::TimeLimits(changes),
+        (None, None, None, None) => return Err(missing("memory_target_mib")),
         _ => {
-            let error = Error::new(Code::BadArgument, "memory, network and limits are changed by a request each");
+            let message = "memory, network, limits and time limits are changed by a request each";
+            let error = Error::new(Code::BadArgument, message);
             return Err(error.with("argument", "network"));
         }
     };
@@ -585,8 +589,9 @@ fn file(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::time_limits::TimeLimits;
 
-    const DEFAULTS: Defaults = Defaults { vcpus: 1, memory_mib: 512 };
+    const DEFAULTS: Defaults = Defaults { vcpus: 1, memory_mib: 512, time_limits: TimeLimits::NONE };
 
     #[test]
     fn unknown_verbs_keys_and_values_are_typed_errors() {

@@ -159,6 +159,8 @@ impl Supervisor {
                 }
             }
         }
+        let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
+        ids.iter().for_each(|id| self.time_sandbox(id));
         self.sweep(discarded, recorded);
     }
 

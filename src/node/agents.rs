@@ -222,6 +222,7 @@ impl Supervisor {
             message = Message::Err { tag, error: self.explain(id, error) };
         }
         if message.is_final() {
+            self.sandboxes.get_mut(id).into_iter().for_each(Sandbox::is_used);
             self.finish(key, &message);
         } else {
             self.answer(key, &message);
@@ -308,6 +309,7 @@ impl Supervisor {
         let Some(exec) = sandbox.execs.get_mut(&number) else { return };
         let routed = exec.route.is_some();
         exec.finish(outcome);
+        sandbox.is_used();
         if routed && let Some(worker) = sandbox.worker.as_mut().filter(|worker| worker.agent.is_ready()) {
             let tag = worker.agent.request(Request::new("", "exec.forget").set("exec", number));
             worker.routes.insert(tag, Route::Unheeded);

@@ -18,6 +18,7 @@ use super::supervisor::{Done, Supervisor, now_ms};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::spec::{Defaults, Spec};
+use crate::sandbox::time_limits::TimeLimits;
 use crate::sandbox::worker;
 use crate::storage::snapshots::files;
 use crate::storage::snapshots::{SnapshotKind, SnapshotRow, SnapshotState};
@@ -28,7 +29,7 @@ use crate::wire::{Code, Error, Fields, Message, Request};
 const SEED: usize = 64;
 
 /// What a snapshot's settings mean that do not say; they say all of it.
-pub(super) const SETTINGS: Defaults = Defaults { vcpus: 1, memory_mib: 512 };
+pub(super) const SETTINGS: Defaults = Defaults { vcpus: 1, memory_mib: 512, time_limits: TimeLimits::NONE };
 
 /// How far a rollback is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -401,6 +402,7 @@ impl Supervisor {
         }
         let Some(sandbox) = self.sandboxes.get_mut(&id) else { return Ok(()) };
         check_rollback(sandbox, &row)?;
+        sandbox.go_on()?;
         let shape = overlay_shape(self.catalogue.get(&row.template)?, row.disk_bytes);
         let random = SandboxId::random().map_err(|e| Error::new(Code::Internal, format!("no random id: {e}")))?;
         let name = format!("{}-{random}", files::OVERLAY);

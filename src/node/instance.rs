@@ -13,6 +13,7 @@ use super::health::Probe;
 use super::pause::Pausing;
 use super::pools::Held;
 use super::stats::Inquiry;
+use super::time_limits::Clocks;
 use super::warm::Parked;
 use crate::init::ChildStatus;
 use crate::network::plan::Slot;
@@ -194,6 +195,8 @@ pub struct Sandbox {
     pub held: Held,
     /// Its worker, while it has one that was started.
     pub worker: Option<Worker>,
+    /// How much of its time is over.
+    pub clocks: Clocks,
     /// Its programs.
     pub execs: BTreeMap<u64, Exec>,
     /// The number of the next program.
@@ -213,7 +216,7 @@ pub struct Sandbox {
 impl Sandbox {
     /// A new sandbox that nothing was done for yet.
     pub fn new(id: SandboxId, owner: String, spec: Spec, home: Home, created_ms: u64) -> Self {
-        Self {
+        let mut sandbox = Self {
             id,
             owner,
             spec,
@@ -243,6 +246,7 @@ impl Sandbox {
             parked: None,
             held: Held::default(),
             worker: None,
+            clocks: Clocks::default(),
             execs: BTreeMap::new(),
             next_exec: 1,
             waiters: Vec::new(),
@@ -250,7 +254,9 @@ impl Sandbox {
             releasing: false,
             writing: None,
             gone: false,
-        }
+        };
+        sandbox.begin_ttl(created_ms);
+        sandbox
     }
 
     /// Whether its worker was started and its agent is waited for.
@@ -298,6 +304,7 @@ impl Sandbox {
             },
             net_mbps: row.net_mbps,
             restart: row.restart.parse().ok()?,
+            time_limits: row.time_limits.parse().ok()?,
             env: row.env.clone(),
             labels: row.labels.iter().map(|(k, v)| (k.clone(), v.clone())).collect(),
         };
@@ -315,6 +322,7 @@ impl Sandbox {
             restarts_in_row: row.restarts_in_row,
             started_ms: row.started_ms,
             ended_ms: row.ended_ms,
+            clocks: Clocks::of_row(row.ttl_until_ms),
             ..Self::new(id, row.owner.clone(), spec, home, row.created_ms)
         })
     }
@@ -345,6 +353,8 @@ impl Sandbox {
             restart: self.spec.restart.to_string(),
             restarts: self.restarts,
             restarts_in_row: self.restarts_in_row,
+            time_limits: self.spec.time_limits.to_string(),
+            ttl_until_ms: self.clocks.ttl_until_ms,
             env: self.spec.env.clone(),
             labels: self.spec.labels.iter().cloned().collect(),
             created_ms: self.created_ms,
@@ -391,6 +401,7 @@ impl Sandbox {
         if let Some(worker) = &self.worker {
             fields = fields.with("pid", worker.pid);
         }
+        fields = self.clock_fields(fields);
         let running = self.execs.values().filter(|exec| exec.outcome.is_none()).count();
         fields.with("execs", running)
     }

@@ -37,6 +37,7 @@ mod snapshots;
 mod start;
 mod stats;
 mod supervisor;
+mod time_limits;
 mod timers;
 mod transfer;
 mod warm;

@@ -180,7 +180,9 @@ impl Supervisor {
             let message = format!("what is left of sandbox {id}'s worker is still being taken down");
             return Err(Error::new(Code::BadState, message));
         }
+        sandbox.go_on()?;
         sandbox.state.become_(State::Resuming)?;
+        sandbox.reason.clear();
         self.await_(key, tag, &id, Awaited::Resumed);
         self.record(&id);
         if let Err(error) = self.settle_worker(&id, None).and_then(|()| self.schedule(&id)) {

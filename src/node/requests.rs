@@ -406,6 +406,7 @@ impl Supervisor {
             Some(sandbox)
                 if sandbox.state == State::Running && sandbox.worker.as_ref().is_some_and(|w| w.agent.is_ready()) =>
             {
+                sandbox.is_used();
                 Ok(sandbox)
             }
             Some(Sandbox { state: State::Running, worker: Some(Worker { foreign: Some(error), .. }), .. }) => {

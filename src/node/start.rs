@@ -87,6 +87,7 @@ impl Supervisor {
                 Error::new(Code::NoCapacity, format!("{live} sandboxes live, the limit of this node")).with("max", max)
             );
         }
+        super::time_limits::check(spec)?;
         if let Some(name) = &spec.name
             && let Some(holder) = self
                 .sandboxes

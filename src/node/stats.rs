@@ -121,6 +121,7 @@ impl Supervisor {
             Update::Memory(mib) => mib,
             Update::Network(policy) => return self.ask_network(key, tag, &id, policy),
             Update::Quota(quota) => return self.ask_quota(key, tag, &id, quota),
+            Update::TimeLimits(changes) => return self.ask_time_limits(key, tag, &id, &changes),
         };
         let Some(sandbox) = self.sandboxes.get(&id) else { return Ok(()) };
         let max = u64::from(sandbox.spec.memory_mib);

@@ -99,6 +99,8 @@ pub(super) enum Timer {
     Look,
     /// The database refused to write: put the rows again that are not in it.
     Record,
+    /// A sandbox's time may be over; when this was to be looked at, in Unix milliseconds.
+    TimeLimit(SandboxId, u64),
     /// Sandboxes have had their time to end.
     Drain,
     /// Externals are looked at.
@@ -603,6 +605,7 @@ impl Supervisor {
             Timer::Port => self.open_port(),
             Timer::Record => self.record_all(),
             Timer::Look => self.look(),
+            Timer::TimeLimit(id, at) => self.time_limit_due(&id, at),
             Timer::Drain => self.drain_expired(),
             Timer::Externals => self.externals_due(),
             Timer::FlushExternals => self.flush_due(),
@@ -635,6 +638,7 @@ impl Supervisor {
 
     /// Writes a sandbox's row to the database. One that is being removed has none any more.
     pub(super) fn record(&mut self, id: &SandboxId) -> Option<Ticket> {
+        self.time_sandbox(id);
         let sandbox = self.sandboxes.get(id).filter(|sandbox| !sandbox.removing)?;
         Some(self.database.submit(Change::PutSandbox(Box::new(sandbox.row()))))
     }

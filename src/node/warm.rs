@@ -160,6 +160,7 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.spec = Spec { disk_mib: sandbox.spec.disk_mib, ..ask.spec };
         (sandbox.owner, sandbox.created_ms) = (ask.owner, now_ms());
+        sandbox.begin_ttl(sandbox.created_ms);
         let what = Awaited::Created { progress: ask.progress };
         sandbox.waiters.push(Waiter { client: ask.key, tag: ask.tag.clone(), what });
         self.add_job(ask.key, &ask.tag, Job::Wait(id.clone()));

@@ -19,6 +19,7 @@ pub mod restart;
 pub mod ring;
 pub mod spawn;
 pub mod spec;
+pub mod time_limits;
 pub mod uids;
 pub mod usage;
 pub mod void;

@@ -6,6 +6,7 @@ use super::disk::DiskSpec;
 use super::id::check_name;
 use super::network;
 use super::restart::Restart;
+use super::time_limits::{self, TimeLimits};
 use crate::network::policy::Policy;
 
 /// Fewest and most virtual CPUs.
@@ -54,6 +55,8 @@ pub struct Spec {
     pub net_mbps: Option<u64>,
     /// Whether it is started again when it fails.
     pub restart: Restart,
+    /// How long it may be there.
+    pub time_limits: TimeLimits,
     /// `KEY=value` for every program in the sandbox.
     pub env: Vec<String>,
     /// For people and programs to find it by.
@@ -69,6 +72,8 @@ pub enum Update {
     Network(Policy),
     /// How much it may take.
     Quota(Quota),
+    /// How long it may be there.
+    TimeLimits(Vec<time_limits::Change>),
 }
 
 /// A change of what a running sandbox may take: what is not named stays, and 0 is no limit.
@@ -105,6 +110,8 @@ pub struct Defaults {
     pub vcpus: u8,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// How long it may be there.
+    pub time_limits: TimeLimits,
 }
 
 impl Spec {
@@ -133,6 +140,7 @@ impl Spec {
         }
         let restart = args.text("restart")?.map_or(Ok(Restart::Never), |text| text.parse());
         let restart = restart.map_err(|message: String| bad("restart", message))?;
+        let time_limits = defaults.time_limits.with(&time_limits::take(args)?);
         let mut env = Vec::new();
         for entry in args.all("env") {
             env.push(check_env(entry)?);
@@ -165,6 +173,7 @@ impl Spec {
             network,
             net_mbps,
             restart,
+            time_limits,
             env,
             labels,
         })
@@ -232,7 +241,7 @@ impl Spec {
         let fields = self.disks.iter().fold(fields, |fields, disk| fields.with("disk", disk));
         let fields = network::fields(self.network.as_ref(), fields);
         let fields = self.limits(fields);
-        let fields = fields.with("restart", self.restart);
+        let fields = self.time_limits.fields(fields.with("restart", self.restart));
         let fields = self.env.iter().fold(fields, |fields, entry| fields.with("env", entry));
         self.labels.iter().fold(fields, |fields, (key, value)| fields.with("label", format!("{key}={value}")))
     }
@@ -268,7 +277,7 @@ mod tests {
     use super::*;
     use crate::wire::Request;
 
-    const DEFAULTS: Defaults = Defaults { vcpus: 1, memory_mib: 512 };
+    const DEFAULTS: Defaults = Defaults { vcpus: 1, memory_mib: 512, time_limits: TimeLimits::NONE };
 
     fn take(request: Request) -> Result<Spec, Error> {
         Spec::take(&mut Args::of(request), DEFAULTS)

@@ -97,6 +97,10 @@ const MIGRATIONS: &[&str] = &[
     ALTER TABLE executions ADD COLUMN language TEXT;                        -- of a code run; NULL for a program
     ALTER TABLE executions ADD COLUMN context INTEGER;                      -- that it ran in
 ",
+    "
+    ALTER TABLE sandboxes ADD COLUMN time_limits TEXT NOT NULL DEFAULT '';  -- words, as requests write them
+    ALTER TABLE sandboxes ADD COLUMN ttl_until_ms INTEGER;
+",
 ];
 
 /// Rows that a table may bring at start: more than a node can ever have made is not read.
@@ -147,6 +151,10 @@ pub struct SandboxRow {
     pub restarts: u32,
     /// How often since it ran well.
     pub restarts_in_row: u32,
+    /// How long it may be there, as `sandbox::time_limits` writes it.
+    pub time_limits: String,
+    /// When its time to live is over, where it has one.
+    pub ttl_until_ms: Option<u64>,
     /// The guest's address, while it has a network slot.
     pub net_address: Option<String>,
     /// `KEY=value` each.
@@ -352,7 +360,8 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
         connection,
         "SELECT id, name, template, template_sha256, state, reason, vcpus, memory_mib, disk_mib, env, labels,
                 created_ms, started_ms, ended_ms, pid, disks, disk_iops, disk_mbps, network, net_allow, net_deny,
-                net_mbps, net_address, owner, cpu_quota, restart, restarts, restarts_in_row, layer, snapshot, overlay
+                net_mbps, net_address, owner, cpu_quota, restart, restarts, restarts_in_row, layer, snapshot, overlay,
+                time_limits, ttl_until_ms
            FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
         |row| {
             Ok(SandboxRow {
@@ -387,6 +396,8 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
                 layer: row.get(28)?,
                 snapshot: row.get(29)?,
                 overlay: row.get(30)?,
+                time_limits: row.get(31)?,
+                ttl_until_ms: maybe_unsigned(row, 32)?,
             })
         },
     )
@@ -451,9 +462,9 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                                         disk_mib, env, labels, created_ms, started_ms, ended_ms, pid, disks,
                                         disk_iops, disk_mbps, network, net_allow, net_deny, net_mbps, net_address,
                                         owner, cpu_quota, restart, restarts, restarts_in_row, layer, snapshot,
-                                        overlay)
+                                        overlay, time_limits, ttl_until_ms)
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20,
-                         ?21, ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31)
+                         ?21, ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33)
                  ON CONFLICT (id) DO UPDATE SET
                      name = excluded.name, template = excluded.template, template_sha256 = excluded.template_sha256,
                      state = excluded.state, reason = excluded.reason, vcpus = excluded.vcpus,
@@ -465,7 +476,8 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                      net_address = excluded.net_address, owner = excluded.owner,
                      cpu_quota = excluded.cpu_quota, restart = excluded.restart, restarts = excluded.restarts,
                      restarts_in_row = excluded.restarts_in_row, layer = excluded.layer,
-                     snapshot = excluded.snapshot, overlay = excluded.overlay",
+                     snapshot = excluded.snapshot, overlay = excluded.overlay,
+                     time_limits = excluded.time_limits, ttl_until_ms = excluded.ttl_until_ms",
             )?
             .execute(params![
                 row.id,
@@ -499,6 +511,8 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 row.layer,
                 row.snapshot,
                 row.overlay,
+                row.time_limits,
+                row.ttl_until_ms.map(signed),
             ])?,
         Change::RemoveSandbox { id } => connection.prepare("DELETE FROM sandboxes WHERE id = ?1")?.execute([id])?,
         Change::PutTemplate(row) => connection

@@ -57,6 +57,8 @@ fn sandbox(id: &str) -> SandboxRow {
         restart: "on-failure:3".into(),
         restarts: 5,
         restarts_in_row: 2,
+        time_limits: "ttl=600:pause".into(),
+        ttl_until_ms: Some(1_700_000_600_000),
         disk_mib: 1 << 40,
         env: vec!["A=1".to_string(), "B=ü \"x\"".to_string()],
         labels: BTreeMap::from([("team".to_string(), "a'; DROP TABLE sandboxes".to_string())]),

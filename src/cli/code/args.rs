@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Subcommand};
 
-use crate::cli::args::{parse_duration, parse_mib};
+use crate::cli::values::{parse_duration, parse_mib};
 use crate::wire::Request;
 
 /// What code may use.

@@ -12,12 +12,13 @@ use serde_json::{Value, json};
 use self::args::{CodeArgs, ContextVerb};
 use self::result::{Lines, Said, base64};
 use super::Failure;
-use super::args::{Cli, RunArgs, resolve_env};
+use super::args::{Cli, RunArgs};
 use super::client::{Call, Client, Event, INTERRUPTED, LOCAL_IO, local};
 use super::exec::{OWN_FAILURE, take_signals};
 use super::output::{complain, json_object, print, print_json, printable, table};
 use super::run::{id_of, make, remove};
 use super::signals::{Signals, exit_code};
+use super::values::resolve_env;
 use crate::wire::{Error, FRAME, Fields, Request};
 
 /// What a client keeps of a run's streams for one document, in octets.

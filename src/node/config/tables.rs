@@ -16,6 +16,7 @@ use crate::pool::Limits;
 use crate::sandbox::disk::is_file_name;
 use crate::sandbox::id::check_name;
 use crate::sandbox::spec::{Defaults, Spec};
+use crate::sandbox::time_limits::{self, Clock, TimeLimits};
 use crate::storage::snapshots::retention::Retention;
 use crate::wire::{Args, Error, Request};
 
@@ -68,6 +69,12 @@ pub struct Sandbox {
     pub default_memory_mib: u64,
     /// Room in MiB beyond the template's disk where a request names no disk size, 0–1,048,576.
     pub default_extra_disk_mib: u64,
+    /// Time to live where a request names none, as requests write it.
+    pub default_ttl: String,
+    /// Time without use where a request names none, as requests write it.
+    pub default_idle_timeout: String,
+    /// Longest life where a request names none, as requests write it.
+    pub default_max_lifetime: String,
     /// Sandboxes at once that are not stopped, 1–65,536.
     pub max_sandboxes: u64,
     /// Seconds from create until the agent must have answered, 1–600.
@@ -342,7 +349,7 @@ impl Warm {
     }
 
     pub(super) fn validate(&self) -> Result<(), (&'static str, String)> {
-        let defaults = Defaults { vcpus: 1, memory_mib: 512 };
+        let defaults = Defaults { vcpus: 1, memory_mib: 512, time_limits: TimeLimits::NONE };
         self.spec(defaults).map_err(|error| ("warm", error.message))?;
         within("warm.min_ready", self.min_ready, 0..=256)?;
         within("warm.max", self.max, 1..=65_536)?;
@@ -464,6 +471,9 @@ impl Default for Sandbox {
             default_vcpus: 1,
             default_memory_mib: 512,
             default_extra_disk_mib: 1024,
+            default_ttl: "none".to_string(),
+            default_idle_timeout: "none".to_string(),
+            default_max_lifetime: "none".to_string(),
             max_sandboxes: 1024,
             boot_timeout_s: 30,
             stop_timeout_s: 10,
@@ -508,7 +518,20 @@ impl Sandbox {
         Defaults {
             vcpus: u8::try_from(self.default_vcpus).unwrap_or(1),
             memory_mib: u32::try_from(self.default_memory_mib).unwrap_or(512),
+            time_limits: self.time_limits().unwrap_or_default(),
         }
+    }
+
+    fn time_limits(&self) -> Result<TimeLimits, (&'static str, String)> {
+        let limits = [
+            ("sandbox.default_ttl", Clock::Ttl, &self.default_ttl),
+            ("sandbox.default_idle_timeout", Clock::Idle, &self.default_idle_timeout),
+            ("sandbox.default_max_lifetime", Clock::Lifetime, &self.default_max_lifetime),
+        ];
+        limits.into_iter().try_fold(TimeLimits::NONE, |limits, (key, clock, text)| {
+            let limit = time_limits::parse(text).map_err(|error| (key, error.message))?;
+            Ok(limits.with(&[(clock, limit)]))
+        })
     }
 
     /// `boot_timeout_s` as a duration.
@@ -525,6 +548,7 @@ impl Sandbox {
         within("sandbox.default_vcpus", self.default_vcpus, 1..=16)?;
         within("sandbox.default_memory_mib", self.default_memory_mib, 64..=32_768)?;
         within("sandbox.default_extra_disk_mib", self.default_extra_disk_mib, 0..=1_048_576)?;
+        self.time_limits()?;
         within("sandbox.max_sandboxes", self.max_sandboxes, 1..=65_536)?;
         within("sandbox.boot_timeout_s", self.boot_timeout_s, 1..=600)?;
         within("sandbox.stop_timeout_s", self.stop_timeout_s, 0..=600)?;
