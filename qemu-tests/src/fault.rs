@@ -52,11 +52,19 @@ impl Blow {
 /// # Panics
 /// When one of the points is not reached.
 pub fn strike(node: &Node, blows: &[(Point, Blow)], request: Request) -> Result<Reply, Error> {
+    strike_at(node, blows, || node.control().start(request).finish())
+}
+
+/// The same for anything that is done.
+///
+/// # Panics
+/// When one of the points is not reached.
+pub fn strike_at<T: std::fmt::Debug>(node: &Node, blows: &[(Point, Blow)], what: impl FnOnce() -> T) -> T {
     let lines: Vec<String> = blows.iter().map(|(point, blow)| format!("{} {}", point.name(), blow.words())).collect();
     let first = node.supervisor();
     node.write_file(FILE, 0o600, lines.join("\n").as_bytes());
-    let result = node.control().start(request).finish();
-    timing::wait_for(&format!("{lines:?} to be reached; the request came to {result:?}"), || {
+    let result = what();
+    timing::wait_for(&format!("{lines:?} to be reached; it came to {result:?}"), || {
         (node.run(&["test", "-e", FILE]).exit != 0).then_some(())
     });
     if blows.iter().any(|(_, blow)| blow.ends_supervisor()) {

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 
-use qemu_tests::fault::{Blow, assert_agree, strike};
+use qemu_tests::fault::{Blow, assert_agree, strike, strike_at};
 use qemu_tests::state::NodeState;
 use qemu_tests::{Code, Error, Node, Reply, Request, Sandbox, shared, timing, witness};
 use warren::node::faults::Point;
@@ -49,6 +49,14 @@ const REMOVAL: [Point; 3] =
 const PAUSE: [Point; 4] = [Point::PauseWritten, Point::PauseCaptured, Point::PauseCommitted, Point::PauseEnded];
 const RESUME: [Point; 3] = [Point::AgentResumed, Point::Unpaused, Point::Introduced];
 
+/// The steps of a merge of layers.
+const MERGE: [Point; 3] = [Point::MergeBegun, Point::MergeSynced, Point::MergeWritten];
+/// The steps of an import.
+const IMPORT: [Point; 3] = [Point::ImportReceived, Point::ImportSynced, Point::ImportWritten];
+
+/// Most layers of a disk that are left as they are.
+const LAYERS: usize = 8;
+
 /// Whether a blow beside the supervisor's end falls at the step of that number.
 fn falls(step: usize, kind: u64) -> bool {
     let setting = |name: &str, default| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
@@ -56,9 +64,18 @@ fn falls(step: usize, kind: u64) -> bool {
     every > 0 || (step as u64 + kind + setting("WARREN_SOAK_SEED", 1)).is_multiple_of(4)
 }
 
-fn snapshots(node: &Node, sandbox: &Sandbox) -> BTreeSet<String> {
-    let rows = node.control().ok(Request::new("", "snapshot.list").set("sandbox", &sandbox.id)).items;
+fn listed(node: &Node, request: Request) -> BTreeSet<String> {
+    let rows = node.control().ok(request).items;
     rows.iter().map(|row| row.get("id").expect("an id").to_string()).collect()
+}
+
+fn snapshots(node: &Node, sandbox: &Sandbox) -> BTreeSet<String> {
+    listed(node, Request::new("", "snapshot.list").set("sandbox", &sandbox.id))
+}
+
+/// Those of all sandboxes.
+fn all(node: &Node) -> BTreeSet<String> {
+    listed(node, Request::new("", "snapshot.list"))
 }
 
 fn files(node: &Node) -> BTreeSet<String> {
@@ -397,9 +414,101 @@ fn a_supervisor_that_is_replaced_finishes_what_it_has_begun() {
 }
 
 #[test]
+fn whatever_ends_a_merge_leaves_the_same_disk() {
+    let node = shared::node_with_faults();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let layers = || files(&node).iter().filter(|name| name.starts_with("layers/")).count();
+    let sandbox = counting(&node, "off");
+    witness::say(&sandbox, "kept");
+    let kept = node.control().ok(take(&sandbox)).field("id").to_string();
+    let another = |round: &str| {
+        sandbox.sh(&format!("cd /workspace && echo {round} >> rounds && cp rounds round-{round} && sync"));
+        node.control().ok(take(&sandbox)).field("id").to_string()
+    };
+    let mut rounds = Vec::new();
+    let mut grow = |round: String| {
+        let id = another(&round);
+        rounds.push(round);
+        (id, format!("{}\n", rounds.join("\n")))
+    };
+    while layers() < LAYERS {
+        let (id, _) = grow(format!("first-{}", layers()));
+        node.control().ok(remove(&id));
+    }
+    for (point, blow) in MERGE.into_iter().flat_map(|point| [(point, Blow::Supervisor), (point, Blow::Full)]) {
+        // Rows that are there are no step that can fail.
+        if (point, blow) == (Point::MergeWritten, Blow::Full) {
+            continue;
+        }
+        let after = format!("{}-{blow:?}", point.name());
+        let (id, written) = grow(after.clone());
+        let _ = strike(&node, &[(point, blow)], remove(&id));
+        witness::answers(&sandbox);
+        assert_eq!(sandbox.sh("cat /workspace/rounds"), written, "after {after}");
+        if blow == Blow::Full {
+            // It is tried again with the next, or a minute later.
+            let (id, _) = grow(format!("{after}-again"));
+            node.control().ok(remove(&id));
+        }
+        timing::wait_for("the layers to be merged", || (layers() <= LAYERS).then_some(()));
+        assert_agree(&node, &after);
+        node.assert_ledger_agrees();
+    }
+    // What the worker has open is older than that: another one reads what there is now.
+    let (_, written) = grow("last".to_string());
+    node.control().ok(sandbox.request("sandbox.pause"));
+    witness::insist(&node, &sandbox.request("sandbox.resume"));
+    sandbox.sh("echo 3 > /tmp/x; sync");
+    node.control().ok(sandbox.exec_request(&["sh", "-c", "echo 3 > /proc/sys/vm/drop_caches"]).set("user", 0));
+    assert_eq!(sandbox.sh("cat /workspace/rounds"), written);
+    for round in written.lines() {
+        assert!(written.starts_with(&sandbox.sh(&format!("cat /workspace/round-{round}"))), "{round}");
+    }
+    node.control().ok(back(&sandbox, &kept));
+    runs(&sandbox, "kept", "all of it");
+    assert_eq!(sandbox.sh("ls /workspace"), "word\n");
+    leave_nothing(&node, sandbox, &before, &state);
+}
+
+#[test]
+fn whatever_ends_an_import_leaves_a_whole_snapshot_or_none() {
+    let node = shared::node_with_faults();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let sandbox = counting(&node, "off");
+    witness::say(&sandbox, "sent");
+    let id = node.control().ok(take(&sandbox)).field("id").to_string();
+    let exported = node.run(&["warren", "snapshot", "export", &id, "/data/exported"]);
+    assert_eq!(exported.exit, 0, "{exported:?}");
+    for (point, blow) in IMPORT.into_iter().flat_map(|point| [(point, Blow::Supervisor), (point, Blow::Full)]) {
+        if (point, blow) == (Point::ImportWritten, Blow::Full) {
+            continue;
+        }
+        let after = format!("{}-{blow:?}", point.name());
+        let known: BTreeSet<String> = all(&node);
+        let output =
+            strike_at(&node, &[(point, blow)], || node.run(&["warren", "snapshot", "import", "/data/exported"]));
+        assert_ne!(output.exit, 0, "{after}: {output:?}");
+        assert_eq!(output.stderr.contains("NO_CAPACITY"), blow == Blow::Full, "{after}: {output:?}");
+        assert_agree(&node, &after);
+        let new: Vec<String> = all(&node).difference(&known).cloned().collect();
+        assert_eq!(new.len(), usize::from(point == Point::ImportWritten), "after {after}: {new:?}");
+        for id in new {
+            let reply = node.control().ok(Request::new("", "snapshot.fork").arg(&id));
+            let clone = Sandbox::of(node.control(), reply.items[0].get("id").expect("an id"));
+            runs(&clone, "sent", &after);
+            clone.remove().expect("a clone can be removed");
+            node.control().ok(remove(&id));
+        }
+        node.assert_ledger_agrees();
+    }
+    node.sh("rm /data/exported");
+    leave_nothing(&node, sandbox, &before, &state);
+}
+
+#[test]
 fn every_point_is_walked() {
-    let walked = [&SNAPSHOT[..], &ROLLBACK, &FORK, &REMOVAL, &PAUSE, &RESUME].concat();
+    let walked = [&SNAPSHOT[..], &ROLLBACK, &FORK, &REMOVAL, &PAUSE, &RESUME, &MERGE, &IMPORT].concat();
     let missing: Vec<String> = Point::all().filter(|point| !walked.contains(point)).map(Point::name).collect();
-    // Nothing is merged on the node yet.
+    // No memory is a difference to another on the node yet.
     assert_eq!(missing, ["Copied"]);
 }

@@ -237,6 +237,7 @@ impl Supervisor {
             Some(Ok(bytes)) => making.layer_bytes = Some(bytes),
             Some(Err(e)) => {
                 log::error!("snapshot {snapshot}: the layer of its disk cannot be kept: {e}");
+                making.failure.get_or_insert(failed("the layer of its disk")(e));
                 self.timers.after(AGAIN, Timer::Snapshot(snapshot.to_string()));
                 return;
             }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, BufWriter, Read};
 
+use super::faults::{self, Point};
 use super::fork::SETTINGS;
 use super::requests::Job;
 use super::snapshots::Then;
@@ -173,6 +174,7 @@ impl Supervisor {
         let rows = self.snapshots.arriving.remove(id).and_then(|arrival| arrival.rows);
         match (refused, rows) {
             (None, Some(rows)) => {
+                faults::pass(Point::ImportWritten);
                 rows.layers.into_iter().for_each(|layer| self.snapshots.store.put_layer(layer));
                 self.snapshots.store.put_snapshot(rows.snapshot);
                 self.retain_snapshots();
@@ -343,8 +345,10 @@ fn import(mut feed: Feed, limits: &Limits, shelves: &Shelves, id: &str) -> Resul
         return Err(corrupt(format!("its state is of a machine of {shape:?}")));
     }
     drop((state, memory));
+    faults::reached(Point::ImportReceived).map_err(io)?;
     let bytes = shelves.sync(id, &mut unhindered).map_err(io)?;
     shelves.sync_layers(&mut unhindered).map_err(io)?;
+    faults::reached(Point::ImportSynced).map_err(io)?;
     let layers = layers.iter().map(taken).collect::<io::Result<_>>().map_err(io)?;
     Ok(Arrived { manifest, bytes, layers })
 }

@@ -51,11 +51,23 @@ pub enum Point {
     Unpaused,
     /// Rows that nobody needed are gone.
     Collected,
+    /// The file of a merged layer is there, and empty.
+    MergeBegun,
+    /// The merged layer is on the medium; no row has it.
+    MergeSynced,
+    /// Rows have the merged layer, and the files of those that it stands for are still there.
+    MergeWritten,
+    /// The files of a snapshot that was sent are there, not synced.
+    ImportReceived,
+    /// They are on the medium; no row has them.
+    ImportSynced,
+    /// Rows have them, and the client was not told.
+    ImportWritten,
 }
 
 impl Point {
     /// Those that are not of files and layers.
-    pub const OF_NODE: [Self; 13] = [
+    pub const OF_NODE: [Self; 19] = [
         Self::ForkBegun,
         Self::RollbackWritten,
         Self::RollbackEnded,
@@ -69,6 +81,12 @@ impl Point {
         Self::AgentResumed,
         Self::Unpaused,
         Self::Collected,
+        Self::MergeBegun,
+        Self::MergeSynced,
+        Self::MergeWritten,
+        Self::ImportReceived,
+        Self::ImportSynced,
+        Self::ImportWritten,
     ];
 
     /// All of them.

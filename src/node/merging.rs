@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io;
 use std::time::Duration;
 
+use super::faults::{self, Point};
 use super::fork::RollingBack;
 use super::snapshots::Then;
 use super::supervisor::{Done, Supervisor, Timer};
@@ -119,6 +120,7 @@ impl Supervisor {
         let Some(merging) = &self.snapshots.merging else { return };
         let (plan, id) = (merging.plan.clone(), merging.layer.clone());
         if refused.is_none() {
+            faults::pass(Point::MergeWritten);
             log::info!("{} frozen layers were merged to {id}", plan.layers.len());
             self.snapshots.merging = None;
             // This asks for the next one, too.
@@ -172,8 +174,10 @@ fn is_still_so(store: &crate::storage::snapshots::Store, plan: &Merge) -> bool {
 fn merge(shelves: &Shelves, layers: &[String], id: &str) -> io::Result<u64> {
     let files = shelves.open_layers(layers)?;
     let out = shelves.make_layer(id)?;
+    faults::reached(Point::MergeBegun)?;
     overlay::merge(&files.iter().collect::<Vec<&File>>(), &out).map_err(io::Error::other)?;
     shelves.sync_layers(&mut unhindered)?;
+    faults::reached(Point::MergeSynced)?;
     taken(&out)
 }
 
