@@ -459,6 +459,9 @@ impl Supervisor {
                 let message = format!("the guest could not be configured: {}", error.message);
                 self.fail_start(id, Error::new(Code::VmFailed, message));
             }
+            Err(error) if self.lacks_room(id) => {
+                log::warn!("sandbox {id} could not be configured: {}", no_room(&error.message));
+            }
             Err(error) => log::error!("sandbox {id} could not be configured: {error}"),
         }
     }
