@@ -23,12 +23,18 @@ pub struct Link<S> {
     decoder: Decoder,
     out: Vec<u8>,
     written: usize,
+    /// The last read gave as much as a short one can.
+    streams: bool,
 }
+
+/// What is read at once, in octets: first, and while that is not enough.
+const FEW: usize = 2 << 10;
+const MUCH: usize = 64 << 10;
 
 impl<S: Read + Write> Link<S> {
     /// Wraps a non-blocking stream.
     pub fn new(stream: S) -> Self {
-        Self { stream, decoder: Decoder::new(), out: Vec::new(), written: 0 }
+        Self { stream, decoder: Decoder::new(), out: Vec::new(), written: 0, streams: false }
     }
 
     /// The stream itself, to register or shut down.
@@ -51,11 +57,23 @@ impl<S: Read + Write> Link<S> {
     /// Reads once, at most 64 KiB. Call `next` until `None` after each; repeat while this gives `More`
     /// (descriptors are registered edge-triggered).
     pub fn fill(&mut self) -> io::Result<Filled> {
-        let mut chunk = [0u8; 64 * 1024];
+        // A request or an answer is short, and what it is read to is zeroed first: each page that this touches is one more
+        // that a clone has for itself.
+        if self.streams { self.fill_much() } else { self.fill_by(&mut [0; FEW]) }
+    }
+
+    /// Apart, so that others have no such stack.
+    #[inline(never)]
+    fn fill_much(&mut self) -> io::Result<Filled> {
+        self.fill_by(&mut [0; MUCH])
+    }
+
+    fn fill_by(&mut self, chunk: &mut [u8]) -> io::Result<Filled> {
         loop {
-            match self.stream.read(&mut chunk) {
+            match self.stream.read(chunk) {
                 Ok(0) => return Ok(Filled::Closed),
                 Ok(n) => {
+                    self.streams = n >= FEW;
                     self.decoder.push(&chunk[..n]);
                     return Ok(Filled::More);
                 }
