@@ -236,9 +236,10 @@ impl Setup {
                 request = request.set(key, format!("fd:{index}"));
             }
             let raw: Vec<_> = descriptors.iter().map(|(_, descriptor)| *descriptor).collect();
+            let began = Instant::now();
             send_with_descriptors(&stream, request, &raw).expect("vm.prepare can be sent");
             match Connection::over(stream.try_clone().expect("a descriptor can be copied")).receive() {
-                Ok(Message::Ok { fields, .. }) => prepared = Some(fields),
+                Ok(Message::Ok { fields, .. }) => prepared = Some((fields, began.elapsed())),
                 other => panic!("vm.prepare gave {other:?}"),
             }
         }
@@ -363,8 +364,8 @@ pub struct Vm {
     process: Worker,
     /// Processors and MiB of memory.
     shape: (u8, u64),
-    /// What the worker said to `vm.prepare`.
-    pub prepared: Option<Fields>,
+    /// What the worker said to `vm.prepare`, and how long that took.
+    pub prepared: Option<(Fields, Duration)>,
     began: Instant,
     took: Duration,
     control: OnceLock<Client>,

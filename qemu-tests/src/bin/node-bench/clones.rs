@@ -65,8 +65,10 @@ pub fn measure() -> io::Result<()> {
     let ready =
         |tap| Ok::<_, io::Error>(with_tap(Setup::new().cloned(&template).working_set(&set).prepared(), tap)?.start());
     let first = ready(&taps[0])?;
-    let number = |key| first.prepared.as_ref().and_then(|fields| fields.number(key)).unwrap_or(0);
+    let (fields, took) = first.prepared.as_ref().ok_or_else(|| io::Error::other("nothing was prepared"))?;
+    let number = |key| fields.number(key).unwrap_or(0);
     let how = format!("; made before, {} pages its own, {} mapped", number("own"), number("mapped"));
+    print("prepare_ms", milliseconds(*took), "ms", &format!("vm.prepare sent to its ok, of a worker that waits{how}"));
     drop(first);
     restores("ready_", &how, || ready(&taps[0]))?;
     stops(&clone(&taps[0])?)?;

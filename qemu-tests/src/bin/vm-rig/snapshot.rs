@@ -131,7 +131,7 @@ fn running() {
     drop(next);
     // One that was prepared before it was asked for has them, and time has not passed for it.
     let next = Setup::new().restored(&snapshot).working_set(&set).prepared().start();
-    let prepared = next.prepared.as_ref().expect("the worker prepared it");
+    let (prepared, _) = next.prepared.as_ref().expect("the worker prepared it");
     let number = |key: &str| prepared.number(key).unwrap_or(0);
     println!("own={} mapped={}", number("own"), number("mapped"));
     assert!(number("own") >= pages * 9 / 10 && number("mapped") > number("own"), "{prepared:?}");
