@@ -96,6 +96,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("clone_private_kib", Target::AtMost(1024.0)),
     ("clone_worker_kib", Target::AtMost(600.0)),
     ("worker_restore_ms", Target::AtMost(4.0)),
+    ("ready_worker_restore_ms", Target::AtMost(4.0)),
     ("restore_ms", Target::AtMostOf(0.5, "peer_restore_ms")),
     ("host_boot_ms", Target::AtMost(2500.0)),
     ("block_write_mib_per_s", Target::AtLeastOf(1.0, "peer_block_write_mib_per_s")),
