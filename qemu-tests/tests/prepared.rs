@@ -76,5 +76,11 @@ fn a_sandbox_of_a_template_takes_a_worker_that_prepared_its_snapshot() {
     all_prepared(&node);
     timing::wait_for("the next one's memory to be mapped", || (mapping(&node, &next) > 0).then_some(()));
     timing::wait_for("nobody to map the one before", || (mapping(&node, &snapshot) == 0).then_some(()));
+    node.control().ok(Request::new("", "snapshot.remove").arg(&next));
+    timing::wait_for("nobody to map what was removed", || (mapping(&node, &next) == 0).then_some(()));
+    timing::wait_for("two workers without", || {
+        let pool = node.pool("workers");
+        (pool.number("ready") == Some(2) && pool.number("prepared") == Some(0)).then_some(())
+    });
     node.assert_ledger_agrees();
 }

@@ -154,7 +154,9 @@ fn rows_and_files_are_compared_and_another_memory_is_refused() {
 
 #[test]
 fn a_templates_snapshot_that_is_no_use_is_no_obstacle() {
-    let node = shared::node();
+    // A worker that prepared it before would need neither file.
+    let config = b"[sandbox]\nprepared = 0\n".to_vec();
+    let node = Boot::kernel().file("/etc/warren/warren.toml", 0o644, config).start();
     // From then on the template is known to be whole: nothing reads it any more.
     node.sandbox(&[]).remove().expect("it can be removed");
     let (before, state) = (files(&node), NodeState::of(&node));

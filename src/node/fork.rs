@@ -264,7 +264,6 @@ impl Supervisor {
         }
         self.database.submit(change);
         self.collect();
-        self.look_at_pools();
     }
 
     // ---- Guests that go on from a snapshot ----

@@ -261,6 +261,8 @@ impl Supervisor {
             (Then::Removed { client, tag, .. }, Some(error)) => self.finish(client, &Message::err(&tag, error)),
             (Then::Collected(garbage), None) => {
                 faults::pass(Point::Collected);
+                // Workers that have prepared what goes now end with it.
+                self.look_at_pools();
                 self.clear_away(garbage);
             }
             // They are without rows in memory, and stay until the next start.
