@@ -164,6 +164,8 @@ pub enum Verb {
         #[arg(short, long)]
         follow: bool,
     },
+    /// Show what was executed, also in sandboxes that are gone; or all that is kept of one execution
+    History(HistoryArgs),
     /// Copy files between here and a sandbox: one side is SANDBOX:PATH
     ///
     /// Directories are copied with everything in them. `-` is standard input or output, for a single file.
@@ -551,6 +553,38 @@ pub struct PsArgs {
     /// Only this owner's
     #[arg(long)]
     pub owner: Option<String>,
+}
+
+/// `warren history`.
+#[derive(Debug, Args)]
+pub struct HistoryArgs {
+    /// The number of a record
+    #[arg(value_name = "ID")]
+    pub id: Option<u64>,
+    /// Only in this sandbox; one that is gone by its whole id
+    #[arg(long)]
+    pub sandbox: Option<String>,
+    /// Only programs or only code
+    #[arg(long, value_name = "exec|code", value_parser = ["exec", "code"])]
+    pub kind: Option<String>,
+    /// Only code in this language
+    #[arg(long, alias = "lang")]
+    pub language: Option<String>,
+    /// Only what is pending, running, completed or failed
+    #[arg(long)]
+    pub state: Option<String>,
+    /// Only this owner's
+    #[arg(long)]
+    pub owner: Option<String>,
+    /// Only what began at most so long ago
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub since: Option<Duration>,
+    /// Only records with smaller numbers
+    #[arg(long, value_name = "ID")]
+    pub before: Option<u64>,
+    /// How many, 1 to 1000
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    pub limit: u64,
 }
 
 /// `warren bridge`.

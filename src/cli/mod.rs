@@ -21,6 +21,7 @@ pub mod client;
 pub mod code;
 mod copy;
 mod exec;
+mod history;
 mod output;
 mod run;
 mod show;
@@ -123,6 +124,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Fork { from, count } => snapshot::fork(&mut connect()?, from, *count, cli.json),
         Verb::Rm { ids, force } => show::rm(&mut connect()?, ids, *force, cli.json),
         Verb::Logs { id, follow } => show::logs(&mut connect()?, id, *follow),
+        Verb::History(args) => history::history(&mut connect()?, args, cli.json),
         Verb::Cp { source, target } => copy::cp(&connect, source, target),
         Verb::Node { verb } => match verb.as_ref().unwrap_or(&NodeVerb::Info) {
             NodeVerb::Audit(args) => show::audit(&mut connect()?, args, cli.json),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::access::Role;
 use super::code::{self, Bounds, RunAsk};
+use super::history;
 use crate::init::StopMode;
 use crate::sandbox::id::check_name;
 use crate::sandbox::lifecycle::State;
@@ -11,6 +12,7 @@ use crate::sandbox::network;
 use crate::sandbox::spec::{Defaults, MEMORY_MIB, MIN_MEMORY_TARGET_MIB, Quota, Spec, Update};
 use crate::sandbox::time_limits;
 use crate::storage::audit::AuditQuery;
+use crate::storage::history::HistoryQuery;
 use crate::wire::{Arg, Args, Code, Error, Request};
 
 /// A checked request.
@@ -47,6 +49,10 @@ pub enum Command {
     NodeUndrain,
     /// The audit log.
     NodeAudit(AuditQuery),
+    /// Records of executions.
+    HistoryList(HistoryQuery),
+    /// All that is kept of one, by its number.
+    HistoryInspect(u64),
     /// The templates.
     TemplateList,
     /// One template.
@@ -224,7 +230,7 @@ impl Verb {
         match self.name {
             "hello" | "help" | "node.info" | "sandbox.list" | "sandbox.stats" => Role::Monitor,
             "template.list" | "template.inspect" | "sandbox.inspect" | "sandbox.logs" | "exec.list" | "code.list"
-            | "snapshot.list" | "snapshot.inspect" => Role::Viewer,
+            | "snapshot.list" | "snapshot.inspect" | "history.list" | "history.inspect" => Role::Viewer,
             "node.stop" | "node.drain" | "node.undrain" | "node.audit" | "node.ledger" | "node.backup"
             | "node.restore" => Role::Admin,
             _ => Role::Operator,
@@ -371,6 +377,10 @@ verbs! {
     "code.context.interrupt", "SANDBOX context=N", "interrupt what a context runs", code::context;
     "code.context.restart", "SANDBOX context=N", "start a context's interpreter anew", code::context;
     "code.context.delete", "SANDBOX context=N", "end a context", code::context;
+    "history.list",
+    "[sandbox=SANDBOX] [exec=N] [kind=exec|code] [language=NAME] [state=STATE] [owner=OWNER] [since_ms=TIME] [until_ms=TIME] [before=RECORD] [limit=1..1000]",
+    "what was executed, also in sandboxes that are gone, newest first", history::list;
+    "history.inspect", "RECORD", "one execution; channels source, stdout, stderr", history::inspect;
     "file.read", "SANDBOX path=PATH [offset=N] [length=N]", "read a file; channel content", file;
     "file.write", "SANDBOX path=PATH [mode=OCTAL] [user=USER] [append=true]", "write a file at once; channel content", file;
     "file.list", "SANDBOX path=PATH", "the entries of a directory", file;

@@ -4,4 +4,5 @@ pub mod access;
 pub mod client;
 pub mod code;
 pub mod command;
+mod history;
 pub mod port;

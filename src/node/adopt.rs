@@ -12,6 +12,7 @@ use mio::net::UnixStream;
 use super::agents::GREETING;
 use super::finish::Extent;
 use super::health::Probe;
+use super::history::OpenRecords;
 use super::instance::{Sandbox, Worker};
 use super::supervisor::{Done, Supervisor, Timer, now_ms};
 use crate::sandbox::agent::Agent;
@@ -78,6 +79,8 @@ fn fate(
 impl Supervisor {
     pub(super) fn adopt(&mut self, snapshot: &Snapshot, sandboxes: &[SandboxRow], fresh_boot: bool) {
         let mut discarded = Vec::new();
+        let open = &snapshot.open_records;
+        let mut open = open.iter().map(|record| ((record.sandbox.clone(), record.exec), record.id)).collect();
         let mut recorded = recorded(&snapshot.allocations);
         for row in sandboxes {
             let Some(mut sandbox) = Sandbox::from_row(row, |id| self.places.of(id)) else {
@@ -88,7 +91,7 @@ impl Supervisor {
             let words = LastWords::read(&sandbox.home.last_words());
             let oom = Oom::of(sandbox.home.cgroup());
             let id = sandbox.id.clone();
-            self.take_executions(&mut sandbox, &snapshot.executions);
+            self.take_executions(&mut sandbox, &snapshot.executions, &mut open);
             // Its directory goes last when a sandbox is removed: that was done, but for the row.
             if !sandbox.home.is_there() {
                 self.snapshots.store.release(id.as_str());
@@ -162,9 +165,10 @@ impl Supervisor {
         let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
         ids.iter().for_each(|id| self.time_sandbox(id));
         self.sweep(discarded, recorded);
+        self.end_records(open);
     }
 
-    fn take_executions(&self, sandbox: &mut Sandbox, executions: &[ExecutionRow]) {
+    fn take_executions(&self, sandbox: &mut Sandbox, executions: &[ExecutionRow], open: &mut OpenRecords) {
         let capacity = self.config.sandbox.exec_ring_kib * 1024;
         for row in executions.iter().filter(|row| row.sandbox_id == sandbox.id.as_str()) {
             let argv = row.argv.iter().map(|arg| arg.clone().into_bytes()).collect();
@@ -173,6 +177,7 @@ impl Supervisor {
                 exec.is_run(CodeRun { language: language.clone(), context: row.context, running: true });
             }
             exec.reopen(&sandbox.home, capacity);
+            exec.record = open.remove(&(row.sandbox_id.clone(), row.exec_id));
             if row.state != "running" {
                 let mut fields = Fields::new();
                 for (key, value) in [("exit", row.exit), ("signal", row.signal)] {
@@ -180,6 +185,7 @@ impl Supervisor {
                         fields = fields.with(key, value);
                     }
                 }
+                exec.ended_ms = row.ended_ms;
                 exec.finish(Ok(fields));
             }
             sandbox.next_exec = sandbox.next_exec.max(row.exec_id + 1);

@@ -237,6 +237,7 @@ impl Supervisor {
         let capacity = self.config.sandbox.exec_ring_kib * 1024;
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let Some(exec) = sandbox.execs.get_mut(&number) else { return };
+        let mut began = false;
         match message {
             Message::Data { channel, payload, .. } => {
                 let Some(index) = output_index(&channel).filter(|&index| exec.unkept.is_none() && exec.has(index))
@@ -269,6 +270,7 @@ impl Supervisor {
             }
             Message::Credit { channel, octets, .. } if channel == exec.input() => exec.stdin.allow(octets),
             Message::Item { fields, .. } => {
+                began = exec.code.as_ref().is_some_and(|run| !run.running);
                 let fields = match &mut exec.code {
                     Some(run) => {
                         run.running = fields.get("state") == Some("running");
@@ -293,6 +295,9 @@ impl Supervisor {
                 self.exec_ended(id, number, outcome);
             }
             _ => {}
+        }
+        if began {
+            self.record_history(id, number);
         }
         self.touched_sandboxes.insert(id.clone());
         self.touch_viewers(id, number);
@@ -340,6 +345,7 @@ impl Supervisor {
         detach: bool,
         run: Option<CodeRun>,
     ) -> Result<(), Error> {
+        let source_limit = self.source_limit();
         let sandbox = self.find_running(key, given)?;
         let id = sandbox.id.clone();
         let number = sandbox.next_exec;
@@ -351,6 +357,7 @@ impl Supervisor {
         exec.route = Some(route);
         if let Some(run) = run {
             exec.is_run(run);
+            exec.source.limit = source_limit;
         }
         if !detach {
             exec.watch(key, tag, true);
@@ -415,6 +422,7 @@ impl Supervisor {
                 }
                 take_over(sandbox, number);
                 self.touched_sandboxes.insert(id.clone());
+                self.record_history(id, number);
             }
             Message::Ok { .. } => {
                 sandbox.returned = false;

@@ -1,10 +1,9 @@
 //! Who did what: each request that changes something goes to the audit log when it is taken, and once more with its result.
 
-use super::requests::Job;
 use super::supervisor::{Supervisor, now_ms};
 use crate::control::client::Ended;
 use crate::storage::audit::{AuditEnd, AuditQuery, AuditRow};
-use crate::storage::state::{Change, StateError, Ticket};
+use crate::storage::state::{Change, Query};
 use crate::wire::{Arg, Code, Error, Fields, Message, Request};
 
 /// Longest arguments that are kept, in octets.
@@ -66,30 +65,12 @@ impl Supervisor {
 
     /// Begins to read the audit log for a client.
     pub(super) fn ask_audit(&mut self, key: u64, tag: &str, query: AuditQuery) {
-        let ticket = self.database.read_audit(query);
-        self.add_job(key, tag, Job::Audit(ticket));
-    }
-
-    /// Rows that were read go to whoever asked.
-    pub(super) fn audit_read(&mut self, ticket: Ticket, result: Result<Vec<AuditRow>, StateError>) {
-        let asked = self.clients.iter().find_map(|(key, client)| {
-            let job = client.jobs.iter().find(|(_, job)| matches!(job, Job::Audit(asked) if *asked == ticket));
-            job.map(|(tag, _)| (*key, tag.clone()))
-        });
-        let Some((key, tag)) = asked else { return };
-        match result {
-            Ok(rows) => {
-                for row in &rows {
-                    self.answer(key, &Message::item(&tag, fields(row)));
-                }
-                self.finish(key, &Message::ok(&tag, Fields::new()));
-            }
-            Err(e) => self.finish(key, &Message::err(&tag, Error::new(Code::Internal, e.to_string()))),
-        }
+        self.ask_database(key, tag, Query::Audit(query));
     }
 }
 
-fn fields(row: &AuditRow) -> Fields {
+/// A row of the log as clients see it.
+pub(super) fn fields(row: &AuditRow) -> Fields {
     let fields = Fields::new()
         .with("audit", row.id)
         .with("began_ms", row.began_ms)

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 pub use tables::{
-    Control, Disks, Health, Jail, Level, Log, MAX_DNS, Network, Node, Paths, Pool, Sandbox, Snapshots, Warm,
+    Control, Disks, Health, History, Jail, Level, Log, MAX_DNS, Network, Node, Paths, Pool, Sandbox, Snapshots, Warm,
 };
 use toml::de::{DeTable, DeValue};
 
@@ -42,6 +42,8 @@ pub struct Config {
     pub warm: Vec<Warm>,
     /// `[snapshots]`
     pub snapshots: Snapshots,
+    /// `[history]`
+    pub history: History,
     /// `[jail]`
     pub jail: Jail,
     /// `[disks]`
@@ -129,6 +131,7 @@ impl Config {
         ])?;
         self.warm.iter().try_for_each(Warm::validate)?;
         self.snapshots.validate()?;
+        self.history.validate()?;
         self.jail.validate()?;
         self.disks.validate()?;
         self.network.settings(&self.paths.run)?;

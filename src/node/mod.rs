@@ -19,6 +19,7 @@ pub mod faults;
 mod finish;
 mod fork;
 mod health;
+mod history;
 mod info;
 mod instance;
 mod ledger;

@@ -83,8 +83,8 @@ pub enum Job {
     Ledger,
     /// It waits for the node to be drained.
     Drain,
-    /// It waits for rows of the audit log.
-    Audit(Ticket),
+    /// It waits for something that is read from the database.
+    Reading(Ticket),
 }
 
 impl Supervisor {
@@ -192,7 +192,10 @@ impl Supervisor {
                 let job = self.clients.get_mut(&key).and_then(|client| client.jobs.get_mut(&tag));
                 match job {
                     Some(Job::Restore { upload, .. } | Job::Import(upload)) => upload.end(),
-                    _ => self.pass_to_agent(key, &tag, |route| Message::end(route, &channel)),
+                    _ => {
+                        self.pass_to_agent(key, &tag, |route| Message::end(route, &channel));
+                        self.source_ended(key, &tag, &channel);
+                    }
                 }
             }
             Message::Credit { tag, channel, octets } => self.take_credit(key, &tag, &channel, octets),
@@ -254,6 +257,8 @@ impl Supervisor {
                 self.answer(key, &Message::ok(tag, Fields::new()));
             }
             Command::NodeAudit(query) => self.ask_audit(key, tag, query),
+            Command::HistoryList(query) => self.ask_history(key, tag, query),
+            Command::HistoryInspect(id) => self.ask_record(key, tag, id),
             Command::TemplateList => {
                 let rows: Vec<Fields> = self.catalogue.rows().collect();
                 for row in rows {
@@ -447,6 +452,7 @@ impl Supervisor {
                 match self.sandboxes.get_mut(sandbox).and_then(|sandbox| sandbox.execs.get_mut(number)) {
                     Some(exec) if exec.input() != channel => Err(no_channel(channel)),
                     Some(exec) if exec.viewers.iter().any(|v| v.owner && v.client == key && v.tag == tag) => {
+                        exec.source.take(&payload);
                         exec.stdin.take(channel, payload.len())
                     }
                     _ => return,
@@ -537,7 +543,7 @@ impl Supervisor {
             | Job::Export(_)
             | Job::Import(_)
             | Job::Ledger
-            | Job::Audit(_) => {}
+            | Job::Reading(_) => {}
             // It is made all the same, and seen in the list.
             Job::Snapshot => {}
         }

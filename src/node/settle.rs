@@ -126,7 +126,7 @@ impl Supervisor {
             | Job::Snapshot
             | Job::Warm
             | Job::Fork { .. }
-            | Job::Audit(_) => false,
+            | Job::Reading(_) => false,
         };
         if !ended && let Some(client) = self.clients.get_mut(&key) {
             client.jobs.insert(tag.to_string(), job);

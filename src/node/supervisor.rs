@@ -87,6 +87,8 @@ pub(super) enum Timer {
     Merge,
     /// An hour is over: snapshots may be too old.
     Retention,
+    /// A minute is over: records of executions may be too old.
+    History,
     /// The worker must have answered a client's request by now.
     Inquiry { sandbox: SandboxId, route: String },
     /// The node has started: time to hash its own templates.
@@ -230,6 +232,8 @@ pub struct Supervisor {
     pub(super) node_id: String,
     /// Number of the next row of the audit log.
     pub(super) next_audit: u64,
+    /// Number of the next record of the history.
+    pub(super) next_record: u64,
     pub(super) started: SystemTime,
     pub(super) log_timer: bool,
     /// How often the control port was looked for in vain.
@@ -326,6 +330,7 @@ impl Supervisor {
             last_ticket: 0,
             node_id: snapshot.node_id.clone(),
             next_audit: snapshot.next_audit,
+            next_record: snapshot.next_record,
             started: SystemTime::now(),
             log_timer: false,
             port_looks: 0,
@@ -345,6 +350,7 @@ impl Supervisor {
         let sandboxes = self.recover_snapshots(snapshot);
         self.timers.after(RETENTION, Timer::Retention);
         self.adopt(snapshot, &sandboxes, fresh_boot);
+        self.history_due();
     }
 
     pub(super) fn open_port(&mut self) {
@@ -534,7 +540,7 @@ impl Supervisor {
             self.written(ticket);
         }
         for (ticket, result) in self.database.readings() {
-            self.audit_read(ticket, result);
+            self.database_read(ticket, result);
         }
         while let Some(done) = self.background.finished() {
             match done {
@@ -598,6 +604,7 @@ impl Supervisor {
             Timer::Freeze(id) => self.freeze_expired(&id),
             Timer::Merge => self.merge_layers(),
             Timer::Retention => self.retention_due(),
+            Timer::History => self.history_due(),
             Timer::Snapshot(id) => self.snapshot_again(&id),
             Timer::Inquiry { sandbox, route } => self.inquiry_expired(&sandbox, &route),
             Timer::Verify => self.verify_built_in(),
@@ -643,13 +650,14 @@ impl Supervisor {
         Some(self.database.submit(Change::PutSandbox(Box::new(sandbox.row()))))
     }
 
-    /// Writes a program's row to the database, unless its sandbox is being removed.
+    /// Writes a program's row to the database, unless its sandbox is being removed, and its record in the history.
     pub(super) fn record_exec(&mut self, id: &SandboxId, number: u64) {
-        let Some(sandbox) = self.sandboxes.get(id).filter(|sandbox| !sandbox.removing) else { return };
-        if let Some(exec) = sandbox.execs.get(&number) {
+        let Some(sandbox) = self.sandboxes.get(id) else { return };
+        if let Some(exec) = sandbox.execs.get(&number).filter(|_| !sandbox.removing) {
             let row = sandbox.execution_row(exec, now_ms());
             self.database.submit(Change::PutExecution(Box::new(row)));
         }
+        self.record_history(id, number);
     }
 
     /// A change is in the database, or was refused for good: clients that waited for it are told. A supervisor that is

@@ -4,7 +4,7 @@ use std::io;
 
 use super::flow::{Gate, QUEUE_HIGH};
 use super::home::Home;
-use super::ring::Ring;
+use crate::storage::ring::Ring;
 use crate::wire::{Code, Error, FRAME, Fields, INITIAL_CREDIT, Message};
 
 /// The output channels, in the order of the arrays below.
@@ -71,6 +71,28 @@ pub struct CodeRun {
     pub running: bool,
 }
 
+/// The source of a code run on its way into its record.
+#[derive(Debug, Default)]
+pub struct Source {
+    /// Octets of it that are kept at most; 0 where it is not to be kept.
+    pub limit: usize,
+    /// The start of it.
+    pub octets: Vec<u8>,
+    /// How long it is so far.
+    pub size: u64,
+}
+
+impl Source {
+    /// More of it.
+    pub fn take(&mut self, octets: &[u8]) {
+        if self.limit > 0 {
+            self.size += octets.len() as u64;
+            let room = self.limit.saturating_sub(self.octets.len()).min(octets.len());
+            self.octets.extend_from_slice(&octets[..room]);
+        }
+    }
+}
+
 /// A program in a sandbox.
 #[derive(Debug)]
 pub struct Exec {
@@ -92,6 +114,12 @@ pub struct Exec {
     pub viewers: Vec<Viewer>,
     /// Where it is a code run.
     pub code: Option<CodeRun>,
+    /// The number of its record in the history.
+    pub record: Option<u64>,
+    /// When it ended, in Unix milliseconds.
+    pub ended_ms: Option<u64>,
+    /// What it runs, until that is in its record.
+    pub source: Source,
     outputs: [Output; 3],
 }
 
@@ -109,6 +137,9 @@ impl Exec {
             unkept: None,
             viewers: Vec::new(),
             code: None,
+            record: None,
+            ended_ms: None,
+            source: Source::default(),
             outputs: [output(), output(), Output { ended: true, ..output() }],
         }
     }
@@ -316,7 +347,7 @@ impl Exec {
 }
 
 /// Arguments as one readable line.
-fn shell_line(argv: &[Vec<u8>]) -> Vec<u8> {
+pub fn shell_line(argv: &[Vec<u8>]) -> Vec<u8> {
     let mut line = Vec::new();
     for (at, arg) in argv.iter().enumerate() {
         if at > 0 {

@@ -16,7 +16,6 @@ pub mod lifecycle;
 pub mod limits;
 pub mod network;
 pub mod restart;
-pub mod ring;
 pub mod spawn;
 pub mod spec;
 pub mod time_limits;

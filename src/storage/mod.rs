@@ -3,11 +3,13 @@
 pub mod audit;
 pub mod backup;
 pub mod block_devices;
+pub mod history;
 pub mod languages;
 pub mod medium;
 pub mod memory_file;
 pub mod overlay;
 pub mod raw;
+pub mod ring;
 mod schema;
 pub mod snapshots;
 pub mod space;

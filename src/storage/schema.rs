@@ -6,6 +6,7 @@ use rusqlite::types::Type;
 use rusqlite::{Connection, Row, params};
 
 use super::audit::{self, AuditEnd, AuditRow};
+use super::history::{self, Note};
 use super::snapshots::rows::{self as snapshots, LayerRow, SnapshotRow};
 use super::state::StateError;
 
@@ -101,6 +102,7 @@ const MIGRATIONS: &[&str] = &[
     ALTER TABLE sandboxes ADD COLUMN time_limits TEXT NOT NULL DEFAULT '';  -- words, as requests write them
     ALTER TABLE sandboxes ADD COLUMN ttl_until_ms INTEGER;
 ",
+    history::MIGRATION,
 ];
 
 /// Rows that a table may bring at start: more than a node can ever have made is not read.
@@ -300,6 +302,8 @@ pub enum Change {
     BeginAudit(Box<AuditRow>),
     /// It has its answer.
     EndAudit(AuditEnd),
+    /// Something about the history of executions.
+    History(Note),
 }
 
 /// That the node is being drained.
@@ -584,6 +588,7 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
         Change::Together(changes) => return changes.iter().try_for_each(|change| apply(connection, change)),
         Change::BeginAudit(row) => return audit::begin(connection, row),
         Change::EndAudit(end) => return audit::end(connection, end),
+        Change::History(note) => return history::write(connection, note),
     };
     Ok(())
 }

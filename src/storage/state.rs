@@ -18,6 +18,7 @@ use rusqlite::{Connection, ErrorCode};
 
 use super::audit::{self, AuditQuery, AuditRow};
 use super::backup;
+use super::history::{self, HistoryQuery, OpenRecord, Record, RecordQuery, RecordRow};
 use super::schema;
 pub use super::schema::{AllocationRow, Change, DrainRow, ExecutionRow, SCHEMA_VERSION, SandboxRow, TemplateRow};
 use super::snapshots::rows as snapshots;
@@ -128,14 +129,40 @@ pub struct Snapshot {
     pub layers: Vec<LayerRow>,
     /// Number of the next row of the audit log.
     pub next_audit: u64,
+    /// Number of the next record of an execution.
+    pub next_record: u64,
+    /// Records of executions that had not ended.
+    pub open_records: Vec<OpenRecord>,
     /// Where the node is being drained.
     pub drain: Option<DrainRow>,
+}
+
+/// What is read while the node runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Query {
+    /// Rows of the audit log.
+    Audit(AuditQuery),
+    /// Records of executions.
+    History(HistoryQuery),
+    /// One of them, with all that is kept.
+    Record(RecordQuery),
+}
+
+/// What was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reading {
+    /// Rows of the audit log, newest first.
+    Audit(Vec<AuditRow>),
+    /// Records of executions, newest first.
+    History(Vec<RecordRow>),
+    /// One of them, if it is there.
+    Record(Option<Box<Record>>),
 }
 
 /// What the thread is asked for.
 enum Order {
     Write(Job),
-    ReadAudit(Ticket, AuditQuery),
+    Read(Ticket, Query),
     Copy(Ticket, PathBuf),
 }
 
@@ -148,7 +175,7 @@ struct Job {
 /// Results by ticket.
 type Results<T> = Vec<(Ticket, Result<T, StateError>)>;
 type Completions = Arc<Mutex<Results<()>>>;
-type Readings = Arc<Mutex<Results<Vec<AuditRow>>>>;
+type Readings = Arc<Mutex<Results<Reading>>>;
 
 /// The supervisor's handle. Dropping it writes what is queued and closes the database.
 #[derive(Debug)]
@@ -216,6 +243,7 @@ impl State {
                 | Change::RemoveAllocation { .. }
                 | Change::BeginAudit(_)
                 | Change::EndAudit(_)
+                | Change::History(_)
         );
         self.queue(change, durable)
     }
@@ -225,10 +253,10 @@ impl State {
         self.queue(change, true)
     }
 
-    /// Queues a reading of the audit log, after all that was submitted before; `readings` has it later.
-    pub fn read_audit(&mut self, query: AuditQuery) -> Ticket {
+    /// Queues a reading, after all that was submitted before; `readings` has it later.
+    pub fn read(&mut self, query: Query) -> Ticket {
         let ticket = self.ticket();
-        if self.jobs.as_ref().is_none_or(|jobs| jobs.send(Order::ReadAudit(ticket, query)).is_err()) {
+        if self.jobs.as_ref().is_none_or(|jobs| jobs.send(Order::Read(ticket, query)).is_err()) {
             let mut readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
             readings.push((ticket, Err(StateError::Closed)));
         }
@@ -245,7 +273,7 @@ impl State {
     }
 
     /// Takes the readings that are there. Never waits.
-    pub fn readings(&mut self) -> Results<Vec<AuditRow>> {
+    pub fn readings(&mut self) -> Results<Reading> {
         std::mem::take(&mut *self.readings.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -344,8 +372,12 @@ fn run(
         let results = write_batch(&mut connection, &batch);
         completions.lock().unwrap_or_else(PoisonError::into_inner).extend(results);
         match aside {
-            Some(Order::ReadAudit(ticket, query)) => {
-                let rows = audit::read(&connection, &query);
+            Some(Order::Read(ticket, query)) => {
+                let rows = match query {
+                    Query::Audit(query) => audit::read(&connection, &query).map(Reading::Audit),
+                    Query::History(query) => history::list(&connection, &query).map(Reading::History),
+                    Query::Record(query) => history::record(&connection, &query).map(Reading::Record),
+                };
                 readings.lock().unwrap_or_else(PoisonError::into_inner).push((ticket, rows));
             }
             Some(Order::Copy(ticket, to)) => {
@@ -437,6 +469,8 @@ pub(super) fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateErro
         snapshots: snapshots::snapshots(&connection)?,
         layers: snapshots::layers(&connection)?,
         next_audit: audit::take_up(&connection)?,
+        next_record: history::next(&connection)?,
+        open_records: history::open(&connection)?,
         drain: schema::meta(&connection, DRAIN)?.map(|text| DrainRow::parse(&text)),
     };
     Ok((connection, snapshot))

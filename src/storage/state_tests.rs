@@ -411,8 +411,8 @@ fn audited(id: u64, owner: &str) -> AuditRow {
 
 fn wait_for_reading(state: &mut State) -> Vec<AuditRow> {
     loop {
-        if let Some((_, rows)) = state.readings().pop() {
-            return rows.unwrap();
+        if let Some((_, Ok(Reading::Audit(rows)))) = state.readings().pop() {
+            return rows;
         }
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -429,20 +429,20 @@ fn the_audit_log_has_ends_and_names_what_had_none() {
     let end = AuditEnd { id: 2, ended_ms: 9, result: "ok".to_string(), sandbox: Some("sb".to_string()) };
     state.submit(Change::EndAudit(end));
     // What was submitted before is in what is read.
-    state.read_audit(AuditQuery { before: None, owner: None, limit: 2 });
+    state.read(Query::Audit(AuditQuery { before: None, owner: None, limit: 2 }));
     let rows = wait_for_reading(&mut state);
     assert_eq!(rows.iter().map(|row| row.id).collect::<Vec<_>>(), [3, 2]);
     assert_eq!(
         (rows[1].result.as_deref(), rows[1].sandbox.as_deref(), rows[1].ended_ms),
         (Some("ok"), Some("sb"), Some(9))
     );
-    state.read_audit(AuditQuery { before: Some(3), owner: Some("ann".to_string()), limit: 9 });
+    state.read(Query::Audit(AuditQuery { before: Some(3), owner: Some("ann".to_string()), limit: 9 }));
     assert_eq!(wait_for_reading(&mut state), [audited(1, "ann")]);
     state.close();
 
     let (mut state, snapshot) = folder.open();
     assert_eq!(snapshot.next_audit, 4);
-    state.read_audit(AuditQuery { before: None, owner: None, limit: 9 });
+    state.read(Query::Audit(AuditQuery { before: None, owner: None, limit: 9 }));
     let results: Vec<_> = wait_for_reading(&mut state).into_iter().map(|row| row.result.unwrap()).collect();
     assert_eq!(results, [audit::INTERRUPTED, "ok", audit::INTERRUPTED]);
 }
@@ -456,7 +456,7 @@ fn the_audit_log_keeps_its_newest_rows() {
     for id in [1, gone, gone + 1, last] {
         state.submit(Change::BeginAudit(Box::new(audited(id, "ann"))));
     }
-    state.read_audit(AuditQuery { before: None, owner: None, limit: 9 });
+    state.read(Query::Audit(AuditQuery { before: None, owner: None, limit: 9 }));
     assert_eq!(wait_for_reading(&mut state).iter().map(|row| row.id).collect::<Vec<_>>(), [last, gone + 1]);
 }
 

@@ -127,6 +127,22 @@ pub struct Snapshots {
     pub max_mib: u64,
 }
 
+/// What is kept of executions.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct History {
+    /// Whether the source of code runs and the arguments of programs are.
+    pub keep_source: bool,
+    /// Of each source, in KiB, 0–256.
+    pub source_kib: u64,
+    /// Of each output, its end, in KiB, 0–256.
+    pub output_kib: u64,
+    /// Seconds since it began, 0–3,153,600,000; 0 is no limit.
+    pub max_age_s: u64,
+    /// Records of each owner, 0–10,000,000; 0 is no limit.
+    pub max_count: u64,
+}
+
 /// Where workers are kept in.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -263,6 +279,22 @@ impl Snapshots {
         within("snapshots.max_age_s", self.max_age_s, 0..=3_153_600_000)?;
         within("snapshots.max_count", self.max_count, 0..=1_000_000)?;
         within("snapshots.max_mib", self.max_mib, 0..=1_073_741_824)
+    }
+}
+
+impl Default for History {
+    fn default() -> Self {
+        Self { keep_source: true, source_kib: 64, output_kib: 16, max_age_s: 30 * 24 * 3600, max_count: 10_000 }
+    }
+}
+
+impl History {
+    pub(super) fn validate(&self) -> Result<(), (&'static str, String)> {
+        // What an answer may have on a channel before its receiver says more.
+        within("history.source_kib", self.source_kib, 0..=256)?;
+        within("history.output_kib", self.output_kib, 0..=256)?;
+        within("history.max_age_s", self.max_age_s, 0..=3_153_600_000)?;
+        within("history.max_count", self.max_count, 0..=10_000_000)
     }
 }
 

@@ -87,6 +87,28 @@ impl Ring {
         Ok(length)
     }
 
+    /// The last `limit` octets of a ring that is written no more, or by another; and how many there ever were.
+    pub fn tail(path: &Path, limit: u64) -> io::Result<(Vec<u8>, u64)> {
+        let file = File::open(path)?;
+        let mut head = [0u8; HEAD as usize];
+        file.read_exact_at(&mut head, 0)?;
+        let (magic, total) = head.split_at(8);
+        let total = u64::from_le_bytes(total.try_into().map_err(|_| ErrorKind::InvalidData)?);
+        // The capacity is not in the file, but the file of a stream that came round is as long as that.
+        let capacity = file.metadata()?.len().saturating_sub(HEAD).max(1);
+        if magic != MAGIC {
+            return Err(io::Error::new(ErrorKind::InvalidData, "not an output ring"));
+        }
+        let ring = Self { file, capacity, total };
+        let mut octets = vec![0; usize::try_from(limit.min(total).min(capacity)).unwrap_or(usize::MAX)];
+        let mut filled = 0;
+        while filled < octets.len() {
+            let at = total - (octets.len() - filled) as u64;
+            filled += ring.read_at(at, &mut octets[filled..])?;
+        }
+        Ok((octets, total))
+    }
+
     fn write_head(&self) -> io::Result<()> {
         let mut head = [0u8; HEAD as usize];
         head[..8].copy_from_slice(MAGIC);
@@ -125,6 +147,13 @@ mod tests {
             assert_eq!(read_all(&ring), model[model.len().saturating_sub(100)..]);
         }
         assert!(ring.read_at(ring.oldest().wrapping_sub(1), &mut [0; 1]).is_err());
+        for limit in [0, 1, 60, 100, 1000] {
+            let (tail, total) = Ring::tail(&path, limit).expect("tail");
+            assert_eq!(
+                (total, &tail[..]),
+                (model.len() as u64, &model[model.len() - usize::try_from(limit).expect("small").min(100)..])
+            );
+        }
         drop(ring);
         let again = Ring::open(&path, 100).expect("open");
         assert_eq!(read_all(&again), model[model.len() - 100..]);
