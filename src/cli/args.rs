@@ -155,7 +155,7 @@ pub enum Verb {
         #[arg(short, long)]
         force: bool,
     },
-    /// Print a sandbox's console log
+    /// Print a sandbox's console log, or what its programs log at http://169.254.169.254/logs
     Logs {
         /// Id or name
         #[arg(value_name = "SANDBOX")]
@@ -163,6 +163,9 @@ pub enum Verb {
         /// Go on printing what comes
         #[arg(short, long)]
         follow: bool,
+        /// What its programs log, lines of JSON
+        #[arg(short, long)]
+        guest: bool,
     },
     /// Show what was executed, also in sandboxes that are gone; or all that is kept of one execution
     History(HistoryArgs),

@@ -123,7 +123,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Rollback { sandbox, snapshot } => snapshot::rollback(&mut connect()?, sandbox, snapshot, cli.json),
         Verb::Fork { from, count } => snapshot::fork(&mut connect()?, from, *count, cli.json),
         Verb::Rm { ids, force } => show::rm(&mut connect()?, ids, *force, cli.json),
-        Verb::Logs { id, follow } => show::logs(&mut connect()?, id, *follow),
+        Verb::Logs { id, follow, guest } => show::logs(&mut connect()?, id, *follow, *guest),
         Verb::History(args) => history::history(&mut connect()?, args, cli.json),
         Verb::Cp { source, target } => copy::cp(&connect, source, target),
         Verb::Node { verb } => match verb.as_ref().unwrap_or(&NodeVerb::Info) {

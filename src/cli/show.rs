@@ -1,7 +1,6 @@
 //! `ps`, `inspect`, `top`, `update`, `stop`, `rm`, `logs`, `node`, `template`: what a node has, and how to end it.
 
 use std::collections::VecDeque;
-use std::io;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -9,7 +8,9 @@ use serde_json::{Value, json};
 use super::Failure;
 use super::args::{AuditArgs, LimitArgs, NetworkArgs, PsArgs, TimeLimitArgs};
 use super::client::{CONNECTION_LOST, Call, Client, Event};
-use super::output::{ago, human_bytes, human_seconds, json_object, print, print_error, print_json, printable, table};
+use super::output::{
+    ago, complain, human_bytes, human_seconds, json_object, print, print_error, print_json, printable, table,
+};
 use crate::wire::{Code, Error, Fields, Request};
 
 const MIB: u64 = 1 << 20;
@@ -233,20 +234,34 @@ fn each(names: &[String], mut action: impl FnMut(&str) -> Result<(), Error>) -> 
     code
 }
 
-/// `warren logs`: the console log as it is.
-pub fn logs(client: &mut Client, id: &str, follow: bool) -> Result<u8, Failure> {
+/// `warren logs`: a log as it is. What is lost to a reader that is too slow is said.
+pub fn logs(client: &mut Client, id: &str, follow: bool, guest: bool) -> Result<u8, Failure> {
     let mut request = Request::new("", "sandbox.logs").arg(id);
     if follow {
         request = request.set("follow", true);
     }
-    let mut output: io::Result<()> = Ok(());
-    let done = client.transfer(request, None, &mut |_, payload| {
-        output = print(payload);
-        output.as_ref().map_err(|e| e.kind()).copied().map_err(io::Error::from)
-    });
-    output?;
-    done?;
-    Ok(0)
+    if guest {
+        request = request.set("source", "guest");
+    }
+    let call = client.start(request)?;
+    loop {
+        match client.next(&call, None)? {
+            Event::Item(fields) => {
+                if let Some(lost) = fields.number("lost") {
+                    complain(&format!("warning: at least {lost} octets are lost here"));
+                }
+            }
+            Event::Data { channel, payload } => {
+                print(&payload)?;
+                client.consumed(&call, &channel, payload.len());
+            }
+            Event::End { .. } => {}
+            Event::Done(result) => {
+                result?;
+                return Ok(0);
+            }
+        }
+    }
 }
 
 /// `warren node`.

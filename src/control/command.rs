@@ -149,6 +149,8 @@ pub enum Command {
         sandbox: String,
         /// Goes on with what is still to come.
         follow: bool,
+        /// Which log.
+        source: LogSource,
     },
     /// Starts a program.
     ExecStart {
@@ -202,6 +204,15 @@ pub enum Command {
         /// The request for the agent.
         request: Request,
     },
+}
+
+/// A log of a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogSource {
+    /// Its serial console.
+    Console,
+    /// What its programs log by the guest's own service.
+    Guest,
 }
 
 /// Sandboxes of one fork.
@@ -355,7 +366,7 @@ verbs! {
         done(args, Command::SandboxStats(sandbox))
     };
     "sandbox.update", "SANDBOX memory_target_mib=N | network=on|off [allow=CIDR,…]* [deny=CIDR,…]* | [cpu_quota=N] [disk_iops=N] [disk_mbps=N] [net_mbps=N] | [ttl=LIMIT] [idle_timeout=LIMIT] [max_lifetime=LIMIT]", "change a running sandbox", sandbox_update;
-    "sandbox.logs", "SANDBOX [follow=true]", "the serial log, on channel log", sandbox_logs;
+    "sandbox.logs", "SANDBOX [follow=true] [source=console|guest]", "the serial log, or what programs log, on channel log", sandbox_logs;
     "exec.start",
     "SANDBOX ARG+ [env=K=V]* [cwd=PATH] [user=USER] [stdin=true] [tty=true cols=N rows=N] [timeout_ms=N] [detach=true]",
     "start a program; channels stdin, stdout, stderr", exec_start;
@@ -511,7 +522,15 @@ fn sandbox_update(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error
 fn sandbox_logs(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
     let sandbox = sandbox(&mut args)?;
     let follow = args.flag("follow")?;
-    done(args, Command::SandboxLogs { sandbox, follow })
+    let source = match args.text("source")?.as_deref() {
+        None | Some("console") => LogSource::Console,
+        Some("guest") => LogSource::Guest,
+        Some(other) => {
+            let message = format!("source={other} is neither console nor guest");
+            return Err(Error::new(Code::BadArgument, message).with("argument", "source"));
+        }
+    };
+    done(args, Command::SandboxLogs { sandbox, follow, source })
 }
 
 /// Largest terminal, in columns or rows: the kernel's `struct winsize` holds 16 bits.

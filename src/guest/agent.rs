@@ -26,6 +26,7 @@ use super::port::{self, Port};
 use super::settings::Settings;
 use super::tasks::{Task, Tasks};
 use super::uplink::Call;
+use super::web::Web;
 use super::{boot, memory, report, socket, system};
 use crate::wire::Fields;
 
@@ -48,9 +49,11 @@ pub(super) enum Kind {
     Frozen,
     Result,
     Context,
+    Web,
+    Visitor,
 }
 
-const KINDS: [Kind; 11] = [
+const KINDS: [Kind; 13] = [
     Kind::Listener,
     Kind::Signals,
     Kind::Tasks,
@@ -62,6 +65,8 @@ const KINDS: [Kind; 11] = [
     Kind::Frozen,
     Kind::Result,
     Kind::Context,
+    Kind::Web,
+    Kind::Visitor,
 ];
 /// Bits of a token that are its kind.
 const KIND_BITS: u32 = 4;
@@ -103,6 +108,8 @@ pub(super) enum Due {
     Port,
     /// Who waits for the programs to stand still has waited long enough.
     Freeze,
+    /// A program has had its time for a request to the guest's own service.
+    Visitor(u64),
     /// Call the host again.
     Call,
     /// The sandbox goes down, whether its programs have ended or not.
@@ -167,6 +174,8 @@ pub(super) struct Agent {
     pub(super) identity: Identity,
     /// The host is to be told that the agent is there again.
     pub(super) call: Option<Call>,
+    /// What programs ask of the sandbox.
+    pub(super) web: Web,
 }
 
 impl Agent {
@@ -217,6 +226,7 @@ impl Agent {
             freeze: None,
             identity: Identity::default(),
             call: None,
+            web: Web::default(),
         };
         agent.watch(&agent.signals, Kind::Signals, 0, Interest::READABLE)?;
         match &agent.door {
@@ -335,6 +345,7 @@ impl Agent {
                 }
                 if self.pid1 {
                     self.identity.introduce();
+                    self.open_web();
                 }
             }
             None => {}
@@ -365,6 +376,8 @@ impl Agent {
                     self.busy_links.insert(number);
                 }
             }
+            Kind::Web => self.welcome(),
+            Kind::Visitor => self.attend(number),
             Kind::Context => {
                 self.busy_contexts.insert(number);
             }
@@ -474,6 +487,7 @@ impl Agent {
                 }
                 Due::Port => self.accept(),
                 Due::Freeze => self.mark_freezers(),
+                Due::Visitor(id) => self.dismiss(Some(id)),
                 Due::Call => self.call_again(),
                 Due::PowerOff => system::power_off(),
             }

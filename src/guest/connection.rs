@@ -24,6 +24,8 @@ pub(super) enum Job {
     Task(Task),
     /// Until all programs stand still, or this time.
     Freeze(Instant),
+    /// What programs log, for as long as the node takes it.
+    Service,
 }
 
 /// A tag and its request.

@@ -29,6 +29,7 @@ mod system;
 mod tasks;
 mod uplink;
 mod verbs;
+mod web;
 
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use code::Lines as RunnerLines;

@@ -169,6 +169,7 @@ impl Agent {
                     task.pump(link.queued());
                     Visit::Idle
                 }
+                Job::Service => Visit::Idle,
                 Job::Freeze(until) => match &freeze {
                     Some((decided, fields)) if *decided || *until <= Instant::now() => {
                         link.send(&Message::ok(&slot.tag, fields.clone()));

@@ -64,7 +64,7 @@ impl Agent {
         let (tag, verb) = (request.tag.clone(), request.verb.clone());
         let args = Args::of(request);
         // What the boot left undone is needed by everything but these.
-        if !matches!(verb.as_str(), "hello" | "system.configure") {
+        if !matches!(verb.as_str(), "hello" | "system.configure" | "service.serve") {
             self.do_chores();
         }
         match verb.as_str() {
@@ -80,6 +80,7 @@ impl Agent {
             "system.freeze" => self.freeze(args),
             "system.thaw" => self.thaw(args).map(Begun::Done),
             "system.poweroff" => self.power_off(args),
+            "service.serve" => self.service(link, connection, &tag, args),
             "exec.start" => self.exec_start(link, &tag, args),
             "exec.attach" => self.exec_attach(link, connection, &tag, args),
             "exec.list" => {
@@ -196,6 +197,7 @@ impl Agent {
                 }
             }
             (Some(Job::Task(task)), "content") => task.credit(octets),
+            (Some(Job::Service), "logs") => self.service_credit(octets),
             _ => {}
         }
     }

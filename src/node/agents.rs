@@ -192,6 +192,7 @@ impl Supervisor {
                 Message::Err { error, .. } => self.introduced(id, Err(error)),
                 _ => {}
             },
+            Route::Service => self.guest_says(id, &message),
             Route::PowerOff | Route::Unheeded => {}
             Route::Survey => self.surveyed(id, &message),
             Route::Exec(number) => self.take_exec_answer(id, number, message),

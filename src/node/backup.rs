@@ -69,7 +69,7 @@ impl Supervisor {
         }
         let wanted = self.clients.get(&key).is_some_and(|client| client.jobs.contains_key(&tag));
         match opened {
-            Ok(file) if wanted => self.add_job(key, &tag, Job::Logs(Reader::of_file(CHANNEL, file))),
+            Ok(file) if wanted => self.add_job(key, &tag, Job::Logs(Box::new(Reader::of_file(CHANNEL, file)))),
             Ok(_) => {}
             Err(error) if wanted => self.finish(key, &Message::err(&tag, error)),
             Err(error) => log::error!("backup: {error}"),

@@ -20,6 +20,7 @@ use crate::network::plan::Slot;
 use crate::sandbox::agent::Agent;
 use crate::sandbox::disk::DiskSpec;
 use crate::sandbox::exec::Exec;
+use crate::sandbox::guest_log::GuestLog;
 use crate::sandbox::home::Home;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
@@ -48,6 +49,8 @@ pub enum Route {
         /// The tag of its request.
         tag: String,
     },
+    /// `service.serve`: what programs log.
+    Service,
     /// Whether it is there.
     Probe,
     /// Whether one that waits in a pool is there.
@@ -201,6 +204,8 @@ pub struct Sandbox {
     pub execs: BTreeMap<u64, Exec>,
     /// The number of the next program.
     pub next_exec: u64,
+    /// What its programs log.
+    pub guest_log: GuestLog,
     /// Requests that wait for it.
     pub waiters: Vec<Waiter>,
     /// It is to be taken away once its worker has ended.
@@ -249,6 +254,7 @@ impl Sandbox {
             clocks: Clocks::default(),
             execs: BTreeMap::new(),
             next_exec: 1,
+            guest_log: GuestLog::default(),
             waiters: Vec::new(),
             removing: false,
             releasing: false,

@@ -1,19 +1,25 @@
-//! Serial logs, read by clients, some of them while they grow.
+//! Logs of sandboxes, their consoles' and their programs', read by clients, some of them while they grow.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use super::requests::Job;
 use super::supervisor::{Supervisor, Timer};
 use crate::control::client::Client;
+use crate::control::command::LogSource;
 use crate::sandbox::exec::Sink;
 use crate::sandbox::flow::QUEUE_HIGH;
+use crate::sandbox::guest_log;
 use crate::sandbox::id::SandboxId;
+use crate::storage::ring::Ring;
 use crate::wire::{Code, Error, FRAME, Fields, INITIAL_CREDIT, Message};
 
 /// How often followed logs are looked at: nothing tells when a file grows but a look at it.
 const PERIOD: Duration = Duration::from_millis(100);
+/// Octets by which a reader finds its place again in a log that was begun anew.
+const MARK: usize = 64;
 
 /// One client's reading of one log.
 #[derive(Debug)]
@@ -21,16 +27,71 @@ pub struct Reader {
     /// Whose log it is; `None` for a file that does not grow.
     sandbox: Option<SandboxId>,
     channel: &'static str,
-    file: File,
+    origin: Origin,
     offset: u64,
     credit: u64,
     follow: bool,
 }
 
+#[derive(Debug)]
+enum Origin {
+    /// A file that is begun anew with its end when it is full. `mark` is what was read last, `seen` its longest.
+    File { file: File, mark: Vec<u8>, seen: u64 },
+    /// A ring that somebody else writes.
+    Ring(Ring),
+}
+
+impl Origin {
+    fn of_file(file: File) -> Self {
+        Self::File { file, mark: Vec::new(), seen: 0 }
+    }
+
+    /// Reads on from `offset`, which is moved where that is not there any more. Gives the octets that are lost by that, as
+    /// far as is known, and those that were read.
+    fn read(&mut self, offset: &mut u64, length: usize) -> io::Result<(u64, Vec<u8>)> {
+        let mut chunk = vec![0u8; length];
+        match self {
+            Self::Ring(ring) => {
+                ring.refresh()?;
+                let lost = ring.oldest().saturating_sub(*offset);
+                *offset = (*offset).max(ring.oldest()).min(ring.total());
+                let read = ring.read_at(*offset, &mut chunk)?;
+                chunk.truncate(read);
+                *offset += chunk.len() as u64;
+                Ok((lost, chunk))
+            }
+            Self::File { file, mark, seen } => {
+                let mut before = vec![0; mark.len()];
+                let at = offset.saturating_sub(mark.len() as u64);
+                let mut lost = 0;
+                if file.read_exact_at(&mut before, at).is_err() || before != *mark {
+                    let mut all = Vec::new();
+                    let mut whole = &*file;
+                    io::Seek::seek(&mut whole, io::SeekFrom::Start(0))?;
+                    io::Read::read_to_end(&mut io::Read::take(whole, *seen), &mut all)?;
+                    let place = all.windows(mark.len().max(1)).rposition(|window| window == mark.as_slice());
+                    (lost, *offset) = match place {
+                        Some(place) => (0, (place + mark.len()) as u64),
+                        None => (seen.saturating_sub(*offset).max(1), 0),
+                    };
+                }
+                *seen = file.metadata()?.len().max(*seen);
+                let read = file.read_at(&mut chunk, *offset)?;
+                chunk.truncate(read);
+                *offset += chunk.len() as u64;
+                mark.extend_from_slice(&chunk);
+                mark.drain(..mark.len().saturating_sub(MARK));
+                Ok((lost, chunk))
+            }
+        }
+    }
+}
+
 impl Reader {
     /// The reading of a file that is whole.
     pub fn of_file(channel: &'static str, file: File) -> Self {
-        Self { sandbox: None, channel, file, offset: 0, credit: INITIAL_CREDIT, follow: false }
+        let origin = Origin::of_file(file);
+        Self { sandbox: None, channel, origin, offset: 0, credit: INITIAL_CREDIT, follow: false }
     }
 
     /// Whose log it is.
@@ -51,26 +112,22 @@ impl Reader {
     /// Sends what is there and allowed. `true` when the reading has ended; `live`: the log may still grow.
     pub fn pump(&mut self, tag: &str, sink: &mut dyn Sink, live: bool) -> bool {
         while self.credit > 0 && sink.queued() < QUEUE_HIGH {
-            // The worker starts its bounded log over by truncating it.
-            if self.file.metadata().is_ok_and(|m| m.len() < self.offset) {
-                self.offset = 0;
+            let length = usize::try_from(self.credit).unwrap_or(FRAME).min(FRAME);
+            let (lost, chunk) = self.origin.read(&mut self.offset, length).unwrap_or_default();
+            if lost > 0 {
+                sink.send(&Message::item(tag, Fields::new().with("lost", lost)));
             }
-            let mut chunk = vec![0u8; usize::try_from(self.credit).unwrap_or(FRAME).min(FRAME)];
-            match self.file.read_at(&mut chunk, self.offset) {
-                Ok(n) if n > 0 => {
-                    chunk.truncate(n);
-                    self.offset += n as u64;
-                    self.credit -= n as u64;
-                    sink.send(&Message::data(tag, self.channel, chunk));
-                }
-                _ if self.follow && live => return false,
-                _ => {
-                    let fields = Fields::new();
-                    let fields = if self.sandbox.is_none() { fields.with("size", self.offset) } else { fields };
-                    sink.send(&Message::end(tag, self.channel));
-                    sink.send(&Message::ok(tag, fields));
-                    return true;
-                }
+            if !chunk.is_empty() {
+                self.credit -= chunk.len() as u64;
+                sink.send(&Message::data(tag, self.channel, chunk));
+            } else if self.follow && live {
+                return false;
+            } else {
+                let fields = Fields::new();
+                let fields = if self.sandbox.is_none() { fields.with("size", self.offset) } else { fields };
+                sink.send(&Message::end(tag, self.channel));
+                sink.send(&Message::ok(tag, fields));
+                return true;
             }
         }
         false
@@ -78,14 +135,29 @@ impl Reader {
 }
 
 impl Supervisor {
-    pub(super) fn open_logs(&mut self, key: u64, tag: &str, given: &str, follow: bool) -> Result<(), Error> {
+    pub(super) fn open_logs(
+        &mut self,
+        key: u64,
+        tag: &str,
+        given: &str,
+        follow: bool,
+        source: LogSource,
+    ) -> Result<(), Error> {
         let id = self.find(key, given)?;
-        let Some(sandbox) = self.sandboxes.get(&id) else { return Ok(()) };
-        let file = File::open(sandbox.home.serial_log())
-            .map_err(|e| Error::new(Code::NotFound, format!("sandbox {id} has no log: {e}")))?;
-        let sandbox = Some(id);
-        let reader = Reader { sandbox, channel: "log", file, offset: 0, credit: INITIAL_CREDIT, follow };
-        self.add_job(key, tag, Job::Logs(reader));
+        let Some(sandbox) = self.sandboxes.get_mut(&id) else { return Ok(()) };
+        let opened = match source {
+            LogSource::Console => File::open(sandbox.home.serial_log()).map(Origin::of_file),
+            LogSource::Guest => {
+                let path = sandbox.home.guest_log();
+                let there = sandbox.guest_log.prepare(&sandbox.home).map(drop);
+                there.and_then(|()| Ring::open(&path, guest_log::KEPT)).map(Origin::Ring)
+            }
+        };
+        let origin = opened.map_err(|e| Error::new(Code::NotFound, format!("sandbox {id} has no log: {e}")))?;
+        // What is kept is read from its start, and is all that there is.
+        let offset = if let Origin::Ring(ring) = &origin { ring.oldest() } else { 0 };
+        let reader = Reader { sandbox: Some(id), channel: "log", origin, offset, credit: INITIAL_CREDIT, follow };
+        self.add_job(key, tag, Job::Logs(Box::new(reader)));
         if follow && !self.log_timer {
             self.log_timer = true;
             self.timers.after(PERIOD, Timer::Logs);
@@ -103,5 +175,34 @@ impl Supervisor {
             self.timers.after(PERIOD, Timer::Logs);
         }
         self.touched_clients.extend(keys);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_log_that_is_begun_anew_is_read_on_where_it_was_left_or_says_what_is_lost() {
+        let path = std::env::temp_dir().join(format!("warren-follow-{}", std::process::id()));
+        std::fs::write(&path, "one\ntwo\n").expect("write");
+        let mut origin = Origin::of_file(File::open(&path).expect("open"));
+        let (mut offset, mut file) = (0, File::options().write(true).open(&path).expect("open"));
+        let mut text = |offset: &mut u64| {
+            let (lost, octets) = origin.read(offset, 1000).expect("read");
+            (lost, String::from_utf8(octets).expect("text"))
+        };
+        assert_eq!(text(&mut offset), (0, "one\ntwo\n".to_string()));
+        // Its end is kept, as the worker does.
+        file.set_len(0).expect("truncate");
+        file.write_all(b"one\ntwo\nthree\n").expect("write");
+        assert_eq!(text(&mut offset), (0, "three\n".to_string()));
+        file.set_len(0).expect("truncate");
+        let mut file = File::options().append(true).open(&path).expect("open");
+        file.write_all(b"something else that is longer\n").expect("write");
+        assert_eq!(text(&mut offset), (1, "something else that is longer\n".to_string()));
+        std::fs::remove_file(&path).expect("clean up");
     }
 }

@@ -33,6 +33,7 @@ mod pools;
 mod requests;
 mod restart;
 mod sealing;
+mod service;
 mod settle;
 mod snapshots;
 mod start;

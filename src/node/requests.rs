@@ -43,7 +43,7 @@ pub enum Job {
         up: Gate,
     },
     /// It reads a serial log.
-    Logs(super::logs::Reader),
+    Logs(Box<super::logs::Reader>),
     /// It waits for the worker's answer.
     Inquiry {
         /// Where.
@@ -319,7 +319,7 @@ impl Supervisor {
             Command::SandboxRemove { sandbox, force } => self.ask_remove(key, tag, &sandbox, force)?,
             Command::SandboxStats(sandbox) => self.ask_stats(key, tag, &sandbox)?,
             Command::SandboxUpdate { sandbox, update } => self.ask_update(key, tag, &sandbox, update)?,
-            Command::SandboxLogs { sandbox, follow } => self.open_logs(key, tag, &sandbox, follow)?,
+            Command::SandboxLogs { sandbox, follow, source } => self.open_logs(key, tag, &sandbox, follow, source)?,
             Command::ExecStart { sandbox, argv, request, detach } => {
                 self.start_exec(key, tag, &sandbox, argv, request, detach, None)?;
             }

@@ -404,6 +404,7 @@ impl Supervisor {
         if self.park(id) {
             return;
         }
+        self.serve_guest(id);
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let from_snapshot = sandbox.origin().is_some();
         match sandbox.state {

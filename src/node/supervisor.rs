@@ -93,6 +93,8 @@ pub(super) enum Timer {
     Inquiry { sandbox: SandboxId, route: String },
     /// The node has started: time to hash its own templates.
     Verify,
+    /// A second is over for what a sandbox's programs log.
+    GuestLog(SandboxId),
     /// Followed logs may have grown.
     Logs,
     /// The control port was not there: look again.
@@ -608,6 +610,7 @@ impl Supervisor {
             Timer::Snapshot(id) => self.snapshot_again(&id),
             Timer::Inquiry { sandbox, route } => self.inquiry_expired(&sandbox, &route),
             Timer::Verify => self.verify_built_in(),
+            Timer::GuestLog(id) => self.refill_guest_log(&id),
             Timer::Logs => self.logs_due(),
             Timer::Port => self.open_port(),
             Timer::Record => self.record_all(),

@@ -145,6 +145,11 @@ impl Home {
         self.dir.join("serial.log")
     }
 
+    /// What its programs log by the guest's own service.
+    pub fn guest_log(&self) -> PathBuf {
+        self.dir.join("guest.log")
+    }
+
     /// The end of the serial log: that many octets at most, nothing where it cannot be read.
     pub fn console_tail(&self, octets: usize) -> Vec<u8> {
         let read = || -> io::Result<Vec<u8>> {

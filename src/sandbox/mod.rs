@@ -9,6 +9,7 @@ pub mod death;
 pub mod disk;
 pub mod exec;
 pub mod flow;
+pub mod guest_log;
 pub mod home;
 pub mod id;
 pub mod ledger;

@@ -47,6 +47,14 @@ impl Ring {
         Ok(Self { file, capacity: capacity.max(1), total })
     }
 
+    /// Looks at what another has written since.
+    pub fn refresh(&mut self) -> io::Result<()> {
+        let mut total = [0u8; 8];
+        self.file.read_exact_at(&mut total, 8)?;
+        self.total = u64::from_le_bytes(total);
+        Ok(())
+    }
+
     /// Octets ever written: the offset at which the next one will stand.
     pub fn total(&self) -> u64 {
         self.total
