@@ -103,6 +103,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("block_read_mib_per_s", Target::AtLeastOf(1.0, "peer_block_read_mib_per_s")),
     ("block_4k_iops", Target::AtLeastOf(1.0, "peer_block_4k_iops")),
     ("block_4k_write_iops", Target::AtLeastOf(1.0, "peer_block_4k_write_iops")),
+    ("file_write_mib_per_s", Target::AtLeastOf(0.5, "vsock_mib_per_s")),
+    ("file_read_mib_per_s", Target::AtLeastOf(0.5, "vsock_mib_per_s")),
     ("net_mib_per_s", Target::AtLeastOf(1.0, "peer_net_mib_per_s")),
     ("net_small_packets_per_s", Target::AtLeastOf(1.0, "peer_net_small_packets_per_s")),
 ];

@@ -71,3 +71,69 @@ fn run_creates_runs_and_removes() {
     assert_eq!(stdout(&run), "in a sandbox\n");
     assert_eq!(stdout(&warren(&node, &["ps", "--all", "--json"])), stdout(&before));
 }
+
+#[test]
+fn a_large_file_goes_in_and_out_unchanged_with_little_memory_on_each_side() {
+    let node = shared::node_with_templates();
+    let mib: usize = std::env::var("WARREN_SOAK_COPY_MIB").ok().and_then(|text| text.parse().ok()).unwrap_or(192);
+    let sandbox = node.sandbox(&[("disk_mib", &(mib + 512).to_string())]);
+    let id = sandbox.client().ok(sandbox.request("sandbox.inspect")).field("id").to_string();
+    let resident = |argv: &[&str]| {
+        let words = sandbox.client().ok(sandbox.exec_request(argv).set("user", 0)).text("stdout");
+        words.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).expect("statm has numbers") * 4
+    };
+    let pages = format!("/proc/{}/statm", node.supervisor());
+    let supervisor = || {
+        let words = node.sh(&format!("cat {pages}"));
+        words.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).expect("statm has numbers") * 4
+    };
+    let before = (supervisor(), resident(&["cat", "/proc/1/statm"]));
+
+    let place = qemu_tests::files::TempDir::new().expect("a temporary directory");
+    let (there, back) = (place.path().join("there"), place.path().join("back"));
+    let block: Vec<u8> = (0..1u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let mut file = std::fs::File::create(&there).expect("a file");
+    for number in 0..mib {
+        std::io::Write::write_all(&mut file, &[&number.to_le_bytes(), &block[8..]].concat()).expect("room for it");
+    }
+    drop(file);
+    // With 16 MiB for its data this side could not hold the file.
+    let copy = |from: String, to: String| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "ulimit -d 16384; exec \"$@\"", "sh"]).arg(Artefact::Warren.path()).arg("--socket");
+        let copied = shell.arg(node.socket()).args(["cp", &from, &to]).output().expect("a shell starts");
+        assert!(copied.status.success(), "{}", stderr(&copied));
+    };
+    copy(there.display().to_string(), format!("{id}:/workspace/large"));
+    copy(format!("{id}:/workspace/large"), back.display().to_string());
+    let same = Command::new("cmp").arg(&there).arg(&back).status().expect("cmp starts");
+    assert!(same.success(), "what came back is something else");
+    let after = (supervisor(), resident(&["cat", "/proc/1/statm"]));
+    assert!(after.0 < before.0 + 16 * 1024, "the supervisor went from {} to {} KiB", before.0, after.0);
+    assert!(after.1 < before.1 + 2 * 1024, "the agent went from {} to {} KiB", before.1, after.1);
+}
+
+#[test]
+fn a_program_in_the_background_is_listed_attached_to_and_signalled() {
+    let node = shared::node_with_templates();
+    let sandbox = node.sandbox(&[("name", "background")]);
+    let script = "echo begun; trap 'echo asked to end; exit 5' TERM; while true; do sleep 0.1; done";
+    let started = warren(&node, &["exec", "-d", "background", "--", "sh", "-c", script]);
+    let number = stdout(&started).trim().to_string();
+    assert!(number.parse::<u64>().is_ok(), "{number} {}", stderr(&started));
+    let listed = warren(&node, &["execs", "background"]);
+    assert!(stdout(&listed).contains("running") && stdout(&listed).contains("begun"), "{}", stdout(&listed));
+    qemu_tests::timing::wait_for("its first line", || {
+        let attach = sandbox.client().start(sandbox.request("exec.attach").set("exec", &number));
+        let mut attach = attach;
+        let begun = attach.read_until("stdout", "begun").contains("begun");
+        attach.cancel();
+        begun.then_some(())
+    });
+    let signalled = warren(&node, &["signal", "background", &number]);
+    assert!(signalled.status.success(), "{}", stderr(&signalled));
+    let attached = warren(&node, &["attach", "background", &number]);
+    assert_eq!((attached.status.code(), stdout(&attached).as_str()), (Some(5), "begun\nasked to end\n"));
+    let missing = warren(&node, &["attach", "background", "999"]);
+    assert!(stderr(&missing).contains("NOT_FOUND"), "{}", stderr(&missing));
+}

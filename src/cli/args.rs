@@ -8,7 +8,10 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use super::code::args::{CodeArgs, ContextVerb};
+use super::history::HistoryArgs;
+use super::show::{AuditArgs, PsArgs};
 use super::values::{Disk, parse_disk, parse_duration, parse_label, parse_mib, parse_time_limit};
+use super::watch::{EventsArgs, WatchArgs};
 use crate::wire::Request;
 
 /// Where the node listens when neither `--socket` nor `WARREN_SOCKET` says otherwise.
@@ -62,6 +65,33 @@ pub enum Verb {
         #[arg(value_name = "SANDBOX")]
         id: String,
     },
+    /// Replay a program's output and follow it; an interrupt leaves the program running
+    Attach {
+        /// Id or name
+        #[arg(value_name = "SANDBOX")]
+        id: String,
+        /// The program's number, as `exec --detach` and `execs` print it
+        #[arg(value_name = "EXEC")]
+        exec: u64,
+    },
+    /// List the programs of a sandbox
+    Execs {
+        /// Id or name
+        #[arg(value_name = "SANDBOX")]
+        id: String,
+    },
+    /// Send a signal to a program and all of its process group
+    Signal {
+        /// Id or name
+        #[arg(value_name = "SANDBOX")]
+        id: String,
+        /// The program's number
+        #[arg(value_name = "EXEC")]
+        exec: u64,
+        /// Name or number
+        #[arg(value_name = "SIGNAL", default_value = "TERM")]
+        signal: String,
+    },
     /// List sandboxes
     Ps(PsArgs),
     /// Show everything about sandboxes, as JSON
@@ -75,6 +105,9 @@ pub enum Verb {
         /// Ids or names; all that run when none is given
         #[arg(value_name = "SANDBOX")]
         ids: Vec<String>,
+        /// Go on every so often, such as 2s, until interrupted
+        #[arg(short, long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "2s", value_parser = parse_duration)]
+        follow: Option<Duration>,
     },
     /// Change a running sandbox
     Update {
@@ -167,6 +200,10 @@ pub enum Verb {
         #[arg(short, long)]
         guest: bool,
     },
+    /// Show what becomes of sandboxes and executions
+    Events(EventsArgs),
+    /// Show what changes at a path in a sandbox, as it changes
+    Watch(WatchArgs),
     /// Show what was executed, also in sandboxes that are gone; or all that is kept of one execution
     History(HistoryArgs),
     /// Copy files between here and a sandbox: one side is SANDBOX:PATH
@@ -248,20 +285,6 @@ pub enum NodeVerb {
     Stop,
     /// Stop all sandboxes and start the node anew
     Reboot,
-}
-
-/// `warren node audit`.
-#[derive(Debug, Clone, Args)]
-pub struct AuditArgs {
-    /// How many rows, 1 to 1000
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
-    pub limit: u64,
-    /// Only rows with smaller ids
-    #[arg(long, value_name = "ID")]
-    pub before: Option<u64>,
-    /// Only requests of this owner's clients
-    #[arg(long)]
-    pub owner: Option<String>,
 }
 
 /// Verbs of `warren snapshot`.
@@ -539,55 +562,6 @@ pub struct HowArgs {
     /// End the command and all it started after this time, such as 500ms, 30s, 5m
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
-}
-
-/// `warren ps`.
-#[derive(Debug, Args)]
-pub struct PsArgs {
-    /// Also stopped sandboxes
-    #[arg(short, long)]
-    pub all: bool,
-    /// Only ids
-    #[arg(short, long)]
-    pub quiet: bool,
-    /// Only sandboxes in this state
-    #[arg(long)]
-    pub state: Option<String>,
-    /// Only this owner's
-    #[arg(long)]
-    pub owner: Option<String>,
-}
-
-/// `warren history`.
-#[derive(Debug, Args)]
-pub struct HistoryArgs {
-    /// The number of a record
-    #[arg(value_name = "ID")]
-    pub id: Option<u64>,
-    /// Only in this sandbox; one that is gone by its whole id
-    #[arg(long)]
-    pub sandbox: Option<String>,
-    /// Only programs or only code
-    #[arg(long, value_name = "exec|code", value_parser = ["exec", "code"])]
-    pub kind: Option<String>,
-    /// Only code in this language
-    #[arg(long, alias = "lang")]
-    pub language: Option<String>,
-    /// Only what is pending, running, completed or failed
-    #[arg(long)]
-    pub state: Option<String>,
-    /// Only this owner's
-    #[arg(long)]
-    pub owner: Option<String>,
-    /// Only what began at most so long ago
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub since: Option<Duration>,
-    /// Only records with smaller numbers
-    #[arg(long, value_name = "ID")]
-    pub before: Option<u64>,
-    /// How many, 1 to 1000
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
-    pub limit: u64,
 }
 
 /// `warren bridge`.

@@ -113,12 +113,14 @@ pub struct Session<'a> {
     early: Vec<Signal>,
     interrupts: u32,
     raw: Option<RawTerminal>,
+    /// The command is another's: what interrupts us ends our watching, and not it.
+    watches: bool,
     /// Set when we ended the command ourselves: the exit code, and until when to wait for the node's last word.
     leaving: Option<(u8, Instant)>,
 }
 
 impl<'a> Session<'a> {
-    /// Starts a command (`exec.start` or `exec.attach`) and serves it until it ends. Gives its exit code.
+    /// Starts a command and serves it until it ends. Gives its exit code.
     pub fn run(
         client: &'a mut Client,
         signals: &'a Signals,
@@ -126,6 +128,28 @@ impl<'a> Session<'a> {
         request: Request,
         mode: Mode,
     ) -> Result<u8, Error> {
+        Self::begin(client, signals, sandbox, request, mode)?.serve()
+    }
+
+    /// Watches a command that runs by itself (`exec.attach`) until it ends. Gives its exit code.
+    pub fn watch(
+        client: &'a mut Client,
+        signals: &'a Signals,
+        sandbox: &str,
+        request: Request,
+        mode: Mode,
+    ) -> Result<u8, Error> {
+        let session = Self::begin(client, signals, sandbox, request, mode)?;
+        Session { watches: true, ..session }.serve()
+    }
+
+    fn begin(
+        client: &'a mut Client,
+        signals: &'a Signals,
+        sandbox: &str,
+        request: Request,
+        mode: Mode,
+    ) -> Result<Self, Error> {
         client.interrupt_on(None);
         let raw = (mode.tty && mode.stdin && io::stdin().is_terminal())
             .then(RawTerminal::enter)
@@ -143,9 +167,10 @@ impl<'a> Session<'a> {
             early: Vec::new(),
             interrupts: 0,
             raw,
+            watches: false,
             leaving: None,
         };
-        session.serve()
+        Ok(session)
     }
 
     fn serve(mut self) -> Result<u8, Error> {
@@ -290,7 +315,7 @@ impl<'a> Session<'a> {
                 self.send_size();
             }
             // In raw mode the keys' signals are octets for the command; what comes here is meant for us.
-            _ if self.raw.is_some() => self.leave(exit_code(signal)),
+            _ if self.raw.is_some() || self.watches => self.leave(exit_code(signal)),
             Signal::SIGINT if self.interrupts + 1 >= PATIENCE => self.leave(exit_code(signal)),
             _ => {
                 self.interrupts += u32::from(signal == Signal::SIGINT);

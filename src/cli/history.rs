@@ -1,18 +1,51 @@
 //! `warren history`: what was executed, also in sandboxes that are gone.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use clap::Args;
 use serde_json::{Value, json};
 
 use super::Failure;
-use super::args::HistoryArgs;
 use super::client::{Client, Reply};
 use super::output::{ago, human_bytes, json_object, print, print_json, printable, table};
 use super::show::text;
+use super::values::parse_duration;
 use crate::wire::{Fields, Request};
 
 /// Parts of a record that are streams.
 const PARTS: [&str; 3] = ["source", "stdout", "stderr"];
+
+/// `warren history`.
+#[derive(Debug, Args)]
+pub struct HistoryArgs {
+    /// The number of a record
+    #[arg(value_name = "ID")]
+    pub id: Option<u64>,
+    /// Only in this sandbox; one that is gone by its whole id
+    #[arg(long)]
+    pub sandbox: Option<String>,
+    /// Only programs or only code
+    #[arg(long, value_name = "exec|code", value_parser = ["exec", "code"])]
+    pub kind: Option<String>,
+    /// Only code in this language
+    #[arg(long, alias = "lang")]
+    pub language: Option<String>,
+    /// Only what is pending, running, completed or failed
+    #[arg(long)]
+    pub state: Option<String>,
+    /// Only this owner's
+    #[arg(long)]
+    pub owner: Option<String>,
+    /// Only what began at most so long ago
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub since: Option<Duration>,
+    /// Only records with smaller numbers
+    #[arg(long, value_name = "ID")]
+    pub before: Option<u64>,
+    /// How many, 1 to 1000
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    pub limit: u64,
+}
 
 /// `warren history`
 pub fn history(client: &mut Client, args: &HistoryArgs, json: bool) -> Result<u8, Failure> {

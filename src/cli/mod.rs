@@ -29,6 +29,7 @@ mod signals;
 mod snapshot;
 mod terminal;
 mod values;
+mod watch;
 
 use args::{Cli, NodeVerb, TemplateVerb, Verb};
 use client::Client;
@@ -109,7 +110,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Create(args) => run::create(&mut connect()?, args, cli.json),
         Verb::Ps(args) => show::ps(&mut connect()?, args, cli.json),
         Verb::Inspect { ids } => show::inspect(&mut connect()?, "sandbox.inspect", ids),
-        Verb::Top { ids } => show::top(&mut connect()?, ids, cli.json),
+        Verb::Top { ids, follow } => show::top(&mut connect()?, ids, *follow, cli.json),
         Verb::Update { id, memory_target, network, limits, time_limits } => {
             show::update(&mut connect()?, id, *memory_target, network, limits, time_limits, cli.json)
         }
@@ -124,6 +125,11 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Fork { from, count } => snapshot::fork(&mut connect()?, from, *count, cli.json),
         Verb::Rm { ids, force } => show::rm(&mut connect()?, ids, *force, cli.json),
         Verb::Logs { id, follow, guest } => show::logs(&mut connect()?, id, *follow, *guest),
+        Verb::Attach { id, exec } => watch::attach(cli, id, *exec),
+        Verb::Execs { id } => watch::execs(&mut connect()?, id, cli.json),
+        Verb::Signal { id, exec, signal } => watch::signal(&mut connect()?, id, *exec, signal),
+        Verb::Watch(args) => watch::watch(&mut connect()?, args, cli.json),
+        Verb::Events(args) => watch::events(&mut connect()?, args, cli.json),
         Verb::History(args) => history::history(&mut connect()?, args, cli.json),
         Verb::Cp { source, target } => copy::cp(&connect, source, target),
         Verb::Node { verb } => match verb.as_ref().unwrap_or(&NodeVerb::Info) {

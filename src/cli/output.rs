@@ -144,11 +144,12 @@ pub fn human_seconds(seconds: u64) -> String {
 
 /// Keys whose values are numbers, besides those that end in a unit. A key decides, never the look of a value: a
 /// name may consist of digits.
-const NUMBERS: [&str; 23] = [
+const NUMBERS: [&str; 24] = [
     "vcpus",
     "pid",
     "exec",
     "record",
+    "seq",
     "context",
     "exit",
     "signal",

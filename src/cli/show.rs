@@ -1,12 +1,14 @@
 //! `ps`, `inspect`, `top`, `update`, `stop`, `rm`, `logs`, `node`, `template`: what a node has, and how to end it.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::io::IsTerminal;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use clap::Args;
 use serde_json::{Value, json};
 
 use super::Failure;
-use super::args::{AuditArgs, LimitArgs, NetworkArgs, PsArgs, TimeLimitArgs};
+use super::args::{LimitArgs, NetworkArgs, TimeLimitArgs};
 use super::client::{CONNECTION_LOST, Call, Client, Event};
 use super::output::{
     ago, complain, human_bytes, human_seconds, json_object, print, print_error, print_json, printable, table,
@@ -27,13 +29,61 @@ fn size(fields: &Fields, key: &str, unit: u64) -> String {
 }
 
 /// `warren ps`.
+#[derive(Debug, Args)]
+pub struct PsArgs {
+    /// Also stopped sandboxes
+    #[arg(short, long)]
+    pub all: bool,
+    /// Only ids
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Only sandboxes in this state
+    #[arg(long)]
+    pub state: Option<String>,
+    /// Only this owner's
+    #[arg(long)]
+    pub owner: Option<String>,
+    /// Only of this template
+    #[arg(long)]
+    pub template: Option<String>,
+    /// Only with this label, of any value when none is given
+    #[arg(short, long, value_name = "KEY[=VALUE]")]
+    pub label: Vec<String>,
+    /// Only those that execute something for a client, or none
+    #[arg(long, value_name = "true|false", value_parser = ["true", "false"])]
+    pub executing: Option<String>,
+    /// Only those not used for so long
+    #[arg(long, value_name = "TIME", value_parser = super::values::parse_duration)]
+    pub unused: Option<Duration>,
+    /// Only those made at most so long ago
+    #[arg(long, value_name = "TIME", value_parser = super::values::parse_duration)]
+    pub since: Option<Duration>,
+    /// Only ids after this one
+    #[arg(long, value_name = "ID")]
+    pub after: Option<String>,
+    /// How many
+    #[arg(short = 'n', long, value_name = "N")]
+    pub limit: Option<u64>,
+}
+
+/// `warren ps`.
 pub fn ps(client: &mut Client, args: &PsArgs, json: bool) -> Result<u8, Failure> {
     let mut request = Request::new("", "sandbox.list");
     if let Some(state) = &args.state {
         request = request.set("state", state);
     }
-    if let Some(owner) = &args.owner {
-        request = request.set("owner", owner);
+    let texts =
+        [("owner", &args.owner), ("template", &args.template), ("executing", &args.executing), ("after", &args.after)];
+    for (key, value) in texts {
+        request = value.iter().fold(request, |request, value| request.set(key, value));
+    }
+    request = args.label.iter().fold(request, |request, label| request.set("label", label));
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    for (key, age) in [("used_until_ms", args.unused), ("created_since_ms", args.since)] {
+        request = age.iter().fold(request, |request, age| request.set(key, now.saturating_sub(*age).as_millis()));
+    }
+    if let Some(limit) = args.limit {
+        request = request.set("limit", limit);
     }
     let mut rows = client.call(request)?.items;
     if !args.all && args.state.is_none() {
@@ -78,8 +128,20 @@ pub fn inspect(client: &mut Client, verb: &str, names: &[String]) -> Result<u8, 
     Ok(code)
 }
 
-/// `warren top`: one look. Without names, what ended meanwhile is left out.
-pub fn top(client: &mut Client, names: &[String], json: bool) -> Result<u8, Failure> {
+/// `warren top`: one look, or one every so often. Without names, what ended meanwhile is left out.
+pub fn top(client: &mut Client, names: &[String], follow: Option<Duration>, json: bool) -> Result<u8, Failure> {
+    let Some(pause) = follow else { return look(client, names, json) };
+    loop {
+        if !json && std::io::stdout().is_terminal() {
+            // Home, and clear what was there.
+            print("\x1b[H\x1b[2J")?;
+        }
+        look(client, names, json)?;
+        std::thread::sleep(pause);
+    }
+}
+
+fn look(client: &mut Client, names: &[String], json: bool) -> Result<u8, Failure> {
     let mut listed = Vec::new();
     if names.is_empty() {
         let rows = client.call(Request::new("", "sandbox.list").set("state", "running"))?.items;
@@ -319,6 +381,20 @@ fn pair(key: &str, raw: &[u8]) -> (String, String) {
         .or_else(|| scaled("_bytes", 1))
         .or_else(time)
         .unwrap_or_else(|| (key.replace('_', " "), text))
+}
+
+/// `warren node audit`.
+#[derive(Debug, Clone, Args)]
+pub struct AuditArgs {
+    /// How many rows, 1 to 1000
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    pub limit: u64,
+    /// Only rows with smaller ids
+    #[arg(long, value_name = "ID")]
+    pub before: Option<u64>,
+    /// Only requests of this owner's clients
+    #[arg(long)]
+    pub owner: Option<String>,
 }
 
 /// `warren node audit`.

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use super::access::Role;
 use super::code::{self, Bounds, RunAsk};
+use super::events::{self, EventQuery};
 use super::history;
+use super::list::{self, ListQuery};
 use crate::init::StopMode;
 use crate::sandbox::id::check_name;
-use crate::sandbox::lifecycle::State;
 use crate::sandbox::network;
 use crate::sandbox::spec::{Defaults, MEMORY_MIB, MIN_MEMORY_TARGET_MIB, Quota, Spec, Update};
 use crate::sandbox::time_limits;
@@ -71,12 +72,9 @@ pub enum Command {
         cold: bool,
     },
     /// The sandboxes.
-    SandboxList {
-        /// Only those in this state.
-        state: Option<State>,
-        /// Only this owner's.
-        owner: Option<String>,
-    },
+    SandboxList(Box<ListQuery>),
+    /// What happens.
+    EventsWatch(EventQuery),
     /// One sandbox.
     SandboxInspect(String),
     /// Shuts a sandbox down.
@@ -241,7 +239,9 @@ impl Verb {
         match self.name {
             "hello" | "help" | "node.info" | "sandbox.list" | "sandbox.stats" => Role::Monitor,
             "template.list" | "template.inspect" | "sandbox.inspect" | "sandbox.logs" | "exec.list" | "code.list"
-            | "snapshot.list" | "snapshot.inspect" | "history.list" | "history.inspect" => Role::Viewer,
+            | "snapshot.list" | "snapshot.inspect" | "history.list" | "history.inspect" | "events.watch" => {
+                Role::Viewer
+            }
             "node.stop" | "node.drain" | "node.undrain" | "node.audit" | "node.ledger" | "node.backup"
             | "node.restore" => Role::Admin,
             _ => Role::Operator,
@@ -259,6 +259,7 @@ impl Verb {
                 | "file.read"
                 | "file.list"
                 | "file.stat"
+                | "file.watch"
         );
         self.role() > Role::Viewer && !looks
     }
@@ -309,7 +310,9 @@ verbs! {
     "sandbox.create",
     "[template=base] [name=NAME] [owner=OWNER] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [net_mbps=N] [restart=never|on-failure[:N]] [env=K=V]* [label=K=V]* [progress=true] [cold=true]",
     "create a sandbox and wait until it answers", sandbox_create;
-    "sandbox.list", "[state=STATE] [owner=OWNER]", "the sandboxes", sandbox_list;
+    "sandbox.list",
+    "[state=STATE] [owner=OWNER] [template=NAME] [label=K[=V]]* [executing=true|false] [created_since_ms=TIME] [created_until_ms=TIME] [used_since_ms=TIME] [used_until_ms=TIME] [after=ID] [limit=N]",
+    "the sandboxes, by id", list::list;
     "sandbox.inspect", "SANDBOX", "one sandbox", |_, mut args, _| {
         let sandbox = sandbox(&mut args)?;
         done(args, Command::SandboxInspect(sandbox))
@@ -392,10 +395,14 @@ verbs! {
     "[sandbox=SANDBOX] [exec=N] [kind=exec|code] [language=NAME] [state=STATE] [owner=OWNER] [since_ms=TIME] [until_ms=TIME] [before=RECORD] [limit=1..1000]",
     "what was executed, also in sandboxes that are gone, newest first", history::list;
     "history.inspect", "RECORD", "one execution; channels source, stdout, stderr", history::inspect;
+    "events.watch",
+    "[after=SEQ] [sandbox=SANDBOX] [kind=KIND] [owner=OWNER] [follow=true]",
+    "what becomes of sandboxes and executions, in order", events::watch;
     "file.read", "SANDBOX path=PATH [offset=N] [length=N]", "read a file; channel content", file;
     "file.write", "SANDBOX path=PATH [mode=OCTAL] [user=USER] [append=true]", "write a file at once; channel content", file;
     "file.list", "SANDBOX path=PATH", "the entries of a directory", file;
     "file.stat", "SANDBOX path=PATH", "one file's kind, size, mode, owner, time", file;
+    "file.watch", "SANDBOX path=PATH [recursive=true]", "what changes at a path, an item a change", file;
     "file.mkdir", "SANDBOX path=PATH [mode=OCTAL] [parents=true] [user=USER]", "make a directory", file;
     "file.move", "SANDBOX from=PATH to=PATH", "rename a file", file;
     "file.remove", "SANDBOX path=PATH [recursive=true]", "remove a file or directory", file;
@@ -475,17 +482,6 @@ fn node_audit(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
     let before = args.number("before", 1..=i64::MAX as u64)?;
     let limit = args.number("limit", 1..=MAX_AUDIT_ROWS)?.unwrap_or(AUDIT_ROWS);
     done(args, Command::NodeAudit(AuditQuery { before, owner, limit }))
-}
-
-fn sandbox_list(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
-    let state = match args.text("state")? {
-        None => None,
-        Some(text) => Some(State::parse(&text).ok_or_else(|| {
-            Error::new(Code::BadArgument, format!("state={text} is not a state")).with("argument", "state")
-        })?),
-    };
-    let owner = owner(&mut args)?;
-    done(args, Command::SandboxList { state, owner })
 }
 
 fn sandbox_stop(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
@@ -596,6 +592,7 @@ const FILE_KEYS: &[(&str, &[&str])] = &[
     ("file.write", &["path", "mode", "user", "append"]),
     ("file.list", &["path"]),
     ("file.stat", &["path"]),
+    ("file.watch", &["path", "recursive"]),
     ("file.mkdir", &["path", "mode", "parents", "user"]),
     ("file.move", &["from", "to"]),
     ("file.remove", &["path", "recursive"]),

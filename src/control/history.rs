@@ -55,9 +55,10 @@ pub(super) fn inspect(_: &str, mut args: Args, _: Defaults) -> Result<Command, E
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::time_limits::TimeLimits;
     use crate::wire::Request;
 
-    const DEFAULTS: Defaults = Defaults { vcpus: 1, memory_mib: 512 };
+    const DEFAULTS: Defaults = Defaults { vcpus: 1, memory_mib: 512, time_limits: TimeLimits::NONE };
 
     #[test]
     fn filters_are_checked() {

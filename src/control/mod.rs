@@ -4,5 +4,7 @@ pub mod access;
 pub mod client;
 pub mod code;
 pub mod command;
+pub mod events;
 mod history;
+pub mod list;
 pub mod port;

@@ -13,6 +13,7 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt,
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 
 use super::tasks::{Desk, Order};
 use crate::wire::{Code, Error, FRAME, Fields, Message};
@@ -125,9 +126,9 @@ pub(super) fn relocate(from: &Path, to: &Path) -> Result<Fields, Error> {
 /// `file.read`: sends `length` octets from `offset` on, or what there is of them.
 pub(super) fn read(desk: &Desk, path: &Path, offset: u64, length: u64) -> Result<Fields, Error> {
     let cannot = |e: io::Error| failed("read", path, &e);
-    let mut file = open_regular(path, offset).map_err(cannot)?;
+    let (mut file, there) = open_regular(path, offset).map_err(cannot)?;
     let mut chunk = vec![0; CHUNK];
-    let (mut left, mut allowed, mut sent) = (length, 0u64, 0u64);
+    let (mut left, mut allowed, mut sent) = (length.min(there), 0u64, 0u64);
     while left > 0 {
         if allowed == 0 {
             match desk.order() {
@@ -153,7 +154,9 @@ pub(super) fn read(desk: &Desk, path: &Path, offset: u64, length: u64) -> Result
     Ok(Fields::new().with("size", sent))
 }
 
-fn open_regular(path: &Path, offset: u64) -> io::Result<File> {
+/// A file to be read from `offset` on, and how much of it there is: one that grows meanwhile would have no end. Files of the
+/// kernel's have no length, and are read to their end; the one of /proc that has one is all of memory.
+fn open_regular(path: &Path, offset: u64) -> io::Result<(File, u64)> {
     let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     let meta = file.metadata()?;
     if meta.is_dir() {
@@ -165,7 +168,11 @@ fn open_regular(path: &Path, offset: u64) -> io::Result<File> {
     if offset > 0 {
         file.seek(SeekFrom::Start(offset))?;
     }
-    Ok(file)
+    match meta.len() {
+        0 => Ok((file, u64::MAX)),
+        _ if fstatfs(&file)?.filesystem_type() == PROC_SUPER_MAGIC => Err(errno(Errno::EFBIG)),
+        length => Ok((file, length.saturating_sub(offset))),
+    }
 }
 
 /// What a thread says whose request has ended: nobody hears it.

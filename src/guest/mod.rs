@@ -29,6 +29,7 @@ mod system;
 mod tasks;
 mod uplink;
 mod verbs;
+mod watch;
 mod web;
 
 #[cfg(any(test, feature = "fuzzing"))]

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 
 use mio::{Poll, Token, Waker};
 
@@ -57,6 +57,15 @@ impl Desk {
     /// The next order. `None`: nobody waits for the request any more.
     pub(super) fn order(&self) -> Option<Order> {
         self.orders.recv().ok()
+    }
+
+    /// The next order where there is one: `Some(None)` where there is none yet, `None` as of `order`.
+    pub(super) fn order_now(&self) -> Option<Option<Order>> {
+        match self.orders.try_recv() {
+            Ok(order) => Some(Some(order)),
+            Err(TryRecvError::Empty) => Some(None),
+            Err(TryRecvError::Disconnected) => None,
+        }
     }
 
     /// Says something on the request's link.

@@ -14,7 +14,7 @@ use super::exec::{self, Attachment, Exec, Plan, Size};
 use super::files::{self, MODE_MAX, Writing};
 use super::settings::variable;
 use super::tasks::{Desk, Flow};
-use super::{remove, system};
+use super::{remove, system, watch};
 use crate::wire::{Args, Code, Error, Fields, Message, Request};
 
 /// Programs that run at once.
@@ -106,6 +106,7 @@ impl Agent {
                 let path = self.path(args, "path")?;
                 self.task(link, &tag, Flow::Answer, move |_| files::stat(&path))
             }
+            "file.watch" => self.file_watch(link, &tag, args),
             "file.mkdir" => self.file_mkdir(link, &tag, args),
             "file.move" => self.file_move(link, &tag, args),
             "file.remove" => self.file_remove(link, &tag, args),
@@ -396,6 +397,13 @@ impl Agent {
         let to = self.path_of(&mut args, "to")?;
         args.finish()?;
         self.task(link, tag, Flow::Answer, move |_| files::relocate(&from, &to))
+    }
+
+    fn file_watch(&mut self, link: u64, tag: &str, mut args: Args) -> Result<Begun, Error> {
+        let path = self.path_of(&mut args, "path")?;
+        let recursive = args.flag("recursive")?;
+        args.finish()?;
+        self.task(link, tag, Flow::ROWS, move |desk| watch::watch(desk, &path, recursive))
     }
 
     fn file_remove(&mut self, link: u64, tag: &str, mut args: Args) -> Result<Begun, Error> {

@@ -9,6 +9,7 @@ use super::supervisor::{Supervisor, TURN, now_ms};
 use crate::control::client::ANSWERS_HIGH;
 use crate::sandbox::agent::{Approach, Heard};
 use crate::sandbox::exec::{CodeRun, Exec, Sink, output_index};
+use crate::sandbox::flow::QUEUE_HIGH;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::worker::{self, LEARN};
@@ -203,8 +204,14 @@ impl Supervisor {
 
     fn take_relay_answer(&mut self, id: &SandboxId, key: u64, tag: &str, mut message: Message) -> Option<u64> {
         let client = self.clients.get_mut(&key)?;
-        let Some(Job::Relay { down, up, .. }) = client.jobs.get_mut(tag) else { return None };
+        let queued = client.queued();
+        let Some(Job::Relay { down, up, lost, .. }) = client.jobs.get_mut(tag) else { return None };
+        let lossy = lost.is_some();
         match &message {
+            Message::Item { .. } if lossy && queued >= QUEUE_HIGH => {
+                *lost = lost.map(|lost| lost + 1);
+                return None;
+            }
             Message::Data { channel, payload, .. } => {
                 if let Err(error) = down.take(channel, payload.len()) {
                     self.agent_lost(id, error);

@@ -315,12 +315,14 @@ impl Supervisor {
     pub(super) fn remove(&mut self, id: &SandboxId) {
         self.unparked_by_end(id, "it was removed");
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let mut removed = false;
         let removing = std::mem::replace(&mut sandbox.removing, true);
         if removing && sandbox.worker.is_some() {
             return;
         }
         if !removing {
             // First: what of it is there when the row is not, the next supervisor takes down.
+            removed = true;
             sandbox.writing = Some(self.database.submit(Change::RemoveSandbox { id: id.to_string() }));
         }
         let unborn = |w: &mut Waiter| matches!(w.what, Awaited::Created { .. } | Awaited::Forked | Awaited::Prepared);
@@ -334,6 +336,9 @@ impl Supervisor {
             }
         } else if !sandbox.releasing {
             self.release(id, Extent::Everything);
+        }
+        if removed {
+            self.tell("sandbox.removed", id, None, "");
         }
         for waiter in pending {
             let error = Error::new(Code::Cancelled, "the sandbox was removed before it ran");

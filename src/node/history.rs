@@ -37,6 +37,7 @@ impl Supervisor {
         let keeps_command = self.config.history.keep_source;
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let Some(exec) = sandbox.execs.get_mut(&number) else { return };
+        let is_new = exec.record.is_none();
         let record = match exec.record {
             Some(record) => record,
             // What had ended when its record was written has it already.
@@ -51,8 +52,16 @@ impl Supervisor {
         }
         let row = row_of(record, id, &sandbox.owner, exec, keeps_command);
         let ended = row.ended_ms.is_some();
+        let detail = match (&row.code, row.exit) {
+            _ if !ended => row.command.clone(),
+            (Some(code), _) => code.clone(),
+            (None, exit) => format!("exit {}", exit.unwrap_or(0)),
+        };
         let files = OUTPUTS.map(|channel| sandbox.home.output(number, channel));
         self.database.submit(Change::History(Note::Put(Box::new(row))));
+        if ended || is_new {
+            self.tell(if ended { "exec.ended" } else { "exec.started" }, id, Some(number), &detail);
+        }
         if !ended {
             if record.is_multiple_of(SWEEP) {
                 self.sweep_history();
@@ -135,7 +144,7 @@ impl Supervisor {
     }
 
     /// Whose records alone are there for a client; `None` for an admin.
-    fn only_owner(&self, key: u64) -> Option<String> {
+    pub(super) fn only_owner(&self, key: u64) -> Option<String> {
         let identity = self.clients.get(&key).map(|client| client.identity());
         let identity = identity.filter(|identity| identity.role < Role::Admin);
         identity.map(|identity| identity.owner.clone())

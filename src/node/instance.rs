@@ -15,6 +15,7 @@ use super::pools::Held;
 use super::stats::Inquiry;
 use super::time_limits::Clocks;
 use super::warm::Parked;
+use crate::control::list::ListQuery;
 use crate::init::ChildStatus;
 use crate::network::plan::Slot;
 use crate::sandbox::agent::Agent;
@@ -206,6 +207,8 @@ pub struct Sandbox {
     pub next_exec: u64,
     /// What its programs log.
     pub guest_log: GuestLog,
+    /// The state that events have told.
+    pub told_state: Option<State>,
     /// Requests that wait for it.
     pub waiters: Vec<Waiter>,
     /// It is to be taken away once its worker has ended.
@@ -255,6 +258,7 @@ impl Sandbox {
             execs: BTreeMap::new(),
             next_exec: 1,
             guest_log: GuestLog::default(),
+            told_state: None,
             waiters: Vec::new(),
             removing: false,
             releasing: false,
@@ -323,6 +327,7 @@ impl Sandbox {
             snapshot: row.snapshot.clone(),
             template_sha256: row.template_sha256.clone(),
             state: State::parse(&row.state)?,
+            told_state: State::parse(&row.state),
             reason: row.reason.clone(),
             restarts: row.restarts,
             restarts_in_row: row.restarts_in_row,
@@ -410,6 +415,23 @@ impl Sandbox {
         fields = self.clock_fields(fields);
         let running = self.execs.values().filter(|exec| exec.outcome.is_none()).count();
         fields.with("execs", running)
+    }
+
+    /// Whether it is one that a list is to have.
+    pub fn is_listed(&self, query: &ListQuery) -> bool {
+        let within = |time: u64, (since, until): (u64, u64)| (since..until).contains(&time);
+        let labelled = |(key, value): &(String, Option<String>)| {
+            let mut labels = self.spec.labels.iter();
+            labels.any(|(k, v)| k == key && value.as_ref().is_none_or(|value| value == v))
+        };
+        query.state.is_none_or(|state| state == self.state)
+            && query.owner.as_ref().is_none_or(|owner| *owner == self.owner)
+            && query.template.as_ref().is_none_or(|template| *template == self.spec.template)
+            && query.labels.iter().all(labelled)
+            && within(self.created_ms, query.created)
+            && within(self.clocks.last_used_ms.unwrap_or(self.created_ms), query.used)
+            && query.executing.is_none_or(|executing| executing == self.is_executing())
+            && query.after.as_ref().is_none_or(|after| self.id > *after)
     }
 
     /// A finished or running program as the database keeps it.

@@ -53,8 +53,12 @@ impl Origin {
         match self {
             Self::Ring(ring) => {
                 ring.refresh()?;
-                let lost = ring.oldest().saturating_sub(*offset);
-                *offset = (*offset).max(ring.oldest()).min(ring.total());
+                let mut lost = 0;
+                if *offset < ring.oldest() {
+                    let start = line_start(ring)?;
+                    lost = start - *offset;
+                    *offset = start;
+                }
                 let read = ring.read_at(*offset, &mut chunk)?;
                 chunk.truncate(read);
                 *offset += chunk.len() as u64;
@@ -83,6 +87,23 @@ impl Origin {
                 mark.drain(..mark.len().saturating_sub(MARK));
                 Ok((lost, chunk))
             }
+        }
+    }
+}
+
+/// Where the first whole line of a ring begins.
+fn line_start(ring: &Ring) -> io::Result<u64> {
+    let mut at = ring.oldest();
+    if at == 0 {
+        return Ok(0);
+    }
+    let mut chunk = [0; 4096];
+    loop {
+        let read = ring.read_at(at, &mut chunk)?;
+        match chunk[..read].iter().position(|octet| *octet == b'\n') {
+            Some(place) => return Ok(at + place as u64 + 1),
+            None if read == 0 => return Ok(at),
+            None => at += read as u64,
         }
     }
 }
@@ -155,7 +176,7 @@ impl Supervisor {
         };
         let origin = opened.map_err(|e| Error::new(Code::NotFound, format!("sandbox {id} has no log: {e}")))?;
         // What is kept is read from its start, and is all that there is.
-        let offset = if let Origin::Ring(ring) = &origin { ring.oldest() } else { 0 };
+        let offset = if let Origin::Ring(ring) = &origin { line_start(ring).unwrap_or(ring.oldest()) } else { 0 };
         let reader = Reader { sandbox: Some(id), channel: "log", origin, offset, credit: INITIAL_CREDIT, follow };
         self.add_job(key, tag, Job::Logs(Box::new(reader)));
         if follow && !self.log_timer {

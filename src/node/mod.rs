@@ -13,6 +13,7 @@ mod components;
 pub mod config;
 mod delegation;
 mod drain;
+mod events;
 mod exchange;
 mod externals;
 pub mod faults;

@@ -41,6 +41,8 @@ pub enum Job {
         down: Gate,
         /// Content to the agent.
         up: Gate,
+        /// Items that the client did not take in time, where it need not have all of them.
+        lost: Option<u64>,
     },
     /// It reads a serial log.
     Logs(Box<super::logs::Reader>),
@@ -83,6 +85,8 @@ pub enum Job {
     Ledger,
     /// It waits for the node to be drained.
     Drain,
+    /// It watches what happens.
+    Events(Box<super::events::EventReader>),
     /// It waits for something that is read from the database.
     Reading(Ticket),
 }
@@ -257,6 +261,7 @@ impl Supervisor {
                 self.answer(key, &Message::ok(tag, Fields::new()));
             }
             Command::NodeAudit(query) => self.ask_audit(key, tag, query),
+            Command::EventsWatch(query) => self.ask_events(key, tag, query)?,
             Command::HistoryList(query) => self.ask_history(key, tag, query),
             Command::HistoryInspect(id) => self.ask_record(key, tag, id),
             Command::TemplateList => {
@@ -287,13 +292,13 @@ impl Supervisor {
                     self.add_job(key, tag, Job::Wait(id));
                 }
             }
-            Command::SandboxList { state, owner } => {
+            Command::SandboxList(query) => {
+                let limit = query.limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
                 let rows: Vec<Fields> = self
                     .sandboxes
                     .values()
-                    .filter(|sandbox| self.sees(key, sandbox))
-                    .filter(|sandbox| owner.as_ref().is_none_or(|owner| sandbox.owner == *owner))
-                    .filter(|sandbox| state.is_none_or(|state| sandbox.state == state))
+                    .filter(|sandbox| self.sees(key, sandbox) && sandbox.is_listed(&query))
+                    .take(limit)
                     .map(|sandbox| self.shown_to(key, sandbox))
                     .collect();
                 for row in rows {
@@ -430,10 +435,11 @@ impl Supervisor {
         let sandbox = self.find_running(key, given)?;
         let id = sandbox.id.clone();
         let Some(worker) = &mut sandbox.worker else { return Ok(()) };
+        let lost = (request.verb == "file.watch").then_some(0);
         let route = worker.agent.request(request);
         worker.routes.insert(route.clone(), Route::Relay { client: key, tag: tag.to_string() });
         self.touched_sandboxes.insert(id.clone());
-        self.add_job(key, tag, Job::Relay { sandbox: id, route, down: Gate::default(), up: Gate::default() });
+        self.add_job(key, tag, Job::Relay { sandbox: id, route, down: Gate::default(), up: Gate::default(), lost });
         Ok(())
     }
 
@@ -543,6 +549,7 @@ impl Supervisor {
             | Job::Export(_)
             | Job::Import(_)
             | Job::Ledger
+            | Job::Events(_)
             | Job::Reading(_) => {}
             // It is made all the same, and seen in the list.
             Job::Snapshot => {}

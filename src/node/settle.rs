@@ -4,8 +4,9 @@ use super::requests::Job;
 use super::supervisor::Supervisor;
 use crate::control::client::{ANSWERS_HIGH, ANSWERS_MAX};
 use crate::sandbox::exec::{OUTPUTS, Sink};
+use crate::sandbox::flow::QUEUE_HIGH;
 use crate::sandbox::id::SandboxId;
-use crate::wire::Message;
+use crate::wire::{Fields, Message};
 
 impl Supervisor {
     /// Sends until nobody is touched any more: sending to one may allow another to send.
@@ -95,7 +96,13 @@ impl Supervisor {
                     None => true,
                 }
             }
-            Job::Relay { sandbox, route, down, .. } => {
+            Job::Relay { sandbox, route, down, lost, .. } => {
+                if let Some(count) = lost.as_mut().filter(|lost| **lost > 0)
+                    && client.queued() < QUEUE_HIGH
+                {
+                    let fields = Fields::new().with("event", "lost").with("count", std::mem::take(count));
+                    client.send(&Message::item(tag, fields));
+                }
                 if let Some(octets) = down.grant(client.queued())
                     && let Some(worker) = self.sandboxes.get_mut(sandbox).and_then(|sandbox| sandbox.worker.as_mut())
                 {
@@ -109,6 +116,7 @@ impl Supervisor {
                 let live = sandbox.is_some_and(|sandbox| sandbox.worker.is_some());
                 reader.pump(tag, client, live)
             }
+            Job::Events(reader) => reader.pump(&self.events, tag, client),
             Job::Export(download) => download.pump(tag, client),
             Job::Restore { upload, .. } | Job::Import(upload) => {
                 if let Some(octets) = upload.grant() {

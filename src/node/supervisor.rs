@@ -21,6 +21,7 @@ use super::catalogue::Catalogue;
 use super::checkpoint::{Held, Written};
 use super::config::Config;
 use super::drain::Drain;
+use super::events::EventLog;
 use super::exchange::Arrived;
 use super::externals::{External, Externals};
 use super::health::{Watched, Wheel};
@@ -236,6 +237,8 @@ pub struct Supervisor {
     pub(super) next_audit: u64,
     /// Number of the next record of the history.
     pub(super) next_record: u64,
+    /// What happened last.
+    pub(super) events: EventLog,
     pub(super) started: SystemTime,
     pub(super) log_timer: bool,
     /// How often the control port was looked for in vain.
@@ -333,6 +336,7 @@ impl Supervisor {
             node_id: snapshot.node_id.clone(),
             next_audit: snapshot.next_audit,
             next_record: snapshot.next_record,
+            events: EventLog::new(snapshot.events.clone()),
             started: SystemTime::now(),
             log_timer: false,
             port_looks: 0,
@@ -649,6 +653,7 @@ impl Supervisor {
     /// Writes a sandbox's row to the database. One that is being removed has none any more.
     pub(super) fn record(&mut self, id: &SandboxId) -> Option<Ticket> {
         self.time_sandbox(id);
+        self.tell_state(id);
         let sandbox = self.sandboxes.get(id).filter(|sandbox| !sandbox.removing)?;
         Some(self.database.submit(Change::PutSandbox(Box::new(sandbox.row()))))
     }

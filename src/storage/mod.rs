@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod backup;
 pub mod block_devices;
+pub mod events;
 pub mod history;
 pub mod languages;
 pub mod medium;

@@ -6,6 +6,7 @@ use rusqlite::types::Type;
 use rusqlite::{Connection, Row, params};
 
 use super::audit::{self, AuditEnd, AuditRow};
+use super::events::{self, EventRow};
 use super::history::{self, Note};
 use super::snapshots::rows::{self as snapshots, LayerRow, SnapshotRow};
 use super::state::StateError;
@@ -103,6 +104,7 @@ const MIGRATIONS: &[&str] = &[
     ALTER TABLE sandboxes ADD COLUMN ttl_until_ms INTEGER;
 ",
     history::MIGRATION,
+    events::MIGRATION,
 ];
 
 /// Rows that a table may bring at start: more than a node can ever have made is not read.
@@ -304,6 +306,8 @@ pub enum Change {
     EndAudit(AuditEnd),
     /// Something about the history of executions.
     History(Note),
+    /// Something happened.
+    Event(Box<EventRow>),
 }
 
 /// That the node is being drained.
@@ -589,6 +593,7 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
         Change::BeginAudit(row) => return audit::begin(connection, row),
         Change::EndAudit(end) => return audit::end(connection, end),
         Change::History(note) => return history::write(connection, note),
+        Change::Event(row) => return events::put(connection, row),
     };
     Ok(())
 }

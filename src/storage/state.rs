@@ -18,6 +18,7 @@ use rusqlite::{Connection, ErrorCode};
 
 use super::audit::{self, AuditQuery, AuditRow};
 use super::backup;
+use super::events::{self, EventRow};
 use super::history::{self, HistoryQuery, OpenRecord, Record, RecordQuery, RecordRow};
 use super::schema;
 pub use super::schema::{AllocationRow, Change, DrainRow, ExecutionRow, SCHEMA_VERSION, SandboxRow, TemplateRow};
@@ -133,6 +134,8 @@ pub struct Snapshot {
     pub next_record: u64,
     /// Records of executions that had not ended.
     pub open_records: Vec<OpenRecord>,
+    /// The newest events, oldest first.
+    pub events: Vec<EventRow>,
     /// Where the node is being drained.
     pub drain: Option<DrainRow>,
 }
@@ -244,6 +247,7 @@ impl State {
                 | Change::BeginAudit(_)
                 | Change::EndAudit(_)
                 | Change::History(_)
+                | Change::Event(_)
         );
         self.queue(change, durable)
     }
@@ -471,6 +475,7 @@ pub(super) fn open_file(path: &Path) -> Result<(Connection, Snapshot), StateErro
         next_audit: audit::take_up(&connection)?,
         next_record: history::next(&connection)?,
         open_records: history::open(&connection)?,
+        events: events::newest(&connection)?,
         drain: schema::meta(&connection, DRAIN)?.map(|text| DrainRow::parse(&text)),
     };
     Ok((connection, snapshot))

@@ -160,6 +160,47 @@ fn stream(connection: &mut Connection, sandbox: Option<&str>) -> io::Result<f64>
     }
 }
 
+/// Writes a file through the control socket, with a sync, and reads it back; MiB per second each.
+fn file_rates(connection: &mut Connection, id: &str) -> io::Result<(f64, f64)> {
+    let frame = vec![0x5a_u8; FRAME];
+    let request = |verb: &str| Request::new("f", verb).arg(id).set("path", "/workspace/rate");
+    let failed = |message: &Message| match message {
+        Message::Err { error, .. } => Err(io::Error::other(format!("the file failed: {error}"))),
+        _ => Ok(()),
+    };
+    let (mut left, mut credit, start) = (STREAM_MIB << 20, INITIAL_CREDIT as usize, Instant::now());
+    connection.send(&Message::Request(request("file.write")))?;
+    let write = loop {
+        while left > 0 && credit >= FRAME {
+            connection.send(&Message::data("f", "content", frame.as_slice()))?;
+            (credit, left) = (credit - FRAME, left - FRAME);
+            if left == 0 {
+                connection.send(&Message::end("f", "content"))?;
+            }
+        }
+        let message = connection.receive()?;
+        failed(&message)?;
+        match message {
+            Message::Credit { octets, .. } => credit += octets as usize,
+            Message::Ok { .. } => break STREAM_MIB as f64 / start.elapsed().as_secs_f64(),
+            _ => {}
+        }
+    };
+    let start = Instant::now();
+    connection.send(&Message::Request(request("file.read")))?;
+    loop {
+        let message = connection.receive()?;
+        failed(&message)?;
+        match message {
+            Message::Data { payload, .. } => {
+                connection.send(&Message::credit("f", "content", payload.len() as u64))?;
+            }
+            Message::Ok { .. } => return Ok((write, STREAM_MIB as f64 / start.elapsed().as_secs_f64())),
+            _ => {}
+        }
+    }
+}
+
 /// How fast a guest's disk is.
 struct BlockRates {
     write_mib_per_s: f64,
@@ -275,6 +316,10 @@ fn measure() -> io::Result<()> {
     agent.receive()?; // the agent's greeting: from here on the connection is the vsock stream
     print("vsock_mib_per_s", stream(&mut agent, None)?, "MiB/s", "worker's socket to a program's stdin");
     drop(agent);
+
+    let (write, read) = file_rates(&mut control, &id)?;
+    print("file_write_mib_per_s", write, "MiB/s", "control socket to a file in the guest, synced");
+    print("file_read_mib_per_s", read, "MiB/s", "a file in the guest's page cache to the control socket");
 
     let before = exits(&id)?;
     block(&mut control, Some(&id))?.print("", "overlay in tmpfs");

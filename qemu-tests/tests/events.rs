@@ -1,0 +1,95 @@
+//! Events of sandboxes and executions, and lists of sandboxes by what they have in common.
+
+use qemu_tests::fault::next_supervisor;
+use qemu_tests::{Call, Code, Fields, Request, shared};
+
+fn watch(node: &qemu_tests::Node) -> Call {
+    node.control().start(Request::new("", "events.watch").set("follow", true))
+}
+
+/// Events of a call until one of a kind.
+fn until(call: &mut Call, kind: &str) -> Vec<Fields> {
+    let mut rows = vec![call.item()];
+    while rows.last().and_then(|row| row.get("kind")) != Some(kind) {
+        rows.push(call.item());
+    }
+    rows
+}
+
+fn kinds(rows: &[Fields]) -> Vec<&str> {
+    rows.iter().filter_map(|row| row.get("kind")).collect()
+}
+
+#[test]
+fn events_come_in_order_are_filtered_and_go_on_after_a_restart() {
+    let node = shared::node();
+    let mut live = watch(&node);
+    let sandbox = node.sandbox(&[("name", "told")]);
+    let id = sandbox.client().ok(sandbox.request("sandbox.inspect")).field("id").to_string();
+    sandbox.exec(&["sh", "-c", "exit 4"]);
+    let rows = until(&mut live, "exec.ended");
+    assert_eq!(kinds(&rows), ["sandbox.starting", "sandbox.running", "exec.started", "exec.ended"]);
+    assert!(rows.iter().all(|row| row.get("sandbox") == Some(id.as_str()) && row.get("owner") == Some("root")));
+    assert_eq!((rows[2].get("detail"), rows[3].get("detail")), (Some("sh -c 'exit 4'"), Some("exit 4")));
+    let first = rows[0].number("seq").expect("a number");
+    let numbers = rows.iter().map(|row| row.number("seq")).collect::<Vec<_>>();
+    assert_eq!(numbers, [first, first + 1, first + 2, first + 3].map(Some));
+
+    let killed = node.supervisor();
+    node.sh(&format!("kill -9 {killed}"));
+    next_supervisor(&node, killed);
+    let replay = |request: Request| node.control().ok(request.set("after", first - 1)).items;
+    let all = replay(Request::new("", "events.watch"));
+    assert_eq!(kinds(&all[..4]), kinds(&rows));
+    assert_eq!(all[0].number("seq"), Some(first));
+    let sandbox_only = replay(Request::new("", "events.watch").set("kind", "sandbox").set("sandbox", "told"));
+    assert_eq!(kinds(&sandbox_only)[..2], ["sandbox.starting", "sandbox.running"]);
+    let ended = replay(Request::new("", "events.watch").set("kind", "exec.ended").set("sandbox", &id));
+    assert_eq!(kinds(&ended), ["exec.ended"]);
+    assert!(replay(Request::new("", "events.watch").set("owner", "nobody")).is_empty());
+
+    let mut live = watch(&node);
+    sandbox.remove().expect("removed");
+    let rows = until(&mut live, "sandbox.removed");
+    assert!(rows[0].number("seq").is_some_and(|seq| seq > first + 3), "numbers go on: {rows:?}");
+}
+
+#[test]
+fn lists_are_of_sandboxes_with_what_was_asked_for_page_by_page() {
+    let node = shared::node();
+    let one = node.sandbox(&[("label", "team=blue"), ("label", "tier=1")]);
+    let two = node.sandbox(&[("label", "team=red")]);
+    let three = node.sandbox(&[("label", "team=blue")]);
+    let inspect = |sandbox: &qemu_tests::Sandbox| sandbox.client().ok(sandbox.request("sandbox.inspect")).fields;
+    let id = |sandbox: &qemu_tests::Sandbox| inspect(sandbox).get("id").expect("an id").to_string();
+    let sorted = |mut ids: Vec<String>| {
+        ids.sort();
+        ids
+    };
+    let list = |keys: &[(&str, &str)]| -> Vec<String> {
+        let request =
+            keys.iter().fold(Request::new("", "sandbox.list"), |request, (key, value)| request.set(key, *value));
+        let rows = node.control().ok(request).items;
+        rows.iter().map(|row| row.get("id").expect("an id").to_string()).collect()
+    };
+    let blue = sorted(vec![id(&one), id(&three)]);
+    assert_eq!(list(&[("label", "team=blue")]), blue);
+    assert_eq!(list(&[("label", "team=blue"), ("label", "tier")]), [id(&one)]);
+    assert_eq!(list(&[("label", "team"), ("template", "base"), ("state", "running")]).len(), 3);
+    assert!(list(&[("template", "python")]).is_empty() && list(&[("label", "team=green")]).is_empty());
+    assert_eq!(list(&[("label", "team=blue"), ("limit", "1")]), blue[..1]);
+    assert_eq!(list(&[("label", "team=blue"), ("after", &blue[0])]), blue[1..]);
+
+    // What runs, and what was used last.
+    let running = two.start(two.exec_request(&["sleep", "1000"]));
+    assert_eq!(list(&[("executing", "true")]), [id(&two)]);
+    assert_eq!(list(&[("executing", "false")]), blue);
+    let used = inspect(&two).number("last_used_ms").expect("a time");
+    assert!(used >= inspect(&two).number("created_ms").expect("a time"));
+    assert_eq!(list(&[("used_since_ms", &(used + 1).to_string())]), [] as [String; 0]);
+    assert!(list(&[("used_since_ms", &used.to_string()), ("label", "team=red")]).len() == 1);
+    assert!(list(&[("created_until_ms", "1")]).is_empty());
+    running.cancel();
+    let error = node.control().err(Request::new("", "sandbox.list").set("executing", "busy"));
+    assert!(error.is(Code::BadArgument), "{error}");
+}
