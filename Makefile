@@ -59,17 +59,17 @@ peers: deps
 build: node $(B)/templates.img $(B)/data.img
 node: $(B)/bzImage $(B)/host-initramfs.img
 kernels: $(B)/vmlinux $(B)/bzImage
-templates: $(B)/templates/base/manifest.toml $(B)/templates/python/manifest.toml $(B)/templates/code/manifest.toml
+templates: $(B)/templates/base/manifest.toml $(B)/templates/scratch/manifest.toml $(B)/templates/python/manifest.toml $(B)/templates/code/manifest.toml
 
 # cargo knows best what is out of date; a copy is made only when the binary changed, so nothing after it is rebuilt.
 binaries: deps
 	@mkdir -p $(B)
 	start=$$SECONDS
 	if [ -t 2 ]; then cargo build --release --locked; else cargo build --release --locked -q; fi
-	for b in warren burrow; do cmp -s $(TARGET)/$$b $(B)/$$b || install -m 755 $(TARGET)/$$b $(B)/$$b; done
+	for b in warren burrow mason; do cmp -s $(TARGET)/$$b $(B)/$$b || install -m 755 $(TARGET)/$$b $(B)/$$b; done
 	echo "binaries: $(B)/warren ($$(stat -c %s $(B)/warren) bytes), $(B)/burrow ($$(stat -c %s $(B)/burrow) bytes), $$((SECONDS - start)) s"
 
-$(B)/warren $(B)/burrow: binaries
+$(B)/warren $(B)/burrow $(B)/mason: binaries
 	@:
 
 $(B)/vmlinux: kernel-config/build kernel-config/guest.config | deps
@@ -82,6 +82,9 @@ $(B)/hardware/bzImage: kernel-config/build kernel-config/host.config kernel-conf
 	@kernel-config/build host-hardware $(B)/hardware
 	touch $@
 
+$(B)/templates/scratch/manifest.toml: rootfs/scratch rootfs/ext4-image | deps
+	@rootfs/scratch $(B)/templates/scratch
+	touch $@
 $(B)/templates/%/manifest.toml: rootfs/template rootfs/ext4-image rootfs/debian-packages rootfs/templates/%/* | deps
 	@rootfs/template $* $(B)/templates/$*
 	touch $@
@@ -97,7 +100,10 @@ $(B)/data.img: rootfs/data-filesystem | deps
 
 $(B)/initramfs.img: rootfs/guest-initramfs $(B)/burrow
 	@rootfs/guest-initramfs $(B)/burrow $@
-HOST_PARTS = $(B)/warren $(B)/vmlinux $(B)/initramfs.img $(B)/templates/base/manifest.toml \
+$(B)/builder.img: rootfs/guest-initramfs $(B)/burrow $(B)/mason
+	@rootfs/guest-initramfs $(B)/burrow $@ $(B)/mason
+HOST_PARTS = $(B)/warren $(B)/vmlinux $(B)/initramfs.img $(B)/builder.img $(B)/templates/base/manifest.toml \
+    $(B)/templates/scratch/manifest.toml \
     rootfs/host-initramfs $(shell find rootfs/host -type f)
 $(B)/host-initramfs.img: $(HOST_PARTS)
 	@rootfs/host-initramfs $(B) $@ none
@@ -109,6 +115,11 @@ $(B)/hardware/initramfs.img: $(HOST_PARTS) $(B)/hardware/bzImage
 	@rootfs/host-initramfs $(B) $@ zstd
 $(B)/warren.img: image/build image/uki $(B)/hardware/bzImage $(B)/hardware/initramfs.img $(B)/data.img
 	@image/build $(B)/hardware/bzImage $(B)/hardware/initramfs.img $(B)/data.img $@
+
+# Images by others' programs, for the tests that build templates.
+$(B)/images: image/test-images | peers
+	@mkdir -p $(B)
+	image/test-images $@
 
 # The same image with the QEMU profile's kernel: what the tests boot under UEFI, so that they need not build a kernel for
 # every machine there is.
@@ -132,7 +143,7 @@ lint: deps
 config-check: deps
 	@kernel-config/test
 
-test: lint config-check peers build $(B)/code.img $(B)/qemu.img
+test: lint config-check peers build $(B)/code.img $(B)/qemu.img $(B)/images
 	@cargo test --locked -q
 	cargo test -p qemu-tests --locked -q -- --test-threads=1
 	echo "test: all passed"
@@ -157,7 +168,7 @@ fuzz: deps
 sanitize: deps
 	@fuzz/sanitize "$$PWD/target/sanitize"
 
-bench: build $(B)/code.img
+bench: build $(B)/code.img $(B)/images
 	@cargo build --release --locked -q -p qemu-tests --bins
 	$(TARGET)/bench $(PARTS)
 

@@ -27,6 +27,8 @@ pub enum Artefact {
     GuestInitramfs,
     /// The base template's root file system.
     BaseTemplate,
+    /// A file beside the images that other programs have made.
+    Images,
 }
 
 impl Artefact {
@@ -43,6 +45,7 @@ impl Artefact {
             Self::Burrow => ("burrow", "WARREN_BURROW", "binaries"),
             Self::GuestKernel => ("vmlinux", "WARREN_GUEST_KERNEL", "kernels"),
             Self::GuestInitramfs => ("initramfs.img", "WARREN_GUEST_INITRAMFS", "build"),
+            Self::Images => ("images/done", "WARREN_TEST_IMAGES", "build/images"),
             Self::BaseTemplate => ("templates/base/rootfs.img", "WARREN_BASE_TEMPLATE", "templates"),
         }
     }

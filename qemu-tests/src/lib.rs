@@ -25,6 +25,7 @@ pub mod rig;
 pub mod sandbox;
 pub mod shared;
 pub mod state;
+pub mod templates;
 pub mod timing;
 pub mod transcript;
 pub mod witness;

@@ -223,7 +223,7 @@ pub enum Verb {
         #[command(subcommand)]
         verb: Option<NodeVerb>,
     },
-    /// List and show templates
+    /// Build, list, show and remove templates
     Template {
         /// What to do
         #[command(subcommand)]
@@ -343,6 +343,45 @@ pub enum TemplateVerb {
         #[arg(required = true, value_name = "TEMPLATE")]
         names: Vec<String>,
     },
+    /// Build a template from a root file system, a container image or a recipe; prints its name
+    ///
+    /// PATH is a tar archive of a root file system (plain, gzip or zstd), an OCI image layout (a directory or a tar
+    /// archive of one), an archive of `docker save`, a Dockerfile, or a directory with one. All work is done in a
+    /// microVM that is thrown away.
+    Build(Box<BuildArgs>),
+    /// Give a template a further name
+    Tag {
+        /// What it is called
+        #[arg(value_name = "TEMPLATE")]
+        name: String,
+        /// The further name
+        #[arg(value_name = "NAME[:TAG]")]
+        new: String,
+    },
+    /// Remove templates that no sandbox and no snapshot uses
+    Rm {
+        /// Their names
+        #[arg(required = true, value_name = "TEMPLATE")]
+        names: Vec<String>,
+    },
+    /// Write all of a template to one file
+    Export {
+        /// Its name
+        #[arg(value_name = "TEMPLATE")]
+        name: String,
+        /// A file that is not there yet, or - for standard output
+        #[arg(value_name = "FILE", default_value = "-")]
+        file: PathBuf,
+    },
+    /// Read a template that `export` wrote; prints its name
+    Import {
+        /// The file, or - for standard input
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// Another name than the one in the file
+        #[arg(long, value_name = "NAME[:TAG]")]
+        name: Option<String>,
+    },
     /// Have new sandboxes of a template and shape start from a snapshot instead of booting; prints its id
     Snapshot {
         /// Its name
@@ -358,6 +397,50 @@ pub enum TemplateVerb {
         #[arg(long)]
         network: bool,
     },
+}
+
+/// `warren template build`.
+#[derive(Debug, Args)]
+pub struct BuildArgs {
+    /// What the template is to be called
+    #[arg(short, long, value_name = "NAME[:TAG]")]
+    pub tag: String,
+    /// The recipe [default: Dockerfile in PATH, or PATH]
+    #[arg(short, long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Which image, where there is more than one at PATH
+    #[arg(long = "ref", value_name = "REFERENCE")]
+    pub reference: Option<String>,
+    /// The start command, for a shell, in place of the recipe's or the image's
+    #[arg(long, value_name = "COMMAND")]
+    pub start: Option<String>,
+    /// The ready command, for a shell: once it succeeds, the snapshot is taken that new sandboxes start from
+    #[arg(long, value_name = "COMMAND")]
+    pub ready: Option<String>,
+    /// How long the ready command may take to succeed [default: 60s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub ready_timeout: Option<Duration>,
+    /// A line for people
+    #[arg(long, value_name = "TEXT")]
+    pub description: Option<String>,
+    /// Size of the template's disk [default: by what is built from, and 1G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_mib)]
+    pub disk: Option<u64>,
+    /// Memory of the builder [default: the node's]
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_mib)]
+    pub memory: Option<u64>,
+    /// Virtual CPUs of the builder [default: the node's]
+    #[arg(long, value_name = "N")]
+    pub vcpus: Option<u64>,
+    /// The builder's network
+    #[command(flatten)]
+    pub network: NetworkArgs,
+    /// Do every step anew, and keep none for the next build
+    #[arg(long)]
+    pub no_cache: bool,
+    /// What it is built from
+    #[arg(value_name = "PATH")]
+    pub path: PathBuf,
 }
 
 /// What a sandbox may reach.

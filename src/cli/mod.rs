@@ -27,11 +27,12 @@ mod run;
 mod show;
 mod signals;
 mod snapshot;
+mod template;
 mod terminal;
 mod values;
 mod watch;
 
-use args::{Cli, NodeVerb, TemplateVerb, Verb};
+use args::{Cli, NodeVerb, Verb};
 use client::Client;
 
 /// Why a verb ended without an exit code of its own.
@@ -143,13 +144,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
             NodeVerb::Stop => show::stop_node(&mut connect()?, "poweroff"),
             NodeVerb::Reboot => show::stop_node(&mut connect()?, "reboot"),
         },
-        Verb::Template { verb: TemplateVerb::Ls } => show::templates(&mut connect()?, cli.json),
-        Verb::Template { verb: TemplateVerb::Inspect { names } } => {
-            show::inspect(&mut connect()?, "template.inspect", names)
-        }
-        Verb::Template { verb: TemplateVerb::Snapshot { name, vcpus, memory, network } } => {
-            snapshot::template(&mut connect()?, name, *vcpus, *memory, *network, cli.json)
-        }
+        Verb::Template { verb } => template::template(cli, &connect, verb),
         Verb::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "warren", &mut script);

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::access::Role;
+use super::build::{self, BuildAsk, CommitAsk};
 use super::code::{self, Bounds, RunAsk};
 use super::events::{self, EventQuery};
 use super::history;
@@ -60,6 +61,40 @@ pub enum Command {
     TemplateInspect(String),
     /// A snapshot for sandboxes of this shape to start from.
     TemplateSnapshot(Spec),
+    /// A builder of a template.
+    TemplateBuild(Box<BuildAsk>),
+    /// What a builder is now is kept for the next build.
+    TemplateStep {
+        /// Id of the builder.
+        sandbox: String,
+        /// Under which key.
+        key: String,
+    },
+    /// A builder's disk becomes a template.
+    TemplateCommit {
+        /// Id of the builder.
+        sandbox: String,
+        /// What the template is to be.
+        ask: Box<CommitAsk>,
+    },
+    /// The template that a trial is of gets its name.
+    TemplatePublish(String),
+    /// A further name of a template.
+    TemplateTag {
+        /// What it is called.
+        template: String,
+        /// The name that it gets.
+        name: String,
+    },
+    /// Takes a template away.
+    TemplateRemove(String),
+    /// A template as one file.
+    TemplateExport(String),
+    /// A template from such a file.
+    TemplateImport {
+        /// Its name, where that is not the one in the file.
+        name: Option<String>,
+    },
     /// A new sandbox.
     SandboxCreate {
         /// What it is to be.
@@ -305,7 +340,36 @@ verbs! {
             shape = args.text(key)?.iter().fold(shape, |shape, value| shape.set(key, value));
         }
         let spec = Spec::take(&mut Args::of(shape), defaults)?;
+        spec.check_asked()?;
         done(args, Command::TemplateSnapshot(spec))
+    };
+    "template.build",
+    "NAME [from=scratch] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [key=HEX] [step=HEX]*",
+    "a sandbox to fill the disk of a template in; it goes with the request", build::build;
+    "template.step", "SANDBOX key=HEX", "keep what a builder is now for the next build", build::step;
+    "template.commit",
+    "SANDBOX [user=UID] [cwd=PATH] [env=K=V]* [start=WORD]* [ready=COMMAND] [key=HEX] [description=TEXT] [trial=true [vcpus=] [memory_mib=] [disk_mib=] [network=on|off]]",
+    "make a template of a builder's disk, or try it first", build::commit;
+    "template.publish", "SANDBOX", "take the snapshot of a trial and give its template its name", |_, mut args, _| {
+        let sandbox = sandbox(&mut args)?;
+        done(args, Command::TemplatePublish(sandbox))
+    };
+    "template.tag", "NAME name=NAME", "a further name of a template", |_, mut args, _| {
+        let template = args.next_text("template")?;
+        let name = args.text("name")?.ok_or_else(|| missing("name"))?;
+        done(args, Command::TemplateTag { template, name })
+    };
+    "template.remove", "NAME", "take a template away that nobody uses", |_, mut args, _| {
+        let template = args.next_text("template")?;
+        done(args, Command::TemplateRemove(template))
+    };
+    "template.export", "NAME", "all of a template as one file, on channel content", |_, mut args, _| {
+        let template = args.next_text("template")?;
+        done(args, Command::TemplateExport(template))
+    };
+    "template.import", "[name=NAME]", "a template from such a file; channel content", |_, mut args, _| {
+        let name = args.text("name")?;
+        done(args, Command::TemplateImport { name })
     };
     "sandbox.create",
     "[template=base] [name=NAME] [owner=OWNER] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [net_mbps=N] [restart=never|on-failure[:N]] [env=K=V]* [label=K=V]* [progress=true] [cold=true]",
@@ -463,6 +527,7 @@ fn node_drain(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
 
 fn sandbox_create(_: &str, mut args: Args, defaults: Defaults) -> Result<Command, Error> {
     let spec = Spec::take(&mut args, defaults)?;
+    spec.check_asked()?;
     let owner = owner(&mut args)?;
     let (progress, cold) = (args.flag("progress")?, args.flag("cold")?);
     done(args, Command::SandboxCreate { spec, owner, progress, cold })

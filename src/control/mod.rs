@@ -1,6 +1,7 @@
 //! The control socket's server side: connections, who may ask what, the verb table, typed commands.
 
 pub mod access;
+pub mod build;
 pub mod client;
 pub mod code;
 pub mod command;

@@ -16,6 +16,7 @@ mod net;
 mod netlink;
 mod node;
 mod overlay;
+mod recipe;
 mod runner;
 mod saved;
 mod sentinel_log;
@@ -37,6 +38,7 @@ pub use net::net;
 pub use netlink::netlink;
 pub use node::node;
 pub use overlay::overlay;
+pub use recipe::recipe;
 pub use runner::runner;
 pub use saved::saved;
 pub use sentinel_log::sentinel_log;
@@ -83,7 +85,7 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 20] = [
+    const TARGETS: [Target; 21] = [
         ("block", block),
         ("bundle", bundle),
         ("elf", elf),
@@ -97,6 +99,7 @@ mod tests {
         ("node", node),
         ("mmio", mmio),
         ("overlay", overlay),
+        ("recipe", recipe),
         ("runner", runner),
         ("saved", saved),
         ("sentinel_log", sentinel_log),

@@ -7,7 +7,8 @@
 use std::fs;
 use std::io::Write;
 use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -22,6 +23,13 @@ const NEW_ROOT: &str = "/newroot";
 const ROOT_DISK: &str = "/dev/vda";
 const ROOT_DISK_TRIES: u32 = 200;
 const ROOT_DISK_PAUSE: Duration = Duration::from_millis(10);
+/// What the initramfs of a builder of templates has besides.
+const MASON: &str = "/mason";
+/// Where the builder's programs find it.
+const PROGRAM: &str = "/run/warren/mason";
+
+/// That program, until it has its place.
+static BUILDER: OnceLock<Mutex<Option<fs::File>>> = OnceLock::new();
 
 /// What the boot leaves for the agent's loop.
 #[derive(Debug)]
@@ -104,8 +112,12 @@ fn mount_root_disk() -> Result<(), String> {
 fn switch_root() -> nix::Result<()> {
     make_directory("/newroot/dev", 0o755);
     relocate("/dev", "/newroot/dev")?;
-    // The initramfs stays mounted below for good; its one file need not.
+    // The initramfs stays mounted below for good; its files need not.
     let _ = nix::unistd::unlink("/init");
+    if let Ok(mason) = fs::File::open(MASON) {
+        let _ = nix::unistd::unlink(MASON);
+        let _ = BUILDER.set(Mutex::new(Some(mason)));
+    }
     nix::unistd::chdir(NEW_ROOT)?;
     relocate(".", "/")?;
     nix::unistd::chroot(".")?;
@@ -158,6 +170,7 @@ pub(super) const CHORES: &[fn()] = &[
     || provide("devpts", "/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "gid=5,mode=620,ptmxmode=666"),
     || provide("tmpfs", "/dev/shm", NO_DEVICES, "mode=1777"),
     || provide("tmpfs", "/run", NO_DEVICES, "mode=755,size=25%"),
+    provide_mason,
     || provide("cgroup2", "/sys/fs/cgroup", SEALED, ""),
     link_descriptors,
     // /tmp is on the disk: it is the template's, and what is put there does not take memory.
@@ -170,6 +183,16 @@ pub(super) const CHORES: &[fn()] = &[
         }
     },
 ];
+
+/// In memory, where it is no part of the template.
+fn provide_mason() {
+    let Some(mut mason) = BUILDER.get().and_then(|held| held.lock().ok()?.take()) else { return };
+    make_directory("/run/warren", 0o755);
+    let new = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o755).open(PROGRAM);
+    if let Err(e) = new.and_then(|mut program| std::io::copy(&mut mason, &mut program)) {
+        report(&format!("{PROGRAM}: {e}"));
+    }
+}
 
 /// udev would make these; there is none.
 fn link_descriptors() {

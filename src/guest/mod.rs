@@ -34,6 +34,7 @@ mod web;
 
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use code::Lines as RunnerLines;
+pub(crate) use exec::resolve as resolve_user;
 
 use std::io::Write;
 use std::os::fd::OwnedFd;

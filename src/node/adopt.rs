@@ -103,7 +103,12 @@ impl Supervisor {
             // A sandbox that was to go on from a snapshot is, until it does, paused in that.
             let in_snapshot = sandbox.state == State::Resuming && sandbox.snapshot.is_some();
             let paused = in_snapshot || sandbox.home.has_paused();
-            match fate(sandbox.state, !processes.is_empty(), paused, fresh_boot, words.as_ref(), why) {
+            let fate = match sandbox.spec.is_builder() {
+                // Its client's request ended with the supervisor before.
+                true => Fate::Discard,
+                false => fate(sandbox.state, !processes.is_empty(), paused, fresh_boot, words.as_ref(), why),
+            };
+            match fate {
                 Fate::Keep => {
                     let holds = sandbox.home.holds_worker();
                     self.sandboxes.insert(id.clone(), sandbox);

@@ -353,11 +353,31 @@ impl Supervisor {
         detach: bool,
         run: Option<CodeRun>,
     ) -> Result<(), Error> {
+        let id = self.find_running(key, given)?.id.clone();
+        let watched = (!detach).then_some((key, tag));
+        let Some(number) = self.begin_exec(&id, argv, request, run, watched) else { return Ok(()) };
+        if detach {
+            self.answer(key, &Message::ok(tag, Fields::new().with("exec", number)));
+        } else {
+            self.add_job(key, tag, Job::Exec { sandbox: id, number });
+        }
+        Ok(())
+    }
+
+    /// Has a sandbox's agent start a program, for a client that watches it or for nobody; its number. `None` where there is
+    /// no worker.
+    pub(super) fn begin_exec(
+        &mut self,
+        id: &SandboxId,
+        argv: Vec<Vec<u8>>,
+        request: Request,
+        run: Option<CodeRun>,
+        watched: Option<(u64, &str)>,
+    ) -> Option<u64> {
         let source_limit = self.source_limit();
-        let sandbox = self.find_running(key, given)?;
-        let id = sandbox.id.clone();
+        let sandbox = self.sandboxes.get_mut(id)?;
         let number = sandbox.next_exec;
-        let Some(worker) = &mut sandbox.worker else { return Ok(()) };
+        let worker = sandbox.worker.as_mut()?;
         let route = worker.agent.request(request.set("id", number));
         worker.routes.insert(route.clone(), Route::Exec(number));
         sandbox.next_exec += 1;
@@ -367,18 +387,13 @@ impl Supervisor {
             exec.is_run(run);
             exec.source.limit = source_limit;
         }
-        if !detach {
+        if let Some((key, tag)) = watched {
             exec.watch(key, tag, true);
         }
         sandbox.execs.insert(number, exec);
-        self.record_exec(&id, number);
+        self.record_exec(id, number);
         self.touched_sandboxes.insert(id.clone());
-        if detach {
-            self.answer(key, &Message::ok(tag, Fields::new().with("exec", number)));
-        } else {
-            self.add_job(key, tag, Job::Exec { sandbox: id, number });
-        }
-        Ok(())
+        Some(number)
     }
 
     pub(super) fn attach_exec(&mut self, key: u64, tag: &str, given: &str, number: u64) -> Result<(), Error> {

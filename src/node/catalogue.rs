@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use crate::storage::block_devices;
 use crate::storage::state::{Change, State as Database, TemplateRow};
 use crate::storage::template_disk::{self, Target, TemplateEvent};
+use crate::storage::template_file;
 use crate::storage::templates::{Origin, Template, discover_all};
 use crate::wire::{Code, Error, Fields};
 
-/// What tells that an image was not touched since it was hashed: device, inode, size, change time.
-type Seal = (u64, u64, u64, i64, i64);
+/// What tells that an image was not touched since it was hashed: device, inode, size, time of the last write, change time.
+type Seal = (u64, u64, u64, [i64; 2], [i64; 2]);
 
 #[derive(Debug)]
 struct Entry {
@@ -34,6 +35,7 @@ pub struct Catalogue {
 impl Catalogue {
     /// The templates that came with the node and those imported earlier. Broken ones are logged and left out.
     pub fn load(share: &Path, data: &Path) -> Self {
+        template_file::sweep(&data.join("templates"));
         let (templates, errors) = discover_all(share, data);
         for error in errors {
             log::error!("{error}");
@@ -43,6 +45,34 @@ impl Catalogue {
             catalogue.add(template, None);
         }
         catalogue
+    }
+
+    /// A template that was made here, by its name, or before it has one by another. With `whole` its image is what its
+    /// manifest says.
+    pub fn put(&mut self, name: &str, template: Template, whole: bool) {
+        let verified = seal(&template).filter(|_| whole);
+        self.entries.insert(name.to_string(), Entry { template, verified, verifying: false, begun: None });
+    }
+
+    /// A template is none any more.
+    pub fn forget(&mut self, name: &str) {
+        self.entries.remove(name);
+    }
+
+    /// An image has a name more, or less: that shows in its times, and is no change of it.
+    pub fn reseal(&mut self) {
+        for entry in self.entries.values_mut() {
+            let Some((now, before)) = seal(&entry.template).zip(entry.verified) else { continue };
+            if (now.0, now.1, now.2, now.3) == (before.0, before.1, before.2, before.3) {
+                entry.verified = Some(now);
+            }
+        }
+    }
+
+    /// Whether two templates have one file for their image, which is known to be whole.
+    pub fn shares_whole(&self, name: &str, with: &Template) -> bool {
+        let known = self.entries.get(name).and_then(|entry| entry.verified);
+        known.zip(seal(with)).is_some_and(|(known, with)| (known.0, known.1) == (with.0, with.1))
     }
 
     fn add(&mut self, template: Template, verified: Option<Seal>) {
@@ -119,7 +149,8 @@ impl Catalogue {
 
     /// The templates as rows of a list.
     pub fn rows(&self) -> impl Iterator<Item = Fields> + '_ {
-        self.entries.values().map(|entry| fields(&entry.template))
+        let named = self.entries.iter().filter(|(name, _)| !template_file::is_staged(name));
+        named.map(|(_, entry)| fields(&entry.template))
     }
 
     /// One template as a row.
@@ -130,21 +161,33 @@ impl Catalogue {
 
 fn fields(template: &Template) -> Fields {
     let Template { manifest, origin, .. } = template;
+    let built = !manifest.build.key.is_empty();
     let fields = Fields::new()
         .with("name", &manifest.name)
         .with("description", &manifest.description)
         .with("size_bytes", manifest.size_bytes)
         .with("sha256", manifest.sha256_hex())
-        .with("origin", if *origin == Origin::BuiltIn { "built-in" } else { "imported" })
+        .with(
+            "origin",
+            match origin {
+                Origin::BuiltIn => "built-in",
+                Origin::Imported if built => "built",
+                Origin::Imported => "imported",
+            },
+        )
         .with("user", manifest.defaults.user)
         .with("cwd", &manifest.defaults.cwd);
     let fields = manifest.languages.keys().fold(fields, |fields, language| fields.with("language", language));
-    manifest.defaults.env.iter().fold(fields, |fields, entry| fields.with("env", entry))
+    let fields = manifest.defaults.env.iter().fold(fields, |fields, entry| fields.with("env", entry));
+    let fields = manifest.build.start.iter().fold(fields, |fields, word| fields.with("start", word));
+    let more = [("ready", &manifest.build.ready), ("key", &manifest.build.key)];
+    more.into_iter().filter(|(_, value)| !value.is_empty()).fold(fields, |fields, (key, value)| fields.with(key, value))
 }
 
 fn seal(template: &Template) -> Option<Seal> {
     let meta = template.image().metadata().ok()?;
-    Some((meta.dev(), meta.ino(), meta.size(), meta.ctime(), meta.ctime_nsec()))
+    let (written, changed) = ([meta.mtime(), meta.mtime_nsec()], [meta.ctime(), meta.ctime_nsec()]);
+    Some((meta.dev(), meta.ino(), meta.size(), written, changed))
 }
 
 /// Looks at every block device and imports from those that are template disks what is not here yet. Blocks for

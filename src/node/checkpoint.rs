@@ -60,6 +60,10 @@ pub(super) enum Want {
     Fork { key: u64, tag: String, count: u64 },
     /// Sandboxes of its template are to start from it; the sandbox was made for that.
     Template { key: u64, tag: String },
+    /// The template that is tried in the sandbox is to get its name.
+    Publish { key: u64, tag: String },
+    /// The sandbox builds a template: the next build is to go on from there.
+    Step { key: u64, tag: String },
 }
 
 /// What became of the worker's taking of the machine.
@@ -334,6 +338,11 @@ impl Supervisor {
                 self.finish(key, &Message::ok(&tag, fields));
             }
             Want::Fork { key, tag, count } => self.fork_from(key, &tag, snapshot, count),
+            Want::Publish { key, tag } => self.trial_taken(key, &tag, &id, snapshot),
+            Want::Step { key, tag } => {
+                self.retain_steps();
+                self.finish(key, &Message::ok(&tag, Fields::new().with("kept", true)));
+            }
             Want::Template { key, tag } => self.template_prepared(key, &tag, &id, snapshot),
         }
         self.collect();
@@ -357,7 +366,11 @@ impl Supervisor {
             self.remove(&id);
         }
         match making.want {
-            Want::Client { key, tag } | Want::Fork { key, tag, .. } | Want::Template { key, tag } => {
+            Want::Client { key, tag }
+            | Want::Fork { key, tag, .. }
+            | Want::Template { key, tag }
+            | Want::Publish { key, tag }
+            | Want::Step { key, tag } => {
                 self.finish(key, &Message::err(&tag, error.with("sandbox", &id)));
             }
         }

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 pub use tables::{
-    Control, Disks, Health, History, Jail, Level, Log, MAX_DNS, Network, Node, Paths, Pool, Sandbox, Snapshots, Warm,
+    Control, Disks, Health, History, Jail, Level, Log, MAX_DNS, Network, Node, Paths, Pool, Sandbox, Snapshots,
+    Templates, Warm,
 };
 use toml::de::{DeTable, DeValue};
 
@@ -44,6 +45,8 @@ pub struct Config {
     pub snapshots: Snapshots,
     /// `[history]`
     pub history: History,
+    /// `[templates]`
+    pub templates: Templates,
     /// `[jail]`
     pub jail: Jail,
     /// `[disks]`
@@ -132,6 +135,7 @@ impl Config {
         self.warm.iter().try_for_each(Warm::validate)?;
         self.snapshots.validate()?;
         self.history.validate()?;
+        self.templates.validate()?;
         self.jail.validate()?;
         self.disks.validate()?;
         self.network.settings(&self.paths.run)?;

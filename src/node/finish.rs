@@ -325,7 +325,11 @@ impl Supervisor {
             removed = true;
             sandbox.writing = Some(self.database.submit(Change::RemoveSandbox { id: id.to_string() }));
         }
-        let unborn = |w: &mut Waiter| matches!(w.what, Awaited::Created { .. } | Awaited::Forked | Awaited::Prepared);
+        let unborn = |w: &mut Waiter| {
+            let what = w.what;
+            matches!(what, Awaited::Created { .. } | Awaited::Forked | Awaited::Prepared)
+                || matches!(what, Awaited::Builder | Awaited::Tried | Awaited::Halted)
+        };
         let pending: Vec<_> = sandbox.waiters.extract_if(.., unborn).collect();
         if let Some(worker) = &sandbox.worker {
             if worker.learning.is_some() && !worker.dead {

@@ -82,7 +82,9 @@ impl Supervisor {
                 break;
             }
             let made = row.clone().and_then(|row| {
-                let spec = Spec::of_line(&row.settings, SETTINGS)?;
+                let mut spec = Spec::of_line(&row.settings, SETTINGS)?;
+                // Whatever it was taken of: this one is nobody's builder.
+                spec.builds_no_more();
                 let waiter = Waiter { client: key, tag: tag.to_string(), what: Awaited::Forked };
                 self.create(spec, owner.clone().unwrap_or_default(), Some(waiter), Some(&row))
             });
@@ -244,7 +246,8 @@ impl Supervisor {
     /// Templates that changed, or went, take their snapshots with them.
     pub(super) fn drop_template_snapshots(&mut self) {
         let rows = self.snapshots.store.snapshots();
-        let rows = rows.filter(|row| row.kind == SnapshotKind::Template && row.state == SnapshotState::Ready);
+        let goes = |row: &&SnapshotRow| matches!(row.kind, SnapshotKind::Template | SnapshotKind::Step);
+        let rows = rows.filter(goes).filter(|row| row.state == SnapshotState::Ready);
         let stale = rows.filter(|row| {
             let here = self.catalogue.get(&row.template).map(|template| template.manifest.sha256_hex());
             here.ok().as_ref() != Some(&row.template_sha256)

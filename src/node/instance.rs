@@ -136,6 +136,12 @@ pub enum Awaited {
     Forked,
     /// The sandbox runs, and its template's snapshot can be taken.
     Prepared,
+    /// The sandbox, in which a template is built, runs.
+    Builder,
+    /// The sandbox, in which a template is tried that was built, runs.
+    Tried,
+    /// The sandbox, in which a template was built, has stopped.
+    Halted,
 }
 
 /// A sandbox the node knows.

@@ -74,6 +74,8 @@ pub enum Job {
     Warm,
     /// It waits for a snapshot to be there, or gone.
     Snapshot,
+    /// It has a template built; the builder that it began with.
+    Build(SandboxId),
     /// It waits for the sandboxes of a fork.
     Fork {
         /// How many are still to come.
@@ -276,6 +278,14 @@ impl Supervisor {
                 self.answer(key, &Message::ok(tag, row));
             }
             Command::TemplateSnapshot(spec) => self.ask_template_snapshot(key, tag, spec)?,
+            Command::TemplateBuild(ask) => self.ask_build(key, tag, *ask)?,
+            Command::TemplateStep { sandbox, key: step } => self.ask_step(key, tag, &sandbox, step)?,
+            Command::TemplateCommit { sandbox, ask } => self.ask_commit(key, tag, &sandbox, *ask)?,
+            Command::TemplatePublish(sandbox) => self.ask_publish(key, tag, &sandbox)?,
+            Command::TemplateTag { template, name } => self.ask_template_tag(key, tag, &template, &name)?,
+            Command::TemplateRemove(name) => self.ask_template_remove(key, tag, &name)?,
+            Command::TemplateExport(name) => self.ask_template_export(key, tag, &name)?,
+            Command::TemplateImport { name } => self.ask_template_import(key, tag, name)?,
             Command::SandboxCreate { spec, owner, progress, cold } => {
                 let owner = self.owner_of_new(key, owner, &spec)?;
                 let spec = match cold {
@@ -540,6 +550,7 @@ impl Supervisor {
             Job::NetworkChange(ticket) => self.forget_network_change(ticket),
             Job::Drain => self.forget_drain(key, tag),
             Job::Fork { .. } => self.forget_fork(key, tag),
+            Job::Build(id) => self.end_build(&id),
             Job::Warm => self.forget_warm(key, tag),
             // Whoever makes or takes a copy of the database or of a snapshot sees that nobody waits for it.
             Job::Logs(_)

@@ -133,6 +133,7 @@ impl Supervisor {
             | Job::Ledger
             | Job::Snapshot
             | Job::Warm
+            | Job::Build(_)
             | Job::Fork { .. }
             | Job::Reading(_) => false,
         };

@@ -254,7 +254,11 @@ impl Supervisor {
         let layers = layers.map_err(|e| Error::new(Code::Corrupt, format!("a frozen layer of its disk: {e}")))?;
         let goes_on = Some(sandbox).filter(|s| s.state == State::Resuming || s.origin().is_some());
         let (keys, source) = match goes_on {
-            None => (["kernel", "initramfs"], [open(&share.join("vmlinux"))?, open(&share.join("initramfs.img"))?]),
+            None => {
+                // A builder's has what fills its disk besides.
+                let initramfs = if sandbox.spec.fills_a_disk() { "builder.img" } else { "initramfs.img" };
+                (["kernel", "initramfs"], [open(&share.join("vmlinux"))?, open(&share.join(initramfs))?])
+            }
             Some(sandbox) => {
                 let files = match sandbox.origin() {
                     Some(snapshot) => self.snapshots.open(snapshot),
@@ -474,6 +478,7 @@ impl Supervisor {
             self.hold(id);
         }
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let booted = sandbox.state != State::Resuming && sandbox.snapshot.is_none();
         if let Err(e) = sandbox.state.become_(State::Running) {
             log::error!("sandbox {id}: {e}");
         }
@@ -484,6 +489,9 @@ impl Supervisor {
         let writing = self.record(id);
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
             sandbox.writing = writing;
+        }
+        if booted {
+            self.begin_start_command(id);
         }
         self.notify_waiters(id);
     }
@@ -513,7 +521,14 @@ impl Supervisor {
         sandbox.reason = error.to_string();
         for waiter in std::mem::take(&mut sandbox.waiters) {
             match waiter.what {
-                Awaited::Created { .. } | Awaited::Prepared | Awaited::Stopped | Awaited::Paused | Awaited::Resumed => {
+                Awaited::Created { .. }
+                | Awaited::Prepared
+                | Awaited::Builder
+                | Awaited::Tried
+                | Awaited::Halted
+                | Awaited::Stopped
+                | Awaited::Paused
+                | Awaited::Resumed => {
                     self.finish(waiter.client, &Message::err(&waiter.tag, error.clone().with("sandbox", id)));
                 }
                 Awaited::Forked => self.forked(waiter.client, &waiter.tag, Err(error.clone().with("sandbox", id))),
@@ -525,6 +540,7 @@ impl Supervisor {
             }
         }
         self.remove(id);
+        self.builder_failed(id, &error);
     }
 
     pub(super) fn boot_expired(&mut self, id: &SandboxId, pid: i32) {
@@ -548,7 +564,9 @@ impl Supervisor {
         let written = sandbox.writing.is_none();
         let has_run = sandbox.started_ms.is_some() && written;
         let settled = written && sandbox.rolling_back.is_none();
+        let releasing = sandbox.releasing;
         let (mut forked, mut prepared) = (Vec::new(), Vec::new());
+        let (mut builder, mut halted) = (false, Vec::new());
         let mut answers = Vec::new();
         sandbox.waiters.retain(|waiter| match waiter.what {
             Awaited::Created { .. } if has_run => {
@@ -577,6 +595,19 @@ impl Supervisor {
                 prepared.push((waiter.client, waiter.tag.clone()));
                 false
             }
+            Awaited::Builder if has_run => {
+                builder = true;
+                false
+            }
+            Awaited::Tried if has_run => {
+                builder = true;
+                answers.push((waiter.client, Message::ok(&waiter.tag, Fields::new().with("sandbox", id))));
+                false
+            }
+            Awaited::Halted if !state.is_live() && settled && !releasing => {
+                halted.push((waiter.client, waiter.tag.clone()));
+                false
+            }
             Awaited::Forked if has_run => {
                 forked.push((waiter.client, waiter.tag.clone()));
                 false
@@ -596,8 +627,17 @@ impl Supervisor {
             | Awaited::Paused
             | Awaited::Resumed
             | Awaited::Forked
-            | Awaited::Prepared => true,
+            | Awaited::Prepared
+            | Awaited::Builder
+            | Awaited::Tried
+            | Awaited::Halted => true,
         });
+        if builder {
+            self.builder_ready(id);
+        }
+        for (client, tag) in halted {
+            self.builder_halted(client, &tag, id);
+        }
         for (client, tag) in prepared {
             self.template_ready(client, &tag, id);
         }

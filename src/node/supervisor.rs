@@ -17,6 +17,7 @@ use nix::sys::signalfd::SignalFd;
 use super::assembly::{Parts, watch_signals};
 use super::background::Background;
 use super::backup::Backups;
+use super::build::Build;
 use super::catalogue::Catalogue;
 use super::checkpoint::{Held, Written};
 use super::config::Config;
@@ -32,6 +33,7 @@ use super::network::NetworkChange;
 use super::pools::{Pools, Shape};
 use super::requests::Job;
 use super::snapshots::{RETENTION, Snapshots};
+use super::templates::Changed;
 use super::timers::Timers;
 use super::warm::WarmPools;
 use crate::control::access::{Identity, Peer};
@@ -50,7 +52,7 @@ use crate::storage::backup::Contents;
 use crate::storage::snapshots::files::Listed;
 use crate::storage::state::{Change, Snapshot, State as Database, StateError, Ticket};
 use crate::storage::template_disk::TemplateEvent;
-use crate::storage::templates::TemplateError;
+use crate::storage::templates::{Template, TemplateError};
 use crate::storage::verity::{Digest, SealError};
 use crate::wire::{Error, Fields};
 
@@ -160,6 +162,14 @@ pub(super) enum Done {
     Learned,
     /// A snapshot that a client sends is there, or is none.
     SnapshotImported { client: u64, tag: String, snapshot: String, result: Result<Arrived, Error> },
+    /// The image of a template that is built was made, or not.
+    TemplateMade { build: SandboxId, client: u64, tag: String, result: Result<Template, Error> },
+    /// A template that was built has its name, or not.
+    TemplatePublished { build: SandboxId, client: u64, tag: String, result: Result<Template, Error> },
+    /// Something was done to a template that is there, or not.
+    TemplateChanged { client: u64, tag: String, result: Result<Changed, Error> },
+    /// A template that a client sends is there, or is none.
+    TemplateArrived { client: u64, tag: String, result: Result<Template, Error> },
     /// What a resumed sandbox was paused as is out of the way, or cannot be.
     Unpaused { sandbox: SandboxId, result: io::Result<()> },
     /// The kernel was asked what there is of sandboxes, and of snapshots.
@@ -209,6 +219,8 @@ pub struct Supervisor {
     pub(super) held: BTreeSet<(u64, Token)>,
     pub(super) sandboxes: BTreeMap<SandboxId, Sandbox>,
     pub(super) catalogue: Catalogue,
+    /// Templates that are being built, by their first builders.
+    pub(super) builds: BTreeMap<SandboxId, Build>,
     pub(super) timers: Timers<Timer>,
     pub(super) background: Background<Done>,
     pub(super) database: Database,
@@ -317,6 +329,7 @@ impl Supervisor {
             held: BTreeSet::new(),
             sandboxes: BTreeMap::new(),
             catalogue,
+            builds: BTreeMap::new(),
             timers: Timers::default(),
             background: Background::new(waker),
             database,
@@ -568,6 +581,12 @@ impl Supervisor {
                 Done::SnapshotImported { client, tag, snapshot, result } => {
                     self.snapshot_imported(client, &tag, &snapshot, result);
                 }
+                Done::TemplateMade { build, client, tag, result } => self.template_made(&build, client, &tag, result),
+                Done::TemplatePublished { build, client, tag, result } => {
+                    self.template_published(&build, client, &tag, result);
+                }
+                Done::TemplateChanged { client, tag, result } => self.template_changed(client, &tag, result),
+                Done::TemplateArrived { client, tag, result } => self.template_arrived(client, &tag, result),
                 Done::Unpaused { sandbox, result } => self.unpaused(&sandbox, result),
                 Done::Counted(census, listed) => self.counted(census, listed),
                 Done::Moved(key) => drop(self.touched_clients.insert(key)),

@@ -8,6 +8,7 @@ use super::network;
 use super::restart::Restart;
 use super::time_limits::{self, TimeLimits};
 use crate::network::policy::Policy;
+use crate::storage::template_file;
 
 /// Fewest and most virtual CPUs.
 pub const VCPUS: std::ops::RangeInclusive<u64> = 1..=16;
@@ -25,6 +26,10 @@ pub const DISK_IOPS: std::ops::RangeInclusive<u64> = 1..=10_000_000;
 pub const DISK_MBPS: std::ops::RangeInclusive<u64> = 1..=1_000_000;
 /// Limit of octets each way over the network, in 10^6 for each second.
 pub const NET_MBPS: std::ops::RangeInclusive<u64> = 1..=1_000_000;
+/// What the node's own labels begin with.
+const OWN_LABELS: &str = "warren.";
+/// Label of a sandbox that a template is built in: its name.
+const BUILDER: &str = "warren.build";
 /// Most env entries and labels, each.
 const MAX_ENTRIES: usize = 256;
 
@@ -118,7 +123,7 @@ impl Spec {
     /// Takes a spec from a request's arguments; `template` when they name none.
     pub fn take(args: &mut Args, defaults: Defaults) -> Result<Self, Error> {
         let template = args.text("template")?.unwrap_or_else(|| "base".to_string());
-        check_name("template", &template)?;
+        check_template_name(&template)?;
         let name = args.text("name")?;
         if let Some(name) = &name {
             check_name("name", name)?;
@@ -177,6 +182,38 @@ impl Spec {
             env,
             labels,
         })
+    }
+
+    /// Makes it a builder of that template.
+    pub fn build_of(&mut self, template: &str) {
+        self.builds_no_more();
+        self.labels.push((BUILDER.to_string(), template.to_string()));
+    }
+
+    /// Whether a template is built in it, or tried.
+    pub fn is_builder(&self) -> bool {
+        self.labels.iter().any(|(key, _)| key == BUILDER)
+    }
+
+    /// Whether a template's disk is filled in it.
+    pub fn fills_a_disk(&self) -> bool {
+        self.is_builder() && !template_file::is_staged(&self.template)
+    }
+
+    /// It is no builder.
+    pub fn builds_no_more(&mut self) {
+        self.labels.retain(|(key, _)| key != BUILDER);
+    }
+
+    /// What only the node says of a sandbox is refused: labels of its own, a template without a name.
+    pub fn check_asked(&self) -> Result<(), Error> {
+        if template_file::is_staged(&self.template) {
+            return check_name("template", &self.template);
+        }
+        match self.labels.iter().find(|(key, _)| key.starts_with(OWN_LABELS)) {
+            Some((key, _)) => Err(bad("label", format!("label {key} is one that only the node gives"))),
+            None => Ok(()),
+        }
     }
 
     /// The spec as one line, for a snapshot's settings. Its name is not part of it: that is one sandbox's own.
@@ -257,6 +294,17 @@ pub fn check_cpu_quota(quota: Option<u64>, vcpus: u8) -> Result<(), Error> {
             Err(error.with("min", CPU_QUOTA.start()).with("max", max))
         }
         _ => Ok(()),
+    }
+}
+
+/// The name of a template may have a tag, or be one of those that only the node gives, in settings that it wrote.
+fn check_template_name(name: &str) -> Result<(), Error> {
+    if template_file::is_staged(name) {
+        return Ok(());
+    }
+    match name.split_once(':') {
+        Some((name, tag)) => check_name("template", name).and_then(|()| check_name("template", tag)),
+        None => check_name("template", name),
     }
 }
 

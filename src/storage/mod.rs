@@ -16,5 +16,6 @@ pub mod snapshots;
 pub mod space;
 pub mod state;
 pub mod template_disk;
+pub mod template_file;
 pub mod templates;
 pub mod verity;

@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 
 use super::languages::Languages;
 use super::templates::{
-    BLOCK, Defaults, IMAGE, MANIFEST, Manifest, Origin, RawManifest, Template, TemplateError, check_hash, load,
+    BLOCK, Build, Defaults, IMAGE, MANIFEST, Manifest, Origin, RawManifest, Template, TemplateError, check_hash, load,
 };
 
 const MAGIC: &[u8] = b"warren-template-disk 1\n";
@@ -142,6 +142,8 @@ struct RawEntry {
     defaults: Defaults,
     #[serde(default)]
     languages: Languages,
+    #[serde(default)]
+    build: Build,
     offset: u64,
 }
 
@@ -203,10 +205,11 @@ fn parse_header(header: &[u8], path: &Path) -> Result<Entries, TemplateError> {
 }
 
 fn parse_entry(value: toml::Value, header_bytes: u64, place: &str) -> Result<Entry, TemplateError> {
-    let RawEntry { name, description, sha256, size_bytes, defaults, languages, offset } = value
+    let RawEntry { name, description, sha256, size_bytes, defaults, languages, build, offset } = value
         .try_into()
         .map_err(|error: toml::de::Error| TemplateError::invalid(place, error.message().replace('\n', "; ")))?;
-    let manifest = Manifest::check(RawManifest { name, description, sha256, size_bytes, defaults, languages }, place)?;
+    let manifest =
+        Manifest::check(RawManifest { name, description, sha256, size_bytes, defaults, languages, build }, place)?;
     if !offset.is_multiple_of(BLOCK) || offset < header_bytes || offset.checked_add(manifest.size_bytes).is_none() {
         return Err(TemplateError::invalid(
             place,
@@ -225,7 +228,9 @@ fn import_one(
 ) -> Result<TemplateEvent, TemplateError> {
     let name = &entry.manifest.name;
     let folder = target.folder.join(name);
-    if load(&folder, Origin::Imported).is_ok_and(|there| there.manifest.sha256 == entry.manifest.sha256) {
+    // What was built here is not what a disk that stays attached brings again at each start.
+    let stays = |there: &Template| there.manifest.sha256 == entry.manifest.sha256 || !there.manifest.build.is_none();
+    if load(&folder, Origin::Imported).is_ok_and(|there| stays(&there)) {
         return Ok(TemplateEvent::Skipped { name: name.clone() });
     }
     let temporary = target.folder.join(format!("{name}.tmp"));
@@ -272,7 +277,7 @@ fn copy_image(
 }
 
 /// Writes the blocks that are not all zero, neighbours together.
-fn write_sparsely(output: &File, piece: &[u8], at: u64) -> io::Result<()> {
+pub(super) fn write_sparsely(output: &File, piece: &[u8], at: u64) -> io::Result<()> {
     let block = BLOCK as usize;
     let mut start = None;
     for (index, octets) in piece.chunks(block).enumerate() {
@@ -292,7 +297,7 @@ fn write_sparsely(output: &File, piece: &[u8], at: u64) -> io::Result<()> {
     }
 }
 
-fn write_manifest(manifest: &Manifest, folder: &Path) -> Result<(), TemplateError> {
+pub(super) fn write_manifest(manifest: &Manifest, folder: &Path) -> Result<(), TemplateError> {
     let path = folder.join(MANIFEST);
     let text = manifest.to_toml()?;
     fs::write(&path, text)
@@ -302,7 +307,7 @@ fn write_manifest(manifest: &Manifest, folder: &Path) -> Result<(), TemplateErro
 }
 
 /// Gives the folder its name. A predecessor changes places with it, so that at every instant one of them has the name.
-fn put_in_place(temporary: &Path, folder: &Path) -> Result<(), TemplateError> {
+pub(super) fn put_in_place(temporary: &Path, folder: &Path) -> Result<(), TemplateError> {
     use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
     let renamed = if folder.exists() {
         renameat2(AT_FDCWD, temporary, AT_FDCWD, folder, RenameFlags::RENAME_EXCHANGE).map_err(io::Error::from)

@@ -30,11 +30,13 @@ const MAX_DESCRIPTION: usize = 1024;
 const MAX_ENV: usize = 256;
 const MAX_ENV_OCTETS: usize = 4096;
 const MAX_PATH: usize = 4095;
+const MAX_START: usize = 256;
+const MAX_COMMAND: usize = 16 * 1024;
 
 /// What a manifest says, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
-    /// `[a-z0-9][a-z0-9._-]{0,62}`
+    /// `[a-z0-9][a-z0-9._-]{0,62}`, and where it has one, `:` and a tag of that form.
     pub name: String,
     /// One line for people, at most 1,024 octets.
     pub description: String,
@@ -46,6 +48,20 @@ pub struct Manifest {
     pub defaults: Defaults,
     /// How code is run.
     pub languages: Languages,
+    /// Where it was built.
+    pub build: Build,
+}
+
+/// What a template that was built has besides.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Build {
+    /// Digest of all that it was built from, in hex; empty where it was not built.
+    pub key: String,
+    /// The command that runs in sandboxes that start from its snapshot, and its arguments; empty where it has none.
+    pub start: Vec<String>,
+    /// The command, for a shell, that succeeds once the start command is ready; empty where it has none.
+    pub ready: String,
 }
 
 /// How an exec runs that says nothing else.
@@ -189,6 +205,36 @@ pub(super) struct RawManifest {
     pub(super) defaults: Defaults,
     #[serde(default)]
     pub(super) languages: Languages,
+    #[serde(default, skip_serializing_if = "Build::is_none")]
+    pub(super) build: Build,
+}
+
+impl Build {
+    /// Whether the template was not built.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let Self { key, start, ready } = self;
+        let octets = start.iter().map(|word| word.len() + 1).sum::<usize>();
+        if !key.is_empty() && parse_hex(key).is_none() {
+            return Err(format!("build.key {key:?} is not 64 hex digits"));
+        }
+        if start.len() > MAX_START || octets > MAX_COMMAND {
+            return Err(format!(
+                "build.start has {} words of {octets} octets, the limits are {MAX_START} and {MAX_COMMAND}",
+                start.len()
+            ));
+        }
+        if ready.len() > MAX_COMMAND {
+            return Err(format!("build.ready has {} octets, the limit is {MAX_COMMAND}", ready.len()));
+        }
+        match start.iter().chain([ready]).any(|word| word.contains('\0')) {
+            true => Err("build.start or build.ready has an octet that is 0".to_string()),
+            false => Ok(()),
+        }
+    }
 }
 
 impl Manifest {
@@ -203,7 +249,7 @@ impl Manifest {
     pub(super) fn check(raw: RawManifest, place: impl fmt::Display) -> Result<Self, TemplateError> {
         let bad = |message: String| Err(TemplateError::invalid(&place, message));
         if !is_template_name(&raw.name) {
-            return bad(format!("name {:?} is not of the form [a-z0-9][a-z0-9._-]{{0,62}}", raw.name));
+            return bad(format!("name {:?} is not of the form [a-z0-9][a-z0-9._-]{{0,62}}[:TAG]", raw.name));
         }
         if raw.description.len() > MAX_DESCRIPTION || raw.description.chars().any(char::is_control) {
             return bad(format!("description is no line of at most {MAX_DESCRIPTION} octets"));
@@ -230,7 +276,7 @@ impl Manifest {
         if let Some(entry) = env.iter().find(|entry| !is_env_entry(entry)) {
             return bad(format!("defaults.env entry {entry:?} is not KEY=value of at most {MAX_ENV_OCTETS} octets"));
         }
-        if let Err(message) = languages::check(&raw.languages) {
+        if let Err(message) = languages::check(&raw.languages).and_then(|()| raw.build.check()) {
             return bad(message);
         }
         Ok(Self {
@@ -240,7 +286,13 @@ impl Manifest {
             size_bytes: raw.size_bytes,
             defaults: raw.defaults,
             languages: raw.languages,
+            build: raw.build,
         })
+    }
+
+    /// The same, if it is one that can be read again.
+    pub fn checked(&self) -> Result<Self, TemplateError> {
+        Self::parse(&self.to_toml()?, &self.name)
     }
 
     /// The hash in lower-case hex.
@@ -257,13 +309,19 @@ impl Manifest {
             size_bytes: self.size_bytes,
             defaults: self.defaults.clone(),
             languages: self.languages.clone(),
+            build: self.build.clone(),
         };
         toml::to_string(&raw).map_err(|error| TemplateError::invalid(&self.name, error.to_string()))
     }
 }
 
-/// Whether a name may name a template. Such a name is also a safe name of a folder.
+/// Whether a name may name a template, with or without a tag. Such a name is also a safe name of a folder.
 pub fn is_template_name(name: &str) -> bool {
+    let (name, tag) = name.split_once(':').unwrap_or((name, "latest"));
+    is_part_of_name(name) && is_part_of_name(tag)
+}
+
+fn is_part_of_name(name: &str) -> bool {
     let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'_' | b'-');
     name.len() <= MAX_NAME
         && name.bytes().all(inner)
@@ -393,7 +451,7 @@ pub(super) fn to_hex(octets: &[u8]) -> String {
     octets.iter().map(|octet| format!("{octet:02x}")).collect()
 }
 
-fn parse_hex(text: &str) -> Option<[u8; 32]> {
+pub(super) fn parse_hex(text: &str) -> Option<[u8; 32]> {
     if text.len() != 64 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
         return None;
     }
@@ -441,6 +499,9 @@ mod tests {
             ("\"python\"", "\"\""),
             ("\"python\"", "\"-a\""),
             ("\"python\"", "\"a.tmp\""),
+            ("\"python\"", "\"a:\""),
+            ("\"python\"", "\"a:b:c\""),
+            ("\"python\"", "\"a:b.tmp\""),
             ("\"python\"", &format!("\"{long}\"")),
             ("\"d\"", "\"a\\nb\""),
             ("abab", "abxy"),

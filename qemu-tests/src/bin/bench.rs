@@ -5,7 +5,7 @@
 //! several processors runs on a second node, by wall time: virtual time has one CPU.
 //!
 //! `bench PART…` measures only some of it: `boot`, `measure`, `jail`, `cycle`, `restore`, `warm`, `clones`, `peer`, `net`, `many`,
-//! `code`, `wall`.
+//! `code`, `wall`, `template`.
 
 use std::fs;
 use std::io;
@@ -18,7 +18,7 @@ use qemu_tests::bench::{Row, table, verdicts};
 use qemu_tests::files::TempDir;
 use qemu_tests::machine::{self, Clock, EMULATED_CPU};
 use qemu_tests::node::{Boot, root_exec};
-use qemu_tests::{Node, timing};
+use qemu_tests::{Node, templates, timing};
 
 fn main() -> ExitCode {
     let mut rows = Vec::new();
@@ -94,6 +94,15 @@ fn main() -> ExitCode {
         node.power_cut();
     }
 
+    if asked("template") {
+        let node = Boot::diskless().start();
+        match template_build(&node) {
+            Some(row) => by_wall.push(row),
+            None => complete = false,
+        }
+        node.power_cut();
+    }
+
     for row in &mut rows {
         row.condition = if row.name == "binary_bytes" {
             "release build, static, stripped".to_string()
@@ -141,6 +150,24 @@ fn measure(node: &Node, argv: &[&str], rows: &mut Vec<Row>) -> bool {
         eprintln!("bench: {argv:?} ended with {exit}: {}\n{}", reply.text("stderr"), node.console_tail(20));
     }
     exit == "0"
+}
+
+/// Builds of a small template from the command line, by wall time.
+fn template_build(node: &Node) -> Option<Row> {
+    let path = templates::image("root.tar.gz")?.display().to_string();
+    let mut times: Vec<f64> = Vec::new();
+    for round in 0..3 {
+        let begin = Instant::now();
+        let done = templates::warren(node, &templates::small(&format!("built:{round}"), &["--no-cache"], &path));
+        if done.code != Some(0) {
+            eprintln!("bench: a template cannot be built: {}", done.stderr);
+            return None;
+        }
+        times.push(begin.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    let condition = "root file system with busybox, gzip, disk of 48 MiB, 192 MiB of memory; median of 3";
+    Some(Row::new("template_build_base_s", times[1], "s", condition))
 }
 
 /// From the kernel's first instruction to the control socket's first answer.

@@ -16,7 +16,8 @@ pub(super) use cgroup::{Cgroup, Users, are_frozen};
 pub(super) use input::Input;
 pub(super) use output::{Held, Output};
 pub(super) use spawn::{Failure, Plan, Size, Spawned, Stage, spawn};
-pub(super) use user::{Identity, resolve};
+pub(super) use user::Identity;
+pub(crate) use user::resolve;
 
 use super::code::Run;
 use crate::wire::{Code, Error, Fields, Link, Message};

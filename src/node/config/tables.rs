@@ -143,6 +143,18 @@ pub struct History {
     pub max_count: u64,
 }
 
+/// Templates that are built on the node: docs/templates.md.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Templates {
+    /// Whether there are any.
+    pub build: bool,
+    /// Steps that are kept for the next builds, 0–10,000; 0 keeps none.
+    pub cache_steps: u64,
+    /// MiB that they take on the disk at most, 0–1,073,741,824.
+    pub cache_mib: u64,
+}
+
 /// Where workers are kept in.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -261,6 +273,19 @@ impl Health {
         within("health.probe_interval_s", self.probe_interval_s, 1..=3600)?;
         within("health.probe_timeout_s", self.probe_timeout_s, 1..=600)?;
         within("health.probe_failures", self.probe_failures, 1..=100)
+    }
+}
+
+impl Default for Templates {
+    fn default() -> Self {
+        Self { build: true, cache_steps: 64, cache_mib: 8192 }
+    }
+}
+
+impl Templates {
+    pub(super) fn validate(&self) -> Result<(), (&'static str, String)> {
+        within("templates.cache_steps", self.cache_steps, 0..=10_000)?;
+        within("templates.cache_mib", self.cache_mib, 0..=1_073_741_824)
     }
 }
 

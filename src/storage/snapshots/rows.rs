@@ -20,7 +20,7 @@ pub(in crate::storage) const MIGRATION: &str = "
         vcpus           INTEGER NOT NULL,
         memory_bytes    INTEGER NOT NULL,
         disk_bytes      INTEGER NOT NULL,
-        kind            TEXT NOT NULL,      -- pause, snapshot, template, export, fork
+        kind            TEXT NOT NULL,      -- pause, snapshot, template, export, fork, step
         state           TEXT NOT NULL,      -- making, ready, removing
         memory_below    TEXT,               -- the snapshot whose memory shows in this one's holes
         memory_seal     TEXT,               -- digest of its memory file by fs-verity, in hex
@@ -94,6 +94,9 @@ words! {
         Export = "export",
         /// Made for sandboxes to go on from; it goes when they have it.
         Fork = "fork",
+        /// A template was being built: the same build goes on from there. Its name is its key. It goes with the template
+        /// that was built on, or when there are too many.
+        Step = "step",
     }
 }
 

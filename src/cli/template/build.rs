@@ -1,0 +1,424 @@
+//! `template build`: the client's half of a build. It reads recipe and image, has the builder do one task after the other, and
+//! shows what they say; the node sees a sandbox whose programs are fed, and in the end a disk.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use super::source::{Base, Source, Surroundings, Task, TaskKind, plan, to_error};
+use crate::cli::Failure;
+use crate::cli::args::BuildArgs;
+use crate::cli::client::{Call, Client, Event, INTERRUPTED, LOCAL_IO, local};
+use crate::cli::output::{complain, json_object, print, print_json};
+use crate::cli::show::text;
+use crate::cli::signals::{ENDING, Signals, exit_code};
+use crate::recipe::image::Settings;
+use crate::recipe::key::{Key, Summed};
+use crate::wire::{Code, Error, Fields, Request};
+
+/// The program that fills disks, in the builder.
+const MASON: &str = "/run/warren/mason";
+/// What a template's disk has beside the base's when nothing is said, in MiB.
+const MORE_MIB: u64 = 1024;
+/// So much of a failing step's output is part of its error, in octets.
+const TAIL: usize = 2048;
+/// Whose programs are, where only a root file system was given, and where they run: as in the node's own templates.
+const USER: &str = "1000";
+const WORKSPACE: &str = "/workspace";
+/// PATH of programs in images that say nothing.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// `warren template build`.
+pub(super) fn build(connect: &dyn Fn() -> Result<Client, Error>, args: &BuildArgs, json: bool) -> Result<u8, Failure> {
+    let source = Source::of(&args.path, args.file.as_deref(), args.reference.as_deref())?;
+    // From here on a signal ends the connection, and with it the build.
+    let signals = Signals::take(&ENDING).map_err(|e| local(LOCAL_IO, format!("signalfd: {e}")))?;
+    let mut client = connect()?;
+    client.interrupt_on(Some(signals.duplicate().map_err(|e| local(LOCAL_IO, format!("signalfd: {e}")))?));
+    match Builder::run(client, &source, args) {
+        Ok(fields) => {
+            match json {
+                true => print_json(&json_object(&fields))?,
+                false => print(format!("{}\n", text(&fields, "name")))?,
+            }
+            Ok(0)
+        }
+        Err(error) if error.code == INTERRUPTED => Ok(signals.next().map_or(1, exit_code)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A build under way.
+struct Builder<'a> {
+    client: Client,
+    source: &'a Source,
+    args: &'a BuildArgs,
+    /// The request that the build lasts as long as.
+    call: Call,
+    sandbox: String,
+}
+
+fn say(line: impl std::fmt::Display) {
+    complain(&line.to_string());
+}
+
+impl<'a> Builder<'a> {
+    fn run(mut client: Client, source: &'a Source, args: &'a BuildArgs) -> Result<Fields, Error> {
+        let (begin, around, disk) = begin(&mut client, source, args)?;
+        let (tasks, mut around, last) = plan(source, begin, around)?;
+        if let Some(start) = &args.start {
+            (around.entrypoint, around.cmd) =
+                (Vec::new(), vec!["/bin/sh".to_string(), "-c".to_string(), start.clone()]);
+        }
+        if let Some(ready) = &args.ready {
+            around.ready.clone_from(ready);
+        }
+        let whole = whole_key(&last, &around);
+        let ask = |steps: &[&Task]| {
+            let request = Request::new("", "template.build").arg(&args.tag).set("disk_mib", disk);
+            let from = if let Base::Template(name) = &source.base { name.as_str() } else { "scratch" };
+            let request = shape(request, args).set("from", from);
+            let request = if args.no_cache { request } else { request.set("key", whole.as_str()) };
+            steps.iter().rev().fold(request, |request, task| request.set("step", task.key.as_str()))
+        };
+        // The last ones are enough to find: each holds what those before it did.
+        let known: Vec<&Task> = if args.no_cache { Vec::new() } else { tasks.iter().collect() };
+        let known = &known[known.len().saturating_sub(200)..];
+        let begun = match begun(&mut client, ask(known))? {
+            // What was kept cannot be gone on from, on this processor say.
+            Begun::Failed(error) if !known.is_empty() && is_the_steps(&error) => {
+                say(format_args!("what was kept of earlier builds is of no use: {}", error.message));
+                begun(&mut client, ask(&[]))?
+            }
+            begun => begun,
+        };
+        let (call, sandbox, step) = match begun {
+            Begun::Cached(fields) => {
+                say(format_args!("{}: nothing has changed", args.tag));
+                return Ok(fields);
+            }
+            Begun::Failed(error) => return Err(error),
+            Begun::Builder { call, sandbox, step } => (call, sandbox, step),
+        };
+        let mut builder = Self { client, source, args, call, sandbox };
+        let done = step.and_then(|step| tasks.iter().position(|task| task.key.as_str() == step));
+        let count = tasks.len();
+        for (at, task) in tasks.iter().enumerate() {
+            let number = at + 1;
+            if done.is_some_and(|done| at <= done) {
+                say(format_args!("[{number}/{count}] {} (kept)", task.title));
+                continue;
+            }
+            say(format_args!("[{number}/{count}] {}", task.title));
+            builder.task(task).map_err(|error| of_step(error, number, count, task))?;
+            if !args.no_cache {
+                builder.keep(&task.key)?;
+            }
+        }
+        builder.commit(&around, &whole)
+    }
+
+    /// Does one task.
+    fn task(&mut self, task: &Task) -> Result<(), Error> {
+        match &task.kind {
+            TaskKind::Unpack => self.unpack(),
+            TaskKind::Run(argv) => self.exec(&task.around, argv, None).map(drop),
+            TaskKind::Directory(path) => {
+                let owner = task.around.user.clone();
+                let mut argv = mason(&["directory", path]);
+                if let Some(owner) = owner {
+                    argv.extend(["--owner".to_string(), owner]);
+                }
+                self.exec(&Surroundings::default(), &argv, None).map(drop)
+            }
+            TaskKind::Copy { context, digest, target, owner } => {
+                let mut argv = mason(&["copy", target]);
+                if context.directory {
+                    argv.push("--directory".to_string());
+                }
+                if let Some(owner) = owner {
+                    argv.extend(["--owner".to_string(), owner.clone()]);
+                }
+                let mut summed = Summed::new(context.open());
+                self.exec(&Surroundings::default(), &argv, Some(&mut summed))?;
+                if summed.digest() != *digest {
+                    return Err(local("CHANGED", "a file changed while it was copied: build again"));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn unpack(&mut self) -> Result<(), Error> {
+        let source = self.source;
+        match &source.base {
+            Base::Template(_) => Ok(()),
+            Base::Archive(path, _) => {
+                let mut file =
+                    std::fs::File::open(path).map_err(|e| local(LOCAL_IO, format!("{}: {e}", path.display())))?;
+                self.exec(&Surroundings::default(), &mason(&["layer"]), Some(&mut file)).map(drop)
+            }
+            Base::Image(image) => {
+                for (at, layer) in image.layers.iter().enumerate() {
+                    let short: String = layer.diff_id.chars().take(12).collect();
+                    say(format_args!("layer {}/{} {short}", at + 1, image.layers.len()));
+                    let mut from = layer.open(&image.store).map_err(to_error)?;
+                    let argv = mason(&["layer", "--whiteouts", "--sha256", &layer.diff_id]);
+                    self.exec(&Surroundings::default(), &argv, Some(&mut from)).map_err(|mut error| {
+                        error.message = format!("layer {} ({short}): {}", at + 1, error.message);
+                        error
+                    })?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Has what is there now kept for the next build. That it cannot be is no reason to end this one.
+    fn keep(&mut self, key: &Key) -> Result<(), Error> {
+        let request = Request::new("", "template.step").arg(&self.sandbox).set("key", key.as_str());
+        match self.client.call(request) {
+            Err(error) if error.code == INTERRUPTED => Err(error),
+            Err(error) => {
+                say(format_args!("this step is not kept: {}", error.message));
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+        }
+    }
+
+    /// Runs a program in the builder, and shows what it says. The last of it.
+    fn exec(&mut self, around: &Surroundings, argv: &[String], stdin: Option<&mut dyn Read>) -> Result<String, Error> {
+        let request = Request::new("", "exec.start").arg(&self.sandbox);
+        let request = argv.iter().fold(request, |request, word| request.arg(word));
+        let request = request.set("user", around.user.as_deref().unwrap_or("0"));
+        let request = request.set("cwd", around.workdir.as_deref().filter(|path| !path.is_empty()).unwrap_or("/"));
+        let request =
+            around.env.iter().fold(request, |request, (name, value)| request.set("env", format!("{name}={value}")));
+        let request = if stdin.is_some() { request.set("stdin", true) } else { request };
+        // Numbers that were asked for are nothing to be looked at.
+        let shown = argv.get(1).is_none_or(|verb| verb != "user" || argv[0] != MASON);
+        let mut tail = VecDeque::new();
+        let mut show = |_: &str, octets: &[u8]| {
+            tail.extend(octets.iter().copied());
+            let over = tail.len().saturating_sub(TAIL);
+            tail.drain(..over);
+            // The build goes on where nobody looks.
+            if shown {
+                let _ = io::stderr().write_all(octets);
+            }
+            Ok(())
+        };
+        let source = stdin.map(|reader| ("stdin", reader));
+        let done = self.client.transfer(request, source, &mut show);
+        let said = String::from_utf8_lossy(tail.make_contiguous()).trim_end().to_string();
+        let ended = match done?.fields {
+            fields if fields.number("exit") == Some(0) => return Ok(said),
+            fields => fields,
+        };
+        let how = match (ended.number("exit"), ended.number("signal")) {
+            (Some(exit), _) => format!("exit code {exit}"),
+            (None, Some(signal)) => format!("signal {signal}"),
+            (None, None) => "no exit code".to_string(),
+        };
+        Err(failure(argv, &said, &how))
+    }
+
+    /// Makes a template of the builder's disk, and where there is a ready command, tries it first.
+    fn commit(&mut self, around: &Surroundings, key: &Key) -> Result<Fields, Error> {
+        let user = match (&around.user, &self.source.base) {
+            // Before its disk is stopped: names are in its /etc/passwd.
+            (Some(user), _) => Some(self.exec(&Surroundings::default(), &mason(&["user", user]), None)?),
+            (None, Base::Archive(..)) => Some(USER.to_string()),
+            (None, _) => None,
+        };
+        self.exec(&Surroundings::default(), &mason(&["finish"]), None)?;
+        let mut request = Request::new("", "template.commit").arg(&self.sandbox).set("key", key.as_str());
+        if let Some(uid) = user.as_deref().and_then(|said| said.lines().last()?.split(' ').next()) {
+            request = request.set("user", uid);
+        }
+        request = around.workdir.iter().fold(request, |request, path| request.set("cwd", path));
+        request =
+            around.env.iter().fold(request, |request, (name, value)| request.set("env", format!("{name}={value}")));
+        request = around.start().iter().fold(request, |request, word| request.set("start", word));
+        request = self.args.description.iter().fold(request, |request, text| request.set("description", text));
+        if around.ready.is_empty() {
+            say("make the template");
+            return Ok(self.client.call(request)?.fields);
+        }
+        request = shape(request.set("ready", &around.ready).set("trial", true), self.args);
+        say("make the template, and try it");
+        let trial = self.client.call(request)?.fields;
+        self.sandbox = text(&trial, "sandbox");
+        self.try_it(around)?;
+        say("take its snapshot");
+        let request = Request::new("", "template.publish").arg(&self.sandbox);
+        Ok(self.client.call(request)?.fields)
+    }
+
+    /// Starts the start command and waits for the ready command to succeed.
+    fn try_it(&mut self, around: &Surroundings) -> Result<(), Error> {
+        let start = around.start();
+        if !start.is_empty() {
+            say(format_args!("start: {}", start.join(" ")));
+            let request = Request::new("", "exec.start").arg(&self.sandbox).set("detach", true);
+            // User, directory and environment are the template's own by now.
+            let request = start.iter().fold(request, |request, word| request.arg(word));
+            self.client.call(request)?;
+        }
+        say(format_args!("ready: {}", around.ready));
+        let script = format!("until (\n{}\n); do sleep 0.2; done", around.ready);
+        let time = self.args.ready_timeout.unwrap_or(Duration::from_secs(60));
+        let request = Request::new("", "exec.start").arg(&self.sandbox).arg("/bin/sh").arg("-c").arg(script);
+        let request = request.set("timeout_ms", time.as_millis());
+        let mut show = |_: &str, octets: &[u8]| {
+            let _ = io::stderr().write_all(octets);
+            Ok(())
+        };
+        let done = self.client.transfer(request, None, &mut show)?.fields;
+        if done.number("exit") == Some(0) {
+            return Ok(());
+        }
+        let message = format!("the ready command did not succeed within {} ms: {}", time.as_millis(), around.ready);
+        Err(local("BUILD_FAILED", message).with("step", "ready"))
+    }
+}
+
+impl Drop for Builder<'_> {
+    fn drop(&mut self) {
+        // The node sees the connection's end, too; this is sooner.
+        self.client.abandon(&self.call);
+    }
+}
+
+fn mason(words: &[&str]) -> Vec<String> {
+    [&[MASON], words].concat().into_iter().map(str::to_string).collect()
+}
+
+/// How a program failed. `mason` says itself what is wrong.
+fn failure(argv: &[String], said: &str, how: &str) -> Error {
+    let last = said.lines().last().unwrap_or_default();
+    if argv.first().is_some_and(|program| program == MASON)
+        && let Some((code, message)) = last.split_once(": ")
+        && code.bytes().all(|b| b.is_ascii_uppercase() || b == b'_')
+    {
+        return local(code, message);
+    }
+    local("BUILD_FAILED", how).with("output", said)
+}
+
+/// An error with the step that it is of.
+fn of_step(mut error: Error, number: usize, count: usize, task: &Task) -> Error {
+    if error.code == INTERRUPTED {
+        return error;
+    }
+    error.message = format!("step {number} of {count} ({}: {}) failed: {}", task.place, task.title, error.message);
+    error.with("step", number).with("place", &task.place)
+}
+
+/// Whether a build cannot begin because of what was kept.
+fn is_the_steps(error: &Error) -> bool {
+    error.is(Code::CpuMismatch)
+        || error.is(Code::Corrupt)
+        || error.is(Code::VmFailed)
+        || error.is(Code::VersionMismatch)
+}
+
+enum Begun {
+    Cached(Fields),
+    Builder { call: Call, sandbox: String, step: Option<String> },
+    Failed(Error),
+}
+
+fn begun(client: &mut Client, request: Request) -> Result<Begun, Error> {
+    let call = client.start(request)?;
+    loop {
+        match client.next(&call, None) {
+            Ok(Event::Item(fields)) => {
+                let (sandbox, step) = (text(&fields, "sandbox"), fields.get("step").map(str::to_string));
+                return Ok(Begun::Builder { call, sandbox, step });
+            }
+            Ok(Event::Done(Ok(fields))) => return Ok(Begun::Cached(fields)),
+            Ok(Event::Done(Err(error))) => return Ok(Begun::Failed(error)),
+            Ok(_) => {}
+            Err(error) => {
+                client.abandon(&call);
+                return Err(error);
+            }
+        }
+    }
+}
+
+/// What the builder is to be like, and the trial.
+fn shape(request: Request, args: &BuildArgs) -> Request {
+    let numbers = [("vcpus", args.vcpus), ("memory_mib", args.memory)];
+    let request =
+        numbers.into_iter().filter_map(|(key, value)| Some((key, value?))).fold(request, |r, (k, v)| r.set(k, v));
+    args.network.add_to(request)
+}
+
+/// The key of what the builder begins with, what programs have in the base, and the size of the disk in MiB.
+fn begin(client: &mut Client, source: &Source, args: &BuildArgs) -> Result<(Key, Surroundings, u64), Error> {
+    let mut around = Surroundings::default();
+    let (identity, base_mib) = match &source.base {
+        Base::Template(name) => {
+            let template = client.call(Request::new("", "template.inspect").arg(name))?.fields;
+            for (key, value) in &template.0 {
+                if let ("env", Some((name, value))) =
+                    (key.as_str(), std::str::from_utf8(value).ok().and_then(|e| e.split_once('=')))
+                {
+                    around.set(name, value);
+                }
+            }
+            // Its user stays the template's where a recipe says no other; steps run as root until then.
+            around.workdir = template.get("cwd").map(str::to_string);
+            (text(&template, "sha256"), template.number("size_bytes").unwrap_or(0) >> 20)
+        }
+        Base::Image(image) => {
+            let Settings { env, workdir, user, cmd, entrypoint } = source.settings();
+            around.set("PATH", PATH);
+            for entry in env.unwrap_or_default() {
+                if let Some((name, value)) = entry.split_once('=') {
+                    around.set(name, value);
+                }
+            }
+            around.workdir = Some(workdir.filter(|path| path.starts_with('/')).unwrap_or_else(|| "/".to_string()));
+            around.user = Some(user.filter(|user| !user.is_empty()).unwrap_or_else(|| "0".to_string()));
+            (around.cmd, around.entrypoint) = (cmd.unwrap_or_default(), entrypoint.unwrap_or_default());
+            let sizes = image.layers.iter().filter_map(|layer| image.store.open(&layer.file).ok());
+            ("image".to_string(), estimate(sizes.map(|blob| blob.size).sum()))
+        }
+        Base::Archive(path, _) => {
+            around.set("PATH", PATH);
+            around.set("HOME", WORKSPACE);
+            around.workdir = Some(WORKSPACE.to_string());
+            ("archive".to_string(), estimate(size_of(path)))
+        }
+    };
+    // In steps, so that a little more is the same size.
+    let disk = args.disk.unwrap_or((base_mib + MORE_MIB).next_multiple_of(256));
+    let network = format!("{:?} {:?} {:?}", args.network.network, args.network.allow, args.network.deny);
+    let numbers = [disk, args.vcpus.unwrap_or(0), args.memory.unwrap_or(0)].map(u64::to_le_bytes);
+    let [disk_octets, vcpus, memory] = &numbers;
+    let key = Key::new().then(&[identity.as_bytes(), disk_octets, vcpus, memory, network.as_bytes()]);
+    Ok((key, around, disk))
+}
+
+/// What something that may be compressed takes unpacked, in MiB, as a guess.
+fn estimate(octets: u64) -> u64 {
+    (octets >> 20).saturating_mul(4)
+}
+
+fn size_of(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |meta| meta.len())
+}
+
+/// The key of the template: its disk, and what else it is.
+fn whole_key(last: &Key, around: &Surroundings) -> Key {
+    let env: Vec<String> = around.env.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let start = around.start();
+    let ends = [around.workdir.as_deref().unwrap_or("\0"), around.user.as_deref().unwrap_or("\0"), &around.ready];
+    let strings = |words: &[String], key: &Key| key.then(&words.iter().map(String::as_bytes).collect::<Vec<_>>());
+    strings(&start, &strings(&env, last)).then(&ends.map(str::as_bytes))
+}

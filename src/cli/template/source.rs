@@ -1,0 +1,275 @@
+//! What a template is built from, found out: a base, what the base says of programs, and steps on it.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::context::Context;
+use crate::cli::client::{LOCAL_IO, local};
+use crate::recipe::RecipeError;
+use crate::recipe::dockerfile::{self, Instruction, MAX_RECIPE, Recipe, Step};
+use crate::recipe::image::{self, Image, Settings};
+use crate::recipe::key::{Key, hex};
+use crate::recipe::store::{Store, is_archive};
+use crate::wire::{Code, Error};
+
+/// What the first steps are done on.
+#[derive(Debug)]
+pub(super) enum Base {
+    /// A template of the node.
+    Template(String),
+    /// A container image.
+    Image(Box<Image>),
+    /// A root file system as one archive, and its digest.
+    Archive(PathBuf, String),
+}
+
+/// All that is built from.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub base: Base,
+    pub steps: Vec<Step>,
+    /// Where COPY looks.
+    pub root: PathBuf,
+    /// File of the steps, for errors.
+    pub name: String,
+}
+
+/// The error that a client is told.
+pub(super) fn to_error(error: RecipeError) -> Error {
+    let code = if error.damaged { Code::Corrupt } else { Code::BadArgument };
+    Error::new(code, error.to_string())
+}
+
+fn io_error(path: &Path, e: &io::Error) -> Error {
+    local(LOCAL_IO, format!("{}: {e}", path.display()))
+}
+
+impl Source {
+    /// Finds out what is at `path`. `recipe` is the file of steps where that is said.
+    pub fn of(path: &Path, recipe: Option<&Path>, reference: Option<&str>) -> Result<Self, Error> {
+        let meta = fs::metadata(path).map_err(|e| io_error(path, &e))?;
+        if let Some(recipe) = recipe {
+            return Self::of_recipe(recipe, path, reference);
+        }
+        let inner = path.join("Dockerfile");
+        if meta.is_dir() && inner.is_file() {
+            return Self::of_recipe(&inner, path, reference);
+        }
+        if meta.is_dir() || is_archive(path) || is_compressed(path) {
+            let base = base_of(path, reference)?;
+            return Ok(Self { base, steps: Vec::new(), root: path.to_path_buf(), name: path.display().to_string() });
+        }
+        let root = path.parent().filter(|root| !root.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Self::of_recipe(path, root, reference)
+    }
+
+    fn of_recipe(file: &Path, root: &Path, reference: Option<&str>) -> Result<Self, Error> {
+        let name = file.display().to_string();
+        let mut octets = Vec::new();
+        let opened = File::open(file).map_err(|e| io_error(file, &e))?;
+        opened.take(MAX_RECIPE as u64 + 1).read_to_end(&mut octets).map_err(|e| io_error(file, &e))?;
+        let text = String::from_utf8(octets).map_err(|_| to_error(RecipeError::new(&name, "is not UTF-8")))?;
+        let Recipe { from, from_line, steps } = dockerfile::parse(&text, &name).map_err(to_error)?;
+        let path = root.join(&from);
+        let base = match from.contains('/') || path.exists() {
+            true if path.exists() => base_of(&path, reference)?,
+            true => {
+                let message =
+                    format!("FROM {from}: there is no such image here, and templates have no / in their names");
+                return Err(to_error(RecipeError::new(format_args!("{name}:{from_line}"), message)));
+            }
+            false => Base::Template(from),
+        };
+        Ok(Self { base, steps, root: root.to_path_buf(), name })
+    }
+
+    /// What the base says of programs.
+    pub fn settings(&self) -> Settings {
+        match &self.base {
+            Base::Image(image) => image.settings.clone(),
+            _ => Settings::default(),
+        }
+    }
+}
+
+fn is_compressed(path: &Path) -> bool {
+    let mut begin = [0; 4];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut begin));
+    read.is_ok()
+        && (begin[..2] == [0x1f, 0x8b]
+            || begin == [0x28, 0xb5, 0x2f, 0xfd]
+            || begin == *b"\xfd7zX"
+            || begin[..3] == *b"BZh")
+}
+
+fn base_of(path: &Path, reference: Option<&str>) -> Result<Base, Error> {
+    let store = match path.is_dir() {
+        true => Store::Directory(path.to_path_buf()),
+        false if is_archive(path) => Store::of_archive(path).map_err(|e| io_error(path, &e))?,
+        false => return archive(path),
+    };
+    if path.is_dir() || image::is_image(&store) {
+        return Ok(Base::Image(Box::new(image::of_store(store, reference).map_err(to_error)?)));
+    }
+    archive(path)
+}
+
+fn archive(path: &Path) -> Result<Base, Error> {
+    Ok(Base::Archive(path.to_path_buf(), digest_of(path).map_err(|e| io_error(path, &e))?))
+}
+
+fn digest_of(path: &Path) -> io::Result<String> {
+    digest(&mut File::open(path)?)
+}
+
+/// The digest of all that can be read.
+pub(super) fn digest(from: &mut dyn Read) -> io::Result<String> {
+    let (mut hash, mut chunk) = (Sha256::new(), vec![0; 1 << 20]);
+    loop {
+        match from.read(&mut chunk) {
+            Ok(0) => return Ok(hex(&hash.finalize())),
+            Ok(n) => hash.update(&chunk[..n]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// What programs of a step have: it grows from step to step.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Surroundings {
+    pub env: Vec<(String, String)>,
+    pub workdir: Option<String>,
+    pub user: Option<String>,
+    pub cmd: Vec<String>,
+    pub entrypoint: Vec<String>,
+    pub ready: String,
+}
+
+impl Surroundings {
+    pub fn set(&mut self, name: &str, value: &str) {
+        match self.env.iter_mut().find(|(other, _)| other == name) {
+            Some((_, old)) => *old = value.to_string(),
+            None => self.env.push((name.to_string(), value.to_string())),
+        }
+    }
+
+    /// A path from the working directory.
+    pub fn path(&self, path: &str) -> String {
+        match path.starts_with('/') {
+            true => path.to_string(),
+            false => format!("{}/{path}", self.workdir.as_deref().unwrap_or("").trim_end_matches('/')),
+        }
+    }
+
+    /// The start command.
+    pub fn start(&self) -> Vec<String> {
+        [self.entrypoint.as_slice(), &self.cmd].concat()
+    }
+
+    /// Takes a step that changes no file, or what such a step leaves beside its files.
+    pub fn take(&mut self, what: &Instruction) {
+        match what {
+            Instruction::Env(pairs) => pairs.iter().for_each(|(name, value)| self.set(name, value)),
+            Instruction::WorkDir(path) => self.workdir = Some(self.path(path)),
+            Instruction::User(user) => self.user = Some(user.clone()),
+            Instruction::Cmd(words) => self.cmd.clone_from(words),
+            Instruction::Entrypoint(words) => (self.entrypoint, self.cmd) = (words.clone(), Vec::new()),
+            Instruction::Ready(command) => self.ready.clone_from(command),
+            Instruction::Run(_) | Instruction::Copy { .. } => {}
+        }
+    }
+
+    /// All of it that programs see, for a key.
+    fn digest_into(&self, key: &Key) -> Key {
+        let env: Vec<String> = self.env.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let parts = [self.workdir.as_deref().unwrap_or("\0"), self.user.as_deref().unwrap_or("\0")];
+        key.then(&env.iter().map(String::as_bytes).chain(parts.map(str::as_bytes)).collect::<Vec<_>>())
+    }
+}
+
+/// What is to be done in the builder, and the key of what is there afterwards.
+#[derive(Debug)]
+pub(super) struct Task {
+    pub kind: TaskKind,
+    /// As it is shown.
+    pub title: String,
+    pub place: String,
+    /// What programs of it have.
+    pub around: Surroundings,
+    pub key: Key,
+}
+
+/// What a task does.
+#[derive(Debug)]
+pub(super) enum TaskKind {
+    /// The base is put on the disk.
+    Unpack,
+    /// A program runs.
+    Run(Vec<String>),
+    /// Files are sent.
+    Copy { context: Context, digest: String, target: String, owner: Option<String> },
+    /// A directory is made.
+    Directory(String),
+}
+
+/// The tasks of a source, and what programs have in the end. `key` is that of what the builder begins with.
+pub(super) fn plan(source: &Source, key: Key, around: Surroundings) -> Result<(Vec<Task>, Surroundings, Key), Error> {
+    let (mut tasks, mut around, mut key) = (Vec::new(), around, key);
+    let mut add = |kind, title: String, place: &str, around: &Surroundings, key: &Key| {
+        let (place, around, key) = (place.to_string(), around.clone(), key.clone());
+        tasks.push(Task { kind, title, place, around, key });
+    };
+    match &source.base {
+        Base::Template(_) => {}
+        Base::Image(image) => {
+            let layers: Vec<&[u8]> = image.layers.iter().map(|layer| layer.diff_id.as_bytes()).collect();
+            key = key.then(&[b"image"]).then(&layers);
+            add(TaskKind::Unpack, format!("unpack {} layers", layers.len()), &source.name, &around, &key);
+        }
+        Base::Archive(path, digest) => {
+            key = key.then(&[b"archive", digest.as_bytes()]);
+            add(TaskKind::Unpack, format!("unpack {}", path.display()), &source.name, &around, &key);
+        }
+    }
+    for Step { line, text, what } in &source.steps {
+        let place = format!("{}:{line}", source.name);
+        let kind = match what {
+            Instruction::Run(argv) => {
+                let argv_octets: Vec<&[u8]> = argv.iter().map(String::as_bytes).collect();
+                key = around.digest_into(&key.then(&[b"run"]).then(&argv_octets));
+                TaskKind::Run(argv.clone())
+            }
+            Instruction::Copy { sources, target, owner } => {
+                let context = Context::new(&source.root, sources).map_err(|error| {
+                    to_error(RecipeError { place: place.clone(), message: error.to_string(), ..error })
+                })?;
+                let digest = digest(&mut context.open()).map_err(|e| local(LOCAL_IO, format!("{place}: {e}")))?;
+                let target = around.path(target);
+                let parts = [
+                    target.as_str(),
+                    owner.as_deref().unwrap_or(""),
+                    &digest,
+                    if context.directory { "d" } else { "" },
+                ];
+                key = key.then(&[b"copy"]).then(&parts.map(str::as_bytes));
+                TaskKind::Copy { context, digest, target, owner: owner.clone() }
+            }
+            Instruction::WorkDir(path) => {
+                let path = around.path(path);
+                key = around.digest_into(&key.then(&[b"directory", path.as_bytes()]));
+                TaskKind::Directory(path)
+            }
+            other => {
+                around.take(other);
+                continue;
+            }
+        };
+        add(kind, text.clone(), &place, &around, &key);
+        around.take(what);
+    }
+    Ok((tasks, around, key))
+}

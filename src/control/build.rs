@@ -1,0 +1,126 @@
+//! Arguments of the verbs that build templates.
+
+use crate::sandbox::spec::{Defaults, Spec};
+use crate::wire::{Args, Code, Error, Request};
+
+use super::command::Command;
+
+/// What a template starts from that says nothing else.
+const SCRATCH: &str = "scratch";
+/// Keys of steps that a build names at most.
+const MAX_STEPS: usize = 256;
+
+/// What is to be built.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BuildAsk {
+    /// Name of the template to be.
+    pub name: String,
+    /// The builder.
+    pub spec: Spec,
+    /// Keys of steps that it may go on from, the last first.
+    pub steps: Vec<String>,
+    /// Digest of all that it is built from; empty where that is not said.
+    pub key: String,
+}
+
+/// What a template is to be beside its disk. What is not said is as the template's that it was built on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CommitAsk {
+    /// Of programs.
+    pub user: Option<u32>,
+    /// Of programs.
+    pub cwd: Option<String>,
+    /// Of programs.
+    pub env: Vec<String>,
+    /// The start command.
+    pub start: Vec<String>,
+    /// The ready command.
+    pub ready: String,
+    /// As `BuildAsk::key`.
+    pub key: String,
+    /// A line for people.
+    pub description: Option<String>,
+    /// A sandbox of it is to run before it gets its name.
+    pub trial: Option<Spec>,
+}
+
+fn text(what: &str, octets: Vec<u8>) -> Result<String, Error> {
+    String::from_utf8(octets)
+        .map_err(|_| Error::new(Code::BadArgument, format!("{what} is not UTF-8")).with("argument", what))
+}
+
+/// A digest in hex.
+fn digest(key: &str, value: &str) -> Result<(), Error> {
+    if value.len() == 64 && value.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+        return Ok(());
+    }
+    Err(Error::new(Code::BadArgument, format!("{key}={value} is not 64 hex digits")).with("argument", key))
+}
+
+/// The shape of a sandbox of a template.
+fn shape(args: &mut Args, template: &str, defaults: Defaults) -> Result<Spec, Error> {
+    let mut shape = Request::new("", "").set("template", template);
+    for key in ["vcpus", "memory_mib", "disk_mib", "network"] {
+        shape = args.text(key)?.iter().fold(shape, |shape, value| shape.set(key, value));
+    }
+    for key in ["allow", "deny"] {
+        shape = args.all(key).iter().fold(shape, |shape, value| shape.set_bytes(key, value));
+    }
+    let spec = Spec::take(&mut Args::of(shape), defaults)?;
+    spec.check_asked().map(|()| spec)
+}
+
+/// `template.build`
+pub(super) fn build(_: &str, mut args: Args, defaults: Defaults) -> Result<Command, Error> {
+    let name = args.next_text("template")?;
+    let from = args.text("from")?.unwrap_or_else(|| SCRATCH.to_string());
+    let spec = shape(&mut args, &from, defaults)?;
+    let key = args.text("key")?.unwrap_or_default();
+    if !key.is_empty() {
+        digest("key", &key)?;
+    }
+    let steps = args.all("step").into_iter().map(|step| text("step", step)).collect::<Result<Vec<_>, Error>>()?;
+    steps.iter().try_for_each(|step| digest("step", step))?;
+    if steps.len() > MAX_STEPS {
+        let message = format!("{} of step are over the limit of {MAX_STEPS}", steps.len());
+        return Err(Error::new(Code::BadArgument, message).with("argument", "step").with("max", MAX_STEPS));
+    }
+    args.finish()?;
+    Ok(Command::TemplateBuild(Box::new(BuildAsk { name, spec, steps, key })))
+}
+
+/// `template.step`
+pub(super) fn step(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
+    let sandbox = args.next_text("sandbox")?;
+    let key = args.text("key")?.unwrap_or_default();
+    digest("key", &key)?;
+    args.finish()?;
+    Ok(Command::TemplateStep { sandbox, key })
+}
+
+/// `template.commit`
+pub(super) fn commit(_: &str, mut args: Args, defaults: Defaults) -> Result<Command, Error> {
+    let sandbox = args.next_text("sandbox")?;
+    let all = |args: &mut Args, key: &str| {
+        args.all(key).into_iter().map(|value| text(key, value)).collect::<Result<Vec<_>, Error>>()
+    };
+    let mut ask = CommitAsk {
+        user: args.number("user", 0..=u64::from(u32::MAX) - 1)?.and_then(|user| u32::try_from(user).ok()),
+        cwd: args.text("cwd")?,
+        env: all(&mut args, "env")?,
+        start: all(&mut args, "start")?,
+        ready: args.text("ready")?.unwrap_or_default(),
+        key: args.text("key")?.unwrap_or_default(),
+        description: args.text("description")?,
+        trial: None,
+    };
+    if !ask.key.is_empty() {
+        digest("key", &ask.key)?;
+    }
+    if args.flag("trial")? {
+        // Its name is not its own yet.
+        ask.trial = Some(shape(&mut args, SCRATCH, defaults)?);
+    }
+    args.finish()?;
+    Ok(Command::TemplateCommit { sandbox, ask: Box::new(ask) })
+}
