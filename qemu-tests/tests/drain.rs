@@ -88,10 +88,10 @@ fn a_newer_program_takes_over_from_a_supervisor_that_is_told_to_end() {
     let started = node.control().ok(sandbox.exec_request(&["sh", "-c", script]).set("detach", true));
     let exec = started.field("exec").to_string();
     // One that a client watches: its end is not the program's.
-    let mut watched = sandbox.start(sandbox.exec_request(&["sh", "-c", "echo begun; sleep 2; cat /workspace/mark"]));
+    let waits = "echo begun; while [ ! -e /workspace/mark ]; do sleep 0.1; done; cat /workspace/mark";
+    let mut watched = sandbox.start(sandbox.exec_request(&["sh", "-c", waits]));
     let second = watched.item().get("exec").expect("its number").to_string();
     watched.read_until("stdout", "begun\n");
-    sandbox.sh("echo marked > /workspace/mark");
     let worker = node.worker(&sandbox.id);
 
     // The same program as another file, of another content.
@@ -106,6 +106,7 @@ fn a_newer_program_takes_over_from_a_supervisor_that_is_told_to_end() {
     assert_eq!((sandbox.state(), node.worker(&sandbox.id)), ("running".to_string(), worker));
     assert!(!node.console_text().contains("failed to stop"), "{}", node.console_tail(40));
 
+    sandbox.sh("echo marked > /workspace/next && mv /workspace/next /workspace/mark");
     let replayed = node.control().ok(sandbox.request("exec.attach").set("exec", &second));
     assert_eq!((replayed.field("exit"), &*replayed.text("stdout")), ("0", "begun\nmarked\n"));
     std::thread::sleep(Duration::from_millis(500));
