@@ -11,6 +11,7 @@ use crate::client::Reply;
 use crate::files::TempDir;
 use crate::node::Node;
 use crate::timing;
+use crate::witness;
 
 /// Where the node looks for what is to fail; it goes when the last of that was reached.
 pub const FILE: &str = "/run/faults";
@@ -110,11 +111,11 @@ pub fn difference(node: &Node) -> Vec<String> {
         .filter(|row| ["error", "stopped"].contains(&row.state.as_str()))
         .map(|row| format!("sandboxes/{}/", row.id))
         .collect();
-    let listed = node
-        .sh("cd /data && find snapshots layers -mindepth 1 -maxdepth 1; find sandboxes -maxdepth 2 -name 'overlay*'; \
-         find sandboxes -maxdepth 2 -name pausing");
+    let mut listed = witness::files(node);
+    listed.extend(witness::listed(node, "sandboxes -maxdepth 2 -name 'overlay*'"));
+    listed.extend(witness::listed(node, "sandboxes -maxdepth 2 -name pausing"));
     let is_ended = |file: &str| ended.iter().any(|dir| file.starts_with(dir.as_str()));
-    let there: BTreeSet<String> = listed.lines().filter(|file| !is_ended(file)).map(str::to_string).collect();
+    let there: BTreeSet<String> = listed.into_iter().filter(|file| !is_ended(file)).collect();
     let lost = recorded.difference(&there).map(|file| format!("- {file}"));
     lost.chain(there.difference(&recorded).map(|file| format!("+ {file}"))).collect()
 }

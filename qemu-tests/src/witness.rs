@@ -1,5 +1,6 @@
 //! A sandbox whose past can be told: a program in it counts, and words lie in its memory and on its disk.
 
+use std::collections::BTreeSet;
 use std::sync::Once;
 
 use warren::wire::Request;
@@ -45,6 +46,17 @@ pub fn word(sandbox: &Sandbox) -> String {
     let words: Vec<&str> = said.lines().collect();
     assert!(words.len() == 2 && words[0] == words[1], "memory and disk are of two instants: {said:?}");
     words[0].to_string()
+}
+
+/// Files of snapshots and layers on the data partition.
+pub fn files(node: &Node) -> BTreeSet<String> {
+    listed(node, "snapshots layers -mindepth 1 -maxdepth 1")
+}
+
+/// What `find` finds on the data partition. What goes meanwhile may be missing.
+pub fn listed(node: &Node, what: &str) -> BTreeSet<String> {
+    let output = node.run(&["sh", "-c", &format!("cd /data && find {what} 2>&1")]);
+    output.stdout.lines().filter(|line| !line.starts_with("find: ")).map(str::to_string).collect()
 }
 
 /// Waits until a sandbox is in a state that lasts.

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 
 use qemu_tests::fault::{Blow, assert_agree, strike, strike_at};
 use qemu_tests::state::NodeState;
+use qemu_tests::witness::files;
 use qemu_tests::{Code, Error, Node, Reply, Request, Sandbox, shared, timing, witness};
 use warren::node::faults::Point;
 use warren::storage::snapshots::files::FaultPoint;
@@ -76,10 +77,6 @@ fn snapshots(node: &Node, sandbox: &Sandbox) -> BTreeSet<String> {
 /// Those of all sandboxes.
 fn all(node: &Node) -> BTreeSet<String> {
     listed(node, Request::new("", "snapshot.list"))
-}
-
-fn files(node: &Node) -> BTreeSet<String> {
-    node.sh("cd /data && find snapshots layers -mindepth 1 -maxdepth 1").lines().map(str::to_string).collect()
 }
 
 fn take(sandbox: &Sandbox) -> Request {

@@ -1,6 +1,5 @@
 //! A snapshot as one file: to another node and on from there; files that are none.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -9,6 +8,7 @@ use qemu_tests::artefacts::Artefact;
 use qemu_tests::files::TempDir;
 use qemu_tests::node::Boot;
 use qemu_tests::state::NodeState;
+use qemu_tests::witness::files;
 use qemu_tests::{Code, Error, Node, Request, Sandbox, timing};
 use sha2::{Digest, Sha256};
 
@@ -30,11 +30,6 @@ fn printed(node: &Node, arguments: &[&str]) -> String {
 
 fn counter(sandbox: &Sandbox) -> u64 {
     sandbox.sh("cat /dev/shm/count 2>/dev/null || echo 0").trim().parse().unwrap_or(0)
-}
-
-/// Files of snapshots and layers on the data partition.
-fn files(node: &Node) -> BTreeSet<String> {
-    node.sh("cd /data && find snapshots layers -mindepth 1 -maxdepth 1").lines().map(str::to_string).collect()
 }
 
 /// Sends a file as a snapshot.

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use qemu_tests::internet::{HOST, Internet};
+use qemu_tests::witness::files;
 use qemu_tests::{Code, Node, Request, Sandbox, shared, timing, witness};
 
 fn setting(name: &str, default: u64) -> u64 {
@@ -32,10 +33,6 @@ fn fork(node: &Node, from: &str, count: u64) -> Vec<Sandbox> {
 fn detach(sandbox: &Sandbox, script: &str) {
     let request = sandbox.exec_request(&["sh", "-c", script]).set("user", 0).set("detach", true);
     sandbox.client().ok(request);
-}
-
-fn files(node: &Node) -> BTreeSet<String> {
-    node.sh("cd /data && find snapshots layers -mindepth 1 -maxdepth 1").lines().map(str::to_string).collect()
 }
 
 fn gone(node: &Node, before: &BTreeSet<String>) {

@@ -18,6 +18,7 @@ const COPY_MIB: u64 = 8;
 const PROGRAM: &str = r#"
 import os, time, numpy
 data = numpy.random.default_rng().integers(0, 1 << 62, MIB << 17, dtype=numpy.uint64)
+os.mkfifo('/workspace/result')
 open('/workspace/ready', 'w').write('%d\n' % data.nbytes)
 while True:
     try:
@@ -27,8 +28,7 @@ while True:
     if words and words[-1] == 'end':
         os.remove('/workspace/go')
         results = ['%s %d\n' % (n, data[::int(n) + 1].sum()) for n in words[:-1]]
-        open('/workspace/part', 'w').writelines(results)
-        os.rename('/workspace/part', '/workspace/result')
+        open('/workspace/result', 'w').writelines(results)
     time.sleep(0.1)
 "#;
 
@@ -41,9 +41,8 @@ fn ask(sandbox: &Sandbox, numbers: &[u64]) {
 }
 
 fn answer(sandbox: &Sandbox) -> Vec<(u64, u64)> {
-    let text = timing::wait_for("a result", || {
-        Some(sandbox.sh("cat /workspace/result 2>/dev/null; true")).filter(|text| !text.is_empty())
-    });
+    // A pipe: to look again and again would cost pages as well.
+    let text = sandbox.sh("cat /workspace/result");
     let pair = |line: &str| line.split_once(' ').map(|(n, result)| (n.parse().unwrap(), result.parse().unwrap()));
     text.lines().filter_map(pair).collect()
 }

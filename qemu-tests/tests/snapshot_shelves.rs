@@ -5,12 +5,8 @@ use std::collections::BTreeSet;
 
 use qemu_tests::node::Boot;
 use qemu_tests::state::NodeState;
+use qemu_tests::witness::files;
 use qemu_tests::{Code, Fields, Node, Request, Sandbox, shared, timing};
-
-/// Files of snapshots and layers on the data partition.
-fn files(node: &Node) -> BTreeSet<String> {
-    node.sh("cd /data && find snapshots layers -mindepth 1 -maxdepth 1").lines().map(str::to_string).collect()
-}
 
 fn layers(node: &Node) -> usize {
     files(node).iter().filter(|name| name.starts_with("layers/")).count()

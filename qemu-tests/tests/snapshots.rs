@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use qemu_tests::state::NodeState;
+use qemu_tests::witness::files;
 use qemu_tests::{Code, Node, Request, Sandbox, shared, timing};
 
 /// A program of the sandbox that counts in memory and says so on its output, for as long as it lives.
@@ -32,11 +33,6 @@ fn fork(node: &Node, from: &str, count: u64) -> Vec<Sandbox> {
     let ids: Vec<String> = reply.items.iter().map(|item| item.get("id").expect("an id").to_string()).collect();
     assert_eq!(ids.len() as u64, count);
     ids.iter().map(|id| Sandbox::of(node.control(), id)).collect()
-}
-
-/// Files of snapshots and layers on the data partition.
-fn files(node: &Node) -> BTreeSet<String> {
-    node.sh("cd /data && find snapshots layers -mindepth 1 -maxdepth 1").lines().map(str::to_string).collect()
 }
 
 #[test]
