@@ -90,7 +90,7 @@ fn a_debian_root_runs() {
         said(&of, ". /etc/os-release; echo $ID $VERSION_ID; dpkg-query -W -f '${db:Status-Status}' libc6"),
         "debian 12\ninstalled"
     );
-    assert_eq!(said(&of, "stat -c %a /tmp /usr/bin/passwd"), "1777\n4755\n");
+    assert_eq!(said(&of, "stat -c %a /tmp /usr/bin/su"), "1777\n4755\n");
     drop(of);
     remove(&node, "debian:12");
 }
