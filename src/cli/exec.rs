@@ -32,6 +32,8 @@ pub struct Mode {
     pub stdin: bool,
     /// The command has a terminal: put ours into raw mode, if it is one, and pass its size on.
     pub tty: bool,
+    /// The command runs by itself (`exec.attach`): what interrupts us ends our watching, and not it.
+    pub watches: bool,
 }
 
 impl Mode {
@@ -49,7 +51,7 @@ impl Mode {
 
     /// Standard streams that are a terminal make a shell interactive.
     pub fn of_shell() -> Self {
-        Self { stdin: true, tty: io::stdin().is_terminal() && io::stdout().is_terminal() }
+        Self { stdin: true, tty: io::stdin().is_terminal() && io::stdout().is_terminal(), watches: false }
     }
 }
 
@@ -113,8 +115,6 @@ pub struct Session<'a> {
     early: Vec<Signal>,
     interrupts: u32,
     raw: Option<RawTerminal>,
-    /// The command is another's: what interrupts us ends our watching, and not it.
-    watches: bool,
     /// Set when we ended the command ourselves: the exit code, and until when to wait for the node's last word.
     leaving: Option<(u8, Instant)>,
 }
@@ -128,28 +128,6 @@ impl<'a> Session<'a> {
         request: Request,
         mode: Mode,
     ) -> Result<u8, Error> {
-        Self::begin(client, signals, sandbox, request, mode)?.serve()
-    }
-
-    /// Watches a command that runs by itself (`exec.attach`) until it ends. Gives its exit code.
-    pub fn watch(
-        client: &'a mut Client,
-        signals: &'a Signals,
-        sandbox: &str,
-        request: Request,
-        mode: Mode,
-    ) -> Result<u8, Error> {
-        let session = Self::begin(client, signals, sandbox, request, mode)?;
-        Session { watches: true, ..session }.serve()
-    }
-
-    fn begin(
-        client: &'a mut Client,
-        signals: &'a Signals,
-        sandbox: &str,
-        request: Request,
-        mode: Mode,
-    ) -> Result<Self, Error> {
         client.interrupt_on(None);
         let raw = (mode.tty && mode.stdin && io::stdin().is_terminal())
             .then(RawTerminal::enter)
@@ -167,10 +145,9 @@ impl<'a> Session<'a> {
             early: Vec::new(),
             interrupts: 0,
             raw,
-            watches: false,
             leaving: None,
         };
-        Ok(session)
+        session.serve()
     }
 
     fn serve(mut self) -> Result<u8, Error> {
@@ -315,7 +292,7 @@ impl<'a> Session<'a> {
                 self.send_size();
             }
             // In raw mode the keys' signals are octets for the command; what comes here is meant for us.
-            _ if self.raw.is_some() || self.watches => self.leave(exit_code(signal)),
+            _ if self.raw.is_some() || self.mode.watches => self.leave(exit_code(signal)),
             Signal::SIGINT if self.interrupts + 1 >= PATIENCE => self.leave(exit_code(signal)),
             _ => {
                 self.interrupts += u32::from(signal == Signal::SIGINT);

@@ -1,6 +1,6 @@
 //! The command line: connects to a node's control socket and speaks its protocol.
 //!
-//! `args` says what may be typed, `client` speaks to the node, `run` has the verbs around commands, `show` those
+//! `args` says what may be typed, `shape` what may be said of a sandbox, `values` in which units, `client` speaks to the node, `run` has the verbs around commands, `show` those
 //! that list and change, `code` runs code, `copy` moves files, `bridge` serves a node in QEMU to many clients.
 //!
 //! Exit codes: 0, 1 for a failure (`error: CODE: sentence` on standard error), 2 for misuse, 141 when the reader of
@@ -24,6 +24,7 @@ mod exec;
 mod history;
 mod output;
 mod run;
+mod shape;
 mod show;
 mod signals;
 mod snapshot;

@@ -5,10 +5,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant};
 
 use super::Failure;
-use super::args::{Cli, CreateArgs, ExecArgs, HowArgs, RunArgs, Shape};
+use super::args::{Cli, CreateArgs, ExecArgs, HowArgs, RunArgs};
 use super::client::{Call, Client, Event, INTERRUPTED, PROTOCOL_ERROR, local};
 use super::exec::{Mode, OWN_FAILURE, Session, take_signals};
 use super::output::{StatusLine, complain, json_object, print, print_error, print_json};
+use super::shape::Shape;
 use super::signals::exit_code;
 use super::values::{Disk, resolve_env};
 use crate::wire::{Code, Error, Fields, Request};
@@ -113,7 +114,7 @@ fn mode_of(how: &HowArgs) -> Result<Mode, Failure> {
     if how.tty && how.interactive && !io::stdin().is_terminal() {
         return Err(Failure::Misuse("-t with -i needs a terminal on standard input; leave -t out".to_string()));
     }
-    Ok(Mode { stdin: how.interactive, tty: how.tty })
+    Ok(Mode { stdin: how.interactive, tty: how.tty, ..Mode::default() })
 }
 
 fn with_how(mut request: Request, how: &HowArgs, env: &[String], mode: Mode) -> Request {

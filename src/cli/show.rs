@@ -8,11 +8,11 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::Failure;
-use super::args::{LimitArgs, NetworkArgs, TimeLimitArgs};
 use super::client::{CONNECTION_LOST, Call, Client, Event};
 use super::output::{
     ago, complain, human_bytes, human_seconds, json_object, print, print_error, print_json, printable, table,
 };
+use super::shape::{LimitArgs, NetworkArgs, TimeLimitArgs};
 use crate::wire::{Code, Error, Fields, Request};
 
 const MIB: u64 = 1 << 20;

@@ -100,7 +100,7 @@ pub fn attach(cli: &Cli, id: &str, exec: u64) -> Result<u8, Failure> {
     let signals = take_signals().map_err(Failure::Exec)?;
     let mut client = Client::connect(&cli.socket()).map_err(Failure::Exec)?;
     let request = Request::new("", "exec.attach").arg(id).set("exec", exec);
-    Session::watch(&mut client, &signals, id, request, Mode::default()).map_err(Failure::Exec)
+    Session::run(&mut client, &signals, id, request, Mode { watches: true, ..Mode::default() }).map_err(Failure::Exec)
 }
 
 /// `warren execs`: the programs of a sandbox that run, or whose end is kept.

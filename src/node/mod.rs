@@ -32,6 +32,7 @@ mod merging;
 mod network;
 mod pause;
 mod pools;
+mod recording;
 mod requests;
 mod restart;
 mod sealing;

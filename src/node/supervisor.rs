@@ -50,7 +50,7 @@ use crate::sandbox::uids::Uids;
 use crate::sentinel;
 use crate::storage::backup::Contents;
 use crate::storage::snapshots::files::Listed;
-use crate::storage::state::{Change, Snapshot, State as Database, StateError, Ticket};
+use crate::storage::state::{Snapshot, State as Database, StateError};
 use crate::storage::template_disk::TemplateEvent;
 use crate::storage::templates::{Template, TemplateError};
 use crate::storage::verity::{Digest, SealError};
@@ -256,7 +256,7 @@ pub struct Supervisor {
     /// How often the control port was looked for in vain.
     port_looks: u32,
     /// A row could not be written; a timer to put all of them again runs.
-    unrecorded: bool,
+    pub(super) unrecorded: bool,
     /// The node is stopping; the clients that asked for it.
     pub(super) stopping: Option<Stopping>,
     /// The node takes no new sandboxes.
@@ -286,8 +286,6 @@ const PORT_LOOKS: u32 = 8;
 const PORT_AGAIN: Duration = Duration::from_millis(200);
 /// Requests under way at once through the control port, which is one connection for all clients behind a bridge.
 const PORT_REQUESTS: usize = 4096;
-/// Pause before rows that could not be written are put again.
-const RECORD_AGAIN: Duration = Duration::from_secs(5);
 
 /// Messages that one source may bring in one turn, so that a flood leaves room for everybody else.
 pub(super) const TURN: usize = 256;
@@ -551,10 +549,7 @@ impl Supervisor {
                 continue;
             }
             if let Err(e) = result {
-                log::error!("state database: {e}");
-                if !std::mem::replace(&mut self.unrecorded, true) {
-                    self.timers.after(RECORD_AGAIN, Timer::Record);
-                }
+                self.refused(&e);
             }
             self.written(ticket);
         }
@@ -646,60 +641,6 @@ impl Supervisor {
             Timer::Restart(id) => self.restart(&id),
             Timer::Pools => self.pools_due(),
             Timer::Warm => self.warm_due(),
-        }
-    }
-
-    /// Takes no more rows and writes what there is, once more what was refused before. Whether that is done.
-    pub(super) fn close_database(&mut self) -> bool {
-        if self.unrecorded && !self.database.is_ending() {
-            self.record_all();
-        }
-        self.database.end()
-    }
-
-    /// Puts every row again. A put replaces the whole row, so doing it twice is fine.
-    fn record_all(&mut self) {
-        self.unrecorded = false;
-        let ids: Vec<SandboxId> = self.sandboxes.keys().cloned().collect();
-        for id in ids {
-            self.post(&id);
-            self.record(&id);
-            let numbers: Vec<u64> = self.sandboxes.get(&id).into_iter().flat_map(|s| s.execs.keys().copied()).collect();
-            numbers.into_iter().for_each(|number| self.record_exec(&id, number));
-        }
-    }
-
-    /// Writes a sandbox's row to the database. One that is being removed has none any more.
-    pub(super) fn record(&mut self, id: &SandboxId) -> Option<Ticket> {
-        self.time_sandbox(id);
-        self.tell_state(id);
-        let sandbox = self.sandboxes.get(id).filter(|sandbox| !sandbox.removing)?;
-        Some(self.database.submit(Change::PutSandbox(Box::new(sandbox.row()))))
-    }
-
-    /// Writes a program's row to the database, unless its sandbox is being removed, and its record in the history.
-    pub(super) fn record_exec(&mut self, id: &SandboxId, number: u64) {
-        let Some(sandbox) = self.sandboxes.get(id) else { return };
-        if let Some(exec) = sandbox.execs.get(&number).filter(|_| !sandbox.removing) {
-            let row = sandbox.execution_row(exec, now_ms());
-            self.database.submit(Change::PutExecution(Box::new(row)));
-        }
-        self.record_history(id, number);
-    }
-
-    /// A change is in the database, or was refused for good: clients that waited for it are told. A supervisor that is
-    /// killed, or a node that loses power, then knows all that anybody was told.
-    fn written(&mut self, ticket: Ticket) {
-        self.drain_written(ticket);
-        let of = self.sandboxes.values_mut().find(|sandbox| sandbox.writing == Some(ticket));
-        let Some(sandbox) = of else { return };
-        sandbox.writing = None;
-        let id = sandbox.id.clone();
-        if sandbox.gone {
-            self.removed(&id);
-        } else {
-            self.notify_waiters(&id);
-            self.pausing_recorded(&id);
         }
     }
 }

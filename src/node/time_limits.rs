@@ -234,3 +234,21 @@ impl Supervisor {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::fork::SETTINGS;
+
+    #[test]
+    fn what_cannot_be_paused_takes_no_limit_that_pauses() {
+        let spec = |line: &str| Spec::of_line(&format!("settings sandbox.create {line}"), SETTINGS).expect("a spec");
+        for fine in ["ttl=5:pause", "disk=a:file:a.img ttl=5:stop", "disk=a:new:64 max_lifetime=5:pause"] {
+            assert_eq!(check(&spec(fine)), Ok(()), "{fine}");
+        }
+        for bad in ["disk=a:file:a.img ttl=5:pause", "disk=a:device:sdb idle_timeout=5:pause"] {
+            let error = check(&spec(bad)).expect_err(bad);
+            assert!(error.is(Code::BadArgument), "{error}");
+        }
+    }
+}
