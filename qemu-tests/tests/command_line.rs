@@ -117,7 +117,7 @@ fn a_large_file_goes_in_and_out_unchanged_with_little_memory_on_each_side() {
 fn a_program_in_the_background_is_listed_attached_to_and_signalled() {
     let node = shared::node_with_templates();
     let sandbox = node.sandbox(&[("name", "background")]);
-    let script = "echo begun; trap 'echo asked to end; exit 5' TERM; while true; do sleep 0.1; done";
+    let script = "trap 'echo asked to end; exit 5' TERM; echo begun; while true; do sleep 0.1; done";
     let started = warren(&node, &["exec", "-d", "background", "--", "sh", "-c", script]);
     let number = stdout(&started).trim().to_string();
     assert!(number.parse::<u64>().is_ok(), "{number} {}", stderr(&started));
