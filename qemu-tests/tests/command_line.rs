@@ -122,7 +122,7 @@ fn a_program_in_the_background_is_listed_attached_to_and_signalled() {
     let number = stdout(&started).trim().to_string();
     assert!(number.parse::<u64>().is_ok(), "{number} {}", stderr(&started));
     let listed = warren(&node, &["execs", "background"]);
-    assert!(stdout(&listed).contains("running") && stdout(&listed).contains("begun"), "{}", stdout(&listed));
+    assert!(stdout(&listed).contains("running") && stdout(&listed).contains("asked to end"), "{}", stdout(&listed));
     qemu_tests::timing::wait_for("its first line", || {
         let attach = sandbox.client().start(sandbox.request("exec.attach").set("exec", &number));
         let mut attach = attach;
