@@ -89,6 +89,8 @@ pub fn run(source: &Source) -> Result<(), String> {
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
     // Before any thread is started, so that none of them is interrupted.
     signals.thread_block().map_err(|e| format!("signals: {e}"))?;
+    // Before it is read, so that a change made while this starts is seen as one.
+    let seen = modified(&source.path);
     let config = source.load().map_err(|e| e.to_string())?;
     if source.node {
         privileges::give_up(&config.paths.data)?;
@@ -102,7 +104,7 @@ pub fn run(source: &Source) -> Result<(), String> {
     tick(&parts).map_err(|e| format!("threads: {e}"))?;
     let marker = parts.live().config.paths.data.join(RUNNING);
     replace(&marker, b"").map_err(|e| format!("{}: {e}", marker.display()))?;
-    wait(&parts, source, &inbox);
+    wait(&parts, source, seen, &inbox);
     parts.state.go(State::Stopping);
     stop(&parts)?;
     drop(server);
@@ -353,8 +355,8 @@ fn tick(parts: &Arc<Parts>) -> io::Result<()> {
     Ok(())
 }
 
-fn wait(parts: &Parts, source: &Source, inbox: &Receiver<Event>) {
-    let mut seen = modified(&source.path);
+/// `seen` is what [`modified`] said of the file before the running configuration was read.
+fn wait(parts: &Parts, source: &Source, mut seen: Option<(SystemTime, u64)>, inbox: &Receiver<Event>) {
     loop {
         match inbox.recv_timeout(WATCH) {
             Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => return,
