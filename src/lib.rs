@@ -18,6 +18,7 @@ pub mod outbound;
 pub mod pool;
 pub mod recipe;
 pub mod sandbox;
+pub mod seccomp;
 pub mod sentinel;
 pub mod storage;
 pub mod vmm;

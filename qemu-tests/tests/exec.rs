@@ -23,7 +23,8 @@ fn noise(length: usize) -> Vec<u8> {
 fn wait_until_gone(sandbox: &Sandbox, pid: &str) {
     timing::wait_for(&format!("process {pid} in the sandbox to end"), || {
         // A zombie that waits to be reaped has ended too.
-        let state = sandbox.sh(&format!("grep ^State /proc/{pid}/status 2>/dev/null || true"));
+        let look = format!("grep ^State /proc/{pid}/status 2>/dev/null || true");
+        let state = sandbox.exec(&["sh", "-c", &look]).text("stdout");
         (state.is_empty() || state.contains('Z')).then_some(())
     });
 }
@@ -141,6 +142,10 @@ fn a_hundred_programs_run_at_once() {
         let running = rows.iter().filter(|row| row.get("state") == Some("running")).count();
         (running == 100 || rows.iter().any(|row| row.get("state") == Some("failed"))).then_some(())
     });
+    let agent = sandbox.sh("grep ^VmRSS: /proc/1/status");
+    let kib = agent.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("a number");
+    println!("the agent of a hundred programs has {kib} KiB");
+    assert!(kib <= 2048, "{kib} KiB");
     for call in &calls {
         call.writer().write("stdin", b"done\n");
         call.writer().end("stdin");

@@ -156,10 +156,17 @@ fn user_ids_and_slots_that_are_used_up_come_back() {
     let first = node.sandbox(&[("network", "on")]);
     let refused = node.control().err(Sandbox::create_request(&[("network", "on")]));
     assert!(refused.is(Code::NoCapacity) && refused.message.contains("slot"), "{refused}");
+    // Of what could not be created the trace is there, with the error in the span that failed.
+    let trace = Request::new("", "sandbox.trace").arg(refused.fields.get("sandbox").expect("its id"));
+    let trace = node.control().ok(trace);
+    assert_eq!((refused.fields.get("span"), trace.field("failed")), (Some("network"), "network"), "{trace:?}");
+    let failed = trace.items.iter().find(|row| row.get("error").is_some()).expect("a span with the error");
+    assert!(failed.get("error").is_some_and(|error| error.contains("slot")), "{failed:?}");
     let second = node.sandbox(&[]);
     let third = node.sandbox(&[]);
     let refused = node.control().err(Sandbox::create_request(&[]));
     assert!(refused.is(Code::NoCapacity) && refused.fields.get("resource") == Some("uid"), "{refused}");
+    assert_eq!(refused.fields.get("span"), Some("allocate"), "{refused}");
     for sandbox in [&first, &second, &third] {
         assert_eq!(sandbox.exec(&["echo", "on"]).text("stdout"), "on\n");
     }

@@ -206,6 +206,15 @@ pub enum Verb {
     Watch(WatchArgs),
     /// Show what was executed, also in sandboxes that are gone; or all that is kept of one execution
     History(HistoryArgs),
+    /// Show what a sandbox's create, or one of its programs, spent its time on
+    Trace {
+        /// An id or name; also the id of one that could not be created
+        #[arg(value_name = "SANDBOX")]
+        id: String,
+        /// The number of a program in it
+        #[arg(value_name = "EXEC")]
+        exec: Option<u64>,
+    },
     /// Copy files between here and a sandbox: one side is SANDBOX:PATH
     ///
     /// Directories are copied with everything in them. `-` is standard input or output, for a single file.
@@ -521,6 +530,9 @@ pub struct HowArgs {
     /// User, as a name or number, and group
     #[arg(short, long, value_name = "USER[:GROUP]")]
     pub user: Option<String>,
+    /// With the sandbox's own namespaces and all system calls, also when the user is not root
+    #[arg(long)]
+    pub privileged: bool,
     /// End the command and all it started after this time, such as 500ms, 30s, 5m
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,

@@ -9,6 +9,7 @@ use super::Failure;
 use super::client::{Client, Reply};
 use super::output::{ago, human_bytes, json_object, print, print_json, printable, table};
 use super::show::text;
+use super::trace::spans_table;
 use super::values::parse_duration;
 use crate::wire::{Fields, Request};
 
@@ -116,9 +117,13 @@ fn record(client: &mut Client, id: u64, json: bool) -> Result<u8, Failure> {
     for (key, value) in &reply.fields.0 {
         print(format!("{:width$}  {}\n", format!("{key}:"), printable(&String::from_utf8_lossy(value))))?;
     }
-    for artifact in &reply.items {
+    let (artifacts, spans) = parts(&reply);
+    for artifact in artifacts {
         let size = artifact.number("size").map(human_bytes).unwrap_or_default();
         print(format!("{:width$}  {} ({size})\n", "artifact:", printable(&text(artifact, "artifact"))))?;
+    }
+    if !spans.is_empty() {
+        print(format!("\n{}", spans_table(&spans)))?;
     }
     for part in PARTS.iter().filter(|part| !reply.channel(part).is_empty()) {
         print(format!("\n{part}:\n"))?;
@@ -129,13 +134,19 @@ fn record(client: &mut Client, id: u64, json: bool) -> Result<u8, Failure> {
     Ok(0)
 }
 
+/// The files, and the spans of its trace.
+fn parts(reply: &Reply) -> (Vec<&Fields>, Vec<&Fields>) {
+    reply.items.iter().partition(|item| item.get("span").is_none())
+}
+
 fn document(reply: &Reply) -> Value {
     let mut document = json_object(&reply.fields);
     for part in PARTS.iter().filter(|part| reply.channels.contains_key(**part)) {
         document[*part] = json!(String::from_utf8_lossy(reply.channel(part)));
     }
-    document["artifacts"] = reply
-        .items
+    let (artifacts, spans) = parts(reply);
+    document["trace"] = spans.iter().map(|span| json_object(span)).collect();
+    document["artifacts"] = artifacts
         .iter()
         .map(|artifact| {
             json!({

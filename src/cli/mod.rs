@@ -30,6 +30,7 @@ mod signals;
 mod snapshot;
 mod template;
 mod terminal;
+mod trace;
 mod values;
 mod watch;
 
@@ -133,6 +134,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Watch(args) => watch::watch(&mut connect()?, args, cli.json),
         Verb::Events(args) => watch::events(&mut connect()?, args, cli.json),
         Verb::History(args) => history::history(&mut connect()?, args, cli.json),
+        Verb::Trace { id, exec } => trace::trace(&mut connect()?, id, *exec, cli.json),
         Verb::Cp { source, target } => copy::cp(&connect, source, target),
         Verb::Node { verb } => match verb.as_ref().unwrap_or(&NodeVerb::Info) {
             NodeVerb::Audit(args) => show::audit(&mut connect()?, args, cli.json),

@@ -129,6 +129,9 @@ fn with_how(mut request: Request, how: &HowArgs, env: &[String], mode: Mode) -> 
     if let Some(cwd) = &how.workdir {
         request = request.set("cwd", cwd);
     }
+    if how.privileged {
+        request = request.set("privileged", true);
+    }
     if let Some(user) = &how.user {
         request = request.set("user", user);
     }
@@ -167,6 +170,9 @@ pub(super) fn make(client: &mut Client, shape: &Shape, template: Option<&str>) -
     }
     for entry in resolve_env(&shape.env) {
         request = request.set_bytes("env", &entry);
+    }
+    if shape.read_only {
+        request = request.set("read_only", true);
     }
     if shape.cold {
         request = request.set("cold", true);

@@ -118,6 +118,9 @@ pub struct Shape {
     /// How long it may be there
     #[command(flatten)]
     pub time_limits: TimeLimitArgs,
+    /// Its programs, but for root's, write below /workspace and /tmp only
+    #[arg(long)]
+    pub read_only: bool,
     /// Boot it, also where its template has a snapshot to start from
     #[arg(long)]
     pub cold: bool,

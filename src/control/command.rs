@@ -112,6 +112,13 @@ pub enum Command {
     EventsWatch(EventQuery),
     /// One sandbox.
     SandboxInspect(String),
+    /// `sandbox.trace`
+    SandboxTrace {
+        /// Which; also one that could not be created.
+        sandbox: String,
+        /// Of this program, and not of the create.
+        exec: Option<u64>,
+    },
     /// Shuts a sandbox down.
     SandboxStop {
         /// Id, name or unique prefix.
@@ -273,10 +280,9 @@ impl Verb {
     pub fn role(&self) -> Role {
         match self.name {
             "hello" | "help" | "node.info" | "sandbox.list" | "sandbox.stats" => Role::Monitor,
-            "template.list" | "template.inspect" | "sandbox.inspect" | "sandbox.logs" | "exec.list" | "code.list"
-            | "snapshot.list" | "snapshot.inspect" | "history.list" | "history.inspect" | "events.watch" => {
-                Role::Viewer
-            }
+            "template.list" | "template.inspect" | "sandbox.inspect" | "sandbox.trace" | "sandbox.logs"
+            | "exec.list" | "code.list" | "snapshot.list" | "snapshot.inspect" | "history.list" | "history.inspect"
+            | "events.watch" => Role::Viewer,
             "node.stop" | "node.drain" | "node.undrain" | "node.audit" | "node.ledger" | "node.backup"
             | "node.restore" => Role::Admin,
             _ => Role::Operator,
@@ -372,7 +378,7 @@ verbs! {
         done(args, Command::TemplateImport { name })
     };
     "sandbox.create",
-    "[template=base] [name=NAME] [owner=OWNER] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [net_mbps=N] [restart=never|on-failure[:N]] [env=K=V]* [label=K=V]* [progress=true] [cold=true]",
+    "[template=base] [name=NAME] [owner=OWNER] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [net_mbps=N] [restart=never|on-failure[:N]] [read_only=true] [env=K=V]* [label=K=V]* [progress=true] [cold=true]",
     "create a sandbox and wait until it answers", sandbox_create;
     "sandbox.list",
     "[state=STATE] [owner=OWNER] [template=NAME] [label=K[=V]]* [executing=true|false] [created_since_ms=TIME] [created_until_ms=TIME] [used_since_ms=TIME] [used_until_ms=TIME] [after=ID] [limit=N]",
@@ -380,6 +386,11 @@ verbs! {
     "sandbox.inspect", "SANDBOX", "one sandbox", |_, mut args, _| {
         let sandbox = sandbox(&mut args)?;
         done(args, Command::SandboxInspect(sandbox))
+    };
+    "sandbox.trace", "SANDBOX [exec=N]", "what its create, or one of its programs, spent its time on", |_, mut args, _| {
+        let sandbox = sandbox(&mut args)?;
+        let exec = args.number("exec", 0..=u64::MAX)?;
+        done(args, Command::SandboxTrace { sandbox, exec })
     };
     "sandbox.stop", "SANDBOX [timeout_ms=0..600000]", "shut a sandbox down, by force after the timeout", sandbox_stop;
     "sandbox.pause", "SANDBOX", "put a running sandbox on disk and free its memory", |_, mut args, _| {
@@ -435,7 +446,7 @@ verbs! {
     "sandbox.update", "SANDBOX memory_target_mib=N | network=on|off [allow=CIDR,…]* [deny=CIDR,…]* | [cpu_quota=N] [disk_iops=N] [disk_mbps=N] [net_mbps=N] | [ttl=LIMIT] [idle_timeout=LIMIT] [max_lifetime=LIMIT]", "change a running sandbox", sandbox_update;
     "sandbox.logs", "SANDBOX [follow=true] [source=console|guest]", "the serial log, or what programs log, on channel log", sandbox_logs;
     "exec.start",
-    "SANDBOX ARG+ [env=K=V]* [cwd=PATH] [user=USER] [stdin=true] [tty=true cols=N rows=N] [timeout_ms=N] [detach=true]",
+    "SANDBOX ARG+ [env=K=V]* [cwd=PATH] [user=USER] [stdin=true] [tty=true cols=N rows=N] [privileged=true] [timeout_ms=N] [detach=true]",
     "start a program; channels stdin, stdout, stderr", exec_start;
     "exec.list", "SANDBOX", "the programs of a sandbox", |_, mut args, _| {
         let sandbox = sandbox(&mut args)?;
@@ -612,7 +623,7 @@ fn exec_start(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error>
             request = request.set_bytes(key, &value);
         }
     }
-    for key in ["stdin", "tty"] {
+    for key in ["stdin", "tty", "privileged"] {
         if args.flag(key)? {
             request = request.set(key, true);
         }

@@ -19,7 +19,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::code::{Context, Told};
 use super::connection::{Connection, Job, greeting, hello};
-use super::exec::{Exec, Held, Users};
+use super::exec::{self, Exec, Held, Realm, Users};
 use super::freeze::Freeze;
 use super::identity::Identity;
 use super::port::{self, Port};
@@ -28,7 +28,7 @@ use super::tasks::{Task, Tasks};
 use super::uplink::Call;
 use super::web::Web;
 use super::{boot, memory, report, socket, system};
-use crate::wire::Fields;
+use crate::wire::{Code, Error, Fields};
 
 /// After so long without an event memory is given back.
 const IDLE: Duration = Duration::from_secs(1);
@@ -152,6 +152,8 @@ pub(super) struct Agent {
     pub(super) finished: VecDeque<u64>,
     pub(super) held: Held,
     pub(super) users: Option<Users>,
+    /// Where users' programs live, once there is one.
+    pub(super) realm: Option<Realm>,
     pub(super) settings: Settings,
     pub(super) tasks: Tasks,
     pub(super) null: File,
@@ -211,6 +213,7 @@ impl Agent {
             finished: VecDeque::new(),
             held: Rc::default(),
             users: None,
+            realm: None,
             settings: if pid1 { Settings::of_sandbox() } else { Settings::of_machine() },
             tasks: Tasks::new(),
             null: File::options().read(true).write(true).open("/dev/null")?,
@@ -344,12 +347,41 @@ impl Agent {
                     _ => {}
                 }
                 if self.pid1 {
+                    if !boot::is_builder() {
+                        let _ = self.prepare_realm();
+                    }
                     self.identity.introduce();
                     self.open_web();
                 }
             }
             None => {}
         }
+    }
+
+    /// Sees to it that there is a realm for users' programs.
+    pub(super) fn prepare_realm(&mut self) -> Result<(), Error> {
+        if self.realm.is_none() {
+            self.realm = Some(Realm::make().map_err(|errno| realm_error("make namespaces for programs", errno))?);
+        }
+        self.protect_root()
+    }
+
+    /// Keeps programs from writing to the root, where that was asked for.
+    pub(super) fn protect_root(&mut self) -> Result<(), Error> {
+        if !self.pid1 || !self.settings.read_only {
+            return Ok(());
+        }
+        let Some(realm) = &mut self.realm else { return self.prepare_realm() };
+        realm.protect_root().map_err(|errno| realm_error("make the root read-only", errno))
+    }
+
+    /// Whether a program of that user is kept to the realm, which is then there: in a sandbox all but root's.
+    pub(super) fn confines(&mut self, identity: Option<&exec::Identity>) -> Result<bool, Error> {
+        let confines = self.pid1 && identity.is_some_and(|identity| identity.uid != 0);
+        if confines {
+            self.prepare_realm()?;
+        }
+        Ok(confines)
     }
 
     /// Does all of them; called before the first request that needs them.
@@ -510,4 +542,8 @@ impl Agent {
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+fn realm_error(what: &str, errno: nix::errno::Errno) -> Error {
+    Error::new(Code::NoCapacity, format!("cannot {what}: {}", errno.desc())).with("errno", format!("{errno:?}"))
 }

@@ -184,6 +184,11 @@ pub(super) const CHORES: &[fn()] = &[
     },
 ];
 
+/// Whether this sandbox builds a template.
+pub(super) fn is_builder() -> bool {
+    BUILDER.get().is_some()
+}
+
 /// In memory, where it is no part of the template.
 fn provide_mason() {
     let Some(mut mason) = BUILDER.get().and_then(|held| held.lock().ok()?.take()) else { return };

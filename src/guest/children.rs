@@ -38,6 +38,10 @@ impl Agent {
             // SAFETY: wait4 fills one int and one rusage.
             match Errno::result(unsafe { libc::wait4(-1, &mut status, libc::WNOHANG, &mut usage) }) {
                 Ok(0) => break,
+                Ok(pid) if self.realm.as_ref().is_some_and(|realm| realm.keeper == pid) => {
+                    // All that was in there has ended with it; the next program makes another.
+                    self.realm = None;
+                }
                 Ok(pid) => match self.by_pid.remove(&pid) {
                     Some(id) => self.reaped(id, status, &usage),
                     None => orphans |= !self.context_reaped(pid, status),
@@ -104,7 +108,7 @@ impl Agent {
     /// # Errors
     /// When its streams cannot be watched; the caller then kills it.
     pub(super) fn watch_exec(&self, id: u64, spawned: &Spawned) -> io::Result<()> {
-        self.watch(&spawned.status, Kind::Status, id, Interest::READABLE)?;
+        self.watch(&spawned.birth.status, Kind::Status, id, Interest::READABLE)?;
         self.watch(&spawned.stdout, Kind::Stdout, id, Interest::READABLE)?;
         if let Some(stdin) = &spawned.stdin {
             self.watch(stdin, Kind::Stdin, id, Interest::WRITABLE)?;
@@ -169,6 +173,7 @@ pub(super) fn failed_to_start(name: &str, failure: Failure) -> Error {
         Stage::Directory => "enter the working directory",
         Stage::Program => "run the program",
         Stage::Network => "make a network of its own",
+        Stage::Realm => "enter the programs' namespaces",
     };
     // As shells do: 127 for what is not there, 126 for what cannot be run.
     let exit = if failure.stage == Stage::Program && failure.errno == Errno::ENOENT { 127 } else { 126 };

@@ -18,17 +18,19 @@ pub(super) struct Settings {
     pub user: Option<String>,
     /// `NAME=value` each.
     pub env: Vec<Vec<u8>>,
+    /// Programs may write below `/workspace` and `/tmp` only.
+    pub read_only: bool,
 }
 
 impl Settings {
     /// What a sandbox has before it is configured.
     pub(super) fn of_sandbox() -> Self {
-        Self { cwd: PathBuf::from("/workspace"), user: Some("1000".to_string()), env: Vec::new() }
+        Self { cwd: PathBuf::from("/workspace"), user: Some("1000".to_string()), env: Vec::new(), read_only: false }
     }
 
     /// What any other machine has: the agent is there to act as who started it.
     pub(super) fn of_machine() -> Self {
-        Self { cwd: PathBuf::from("/"), user: None, env: Vec::new() }
+        Self { cwd: PathBuf::from("/"), user: None, env: Vec::new(), read_only: false }
     }
 
     /// Whom a program runs as.

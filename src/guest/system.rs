@@ -34,6 +34,7 @@ pub(super) fn configure(settings: &mut Settings, mut args: Args, pid1: bool) -> 
     let user = args.text("user")?;
     let cwd = args.bytes("cwd")?;
     let grow = args.flag("grow")?;
+    let read_only = args.flag("read_only")?;
     let network = Network::parse(&mut args)?;
     args.finish()?;
     if env.iter().any(|variable| variable.iter().position(|&b| b == b'=').is_none_or(|at| at == 0)) {
@@ -56,6 +57,7 @@ pub(super) fn configure(settings: &mut Settings, mut args: Args, pid1: bool) -> 
     if !env.is_empty() {
         settings.env = env;
     }
+    settings.read_only |= read_only;
     if !pid1 {
         // On a machine that is not a sandbox these are not the agent's.
         return Ok(Fields::new());

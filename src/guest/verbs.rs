@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 
 use super::agent::{Agent, Due, EXEC_MAX};
 use super::connection::{Connection, Job, Slot};
-use super::exec::{self, Attachment, Exec, Plan, Size};
+use super::exec::{self, Attachment, Exec, Plan, Realm, Size};
 use super::files::{self, MODE_MAX, Writing};
 use super::settings::variable;
 use super::tasks::{Desk, Flow};
@@ -72,7 +72,11 @@ impl Agent {
                 args.finish()?;
                 Ok(Begun::Done(self.hello()))
             }
-            "system.configure" => system::configure(&mut self.settings, args, self.pid1).map(Begun::Done),
+            "system.configure" => {
+                let done = system::configure(&mut self.settings, args, self.pid1)?;
+                self.protect_root()?;
+                Ok(Begun::Done(done))
+            }
             "system.stats" => {
                 args.finish()?;
                 Ok(Begun::Done(system::stats(self.execs.values().filter(|exec| exec.is_alive()).count())))
@@ -212,6 +216,7 @@ impl Agent {
         let cols = args.number("cols", 1..=9999)?;
         let rows = args.number("rows", 1..=9999)?;
         let stdin = args.flag("stdin")?;
+        let privileged = args.flag("privileged")?;
         let timeout = args.number("timeout_ms", 1..=TIMEOUT_MAX_MS)?;
         let id = args.number("id", 1..=EXEC_MAX)?.unwrap_or(self.next_exec);
         args.finish()?;
@@ -236,6 +241,7 @@ impl Agent {
         }
 
         let identity = self.settings.identity(user.as_deref())?;
+        let confined = !privileged && self.confines(identity.as_ref())?;
         let env = self.settings.environment(identity.as_ref(), terminal, own_env);
         let cwd = match cwd {
             Some(cwd) => files::resolve(&self.settings.cwd, &cwd)?,
@@ -255,7 +261,8 @@ impl Agent {
         };
         let mut cgroup = self.users.as_mut().and_then(|users| users.create(id));
         let failed = |what: &str| Error::new(Code::NoCapacity, format!("cannot start a program: {what}"));
-        let spawned = exec::spawn(&plan, &self.null, cgroup.as_ref().map(exec::Cgroup::directory));
+        let realm = self.realm.as_ref().filter(|_| confined);
+        let spawned = exec::spawn(&plan, &self.null, cgroup.as_ref().map(exec::Cgroup::directory), realm);
         let spawned = match spawned {
             Ok(spawned) => spawned,
             Err(errno) => {
@@ -420,6 +427,7 @@ impl Agent {
             return Err(Error::new(Code::BadState, "this agent is not the init of a sandbox"));
         }
         self.stopping = true;
+        self.realm.iter().for_each(Realm::end);
         let patience = if system::ask_all_to_end() { patience } else { 0 };
         self.add_due(Instant::now() + Duration::from_millis(patience), Due::PowerOff);
         Ok(Begun::Done(Fields::new()))

@@ -6,6 +6,7 @@ use super::instance::{Route, Sandbox};
 use super::pools::PREPARE;
 use super::requests::Job;
 use super::supervisor::{Supervisor, TURN, now_ms};
+use super::tracing::{QUEUE, RUN, START};
 use crate::control::client::ANSWERS_HIGH;
 use crate::sandbox::agent::{Approach, Heard};
 use crate::sandbox::exec::{CodeRun, Exec, Sink, output_index};
@@ -18,6 +19,7 @@ use crate::wire::{Code, Decoded, Error, Fields, Filled, Message, Request};
 
 /// Tags of the supervisor's own requests on a worker's control link.
 pub(super) const GREETING: &str = "hello";
+pub(super) const START_MACHINE: &str = "start";
 const WATCH: &str = "watch";
 
 /// Finished programs that are kept with their output, a sandbox.
@@ -30,7 +32,9 @@ impl Supervisor {
         loop {
             let Some(worker) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut()) else { return };
             match worker.link.next() {
-                Some(Decoded::Message(Message::Err { tag, error })) if tag == "start" => worker.refusal = Some(error),
+                Some(Decoded::Message(Message::Err { tag, error })) if tag == START_MACHINE => {
+                    worker.refusal = Some(error)
+                }
                 Some(Decoded::Message(Message::Ok { tag, fields })) if tag == GREETING => {
                     let version = worker::link_version(&fields);
                     self.greeted(id, version.map(drop));
@@ -41,6 +45,7 @@ impl Supervisor {
                         log::warn!("sandbox {id}: the node has no room for what it writes");
                     }
                 }
+                Some(Decoded::Message(Message::Ok { tag, .. })) if tag == START_MACHINE => self.machine_made(id),
                 Some(Decoded::Message(Message::Ok { tag, .. })) if tag == LEARN => self.learned_working_set(id, Ok(())),
                 Some(Decoded::Message(Message::Err { tag, error })) if tag == LEARN => {
                     self.learned_working_set(id, Err(error));
@@ -282,11 +287,15 @@ impl Supervisor {
                 let fields = match &mut exec.code {
                     Some(run) => {
                         run.running = fields.get("state") == Some("running");
+                        exec.trace.next(if run.running { RUN } else { QUEUE });
                         Fields::new()
                             .with("exec", number)
                             .with("state", if run.running { "running" } else { "pending" })
                     }
-                    None => Fields::new().with("exec", number).with("pid", fields.number("pid").unwrap_or(0)),
+                    None => {
+                        exec.trace.next(RUN);
+                        Fields::new().with("exec", number).with("pid", fields.number("pid").unwrap_or(0))
+                    }
                 };
                 for viewer in exec.viewers.iter().filter(|viewer| viewer.owner) {
                     if let Some(client) = self.clients.get_mut(&viewer.client) {
@@ -375,6 +384,7 @@ impl Supervisor {
         watched: Option<(u64, &str)>,
     ) -> Option<u64> {
         let source_limit = self.source_limit();
+        let mut trace = self.new_trace();
         let sandbox = self.sandboxes.get_mut(id)?;
         let number = sandbox.next_exec;
         let worker = sandbox.worker.as_mut()?;
@@ -383,6 +393,8 @@ impl Supervisor {
         sandbox.next_exec += 1;
         let mut exec = Exec::new(number, argv, now_ms());
         exec.route = Some(route);
+        trace.next(START);
+        exec.trace = trace;
         if let Some(run) = run {
             exec.is_run(run);
             exec.source.limit = source_limit;

@@ -172,6 +172,10 @@ impl Supervisor {
     /// The snapshot that a new sandbox can start from.
     pub(super) fn template_origin(&self, spec: &Spec) -> Option<SnapshotRow> {
         let template = self.catalogue.get(&spec.template).ok().filter(|_| spec.disks.is_empty())?;
+        // What its start command has open it could write to for ever.
+        if spec.read_only && !template.manifest.build.start.is_empty() {
+            return None;
+        }
         let base_mib = template.manifest.size_bytes.div_ceil(MIB);
         let disk_mib = spec.disk_mib.unwrap_or(base_mib + self.config.sandbox.default_extra_disk_mib);
         let wanted = SnapshotRow {

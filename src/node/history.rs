@@ -10,6 +10,7 @@ use super::supervisor::{Supervisor, Timer, now_ms};
 use crate::control::access::Role;
 use crate::sandbox::exec::{Exec, OUTPUTS, Sink, Source, shell_line};
 use crate::sandbox::id::SandboxId;
+use crate::sandbox::trace::Trace;
 use crate::storage::history::{HistoryQuery, Note, Record, RecordQuery, RecordRow};
 use crate::storage::state::{Change, Query, Reading, StateError, Ticket};
 use crate::wire::{Code, Error, FRAME, Fields, Message};
@@ -198,6 +199,7 @@ fn say(client: &mut dyn Sink, tag: &str, record: &Record) -> Fields {
         let fields = Fields::new().with("artifact", &artifact.path).with("size", artifact.size);
         client.send(&Message::item(tag, fields.with("sha256", &artifact.sha256)));
     }
+    Trace::parse(&record.row.trace).rows().for_each(|span| client.send(&Message::item(tag, span)));
     fields(&record.row)
 }
 
@@ -239,6 +241,7 @@ fn row_of(record: u64, id: &SandboxId, owner: &str, exec: &Exec, keeps_command: 
         message: error.map(|error| error.message.chars().take(1024).collect()),
         cpu_ms: number("cpu_ms"),
         peak_kib: number("peak_kib"),
+        trace: if exec.outcome.is_some() { exec.trace.text() } else { String::new() },
         ..RecordRow::default()
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use mio::Token;
 use mio::net::UnixStream;
@@ -28,6 +29,7 @@ use crate::sandbox::lifecycle::State;
 use crate::sandbox::network;
 use crate::sandbox::restart::Restart;
 use crate::sandbox::spec::Spec;
+use crate::sandbox::trace::Trace;
 use crate::storage::snapshots::files::OVERLAY;
 use crate::storage::state::{ExecutionRow, SandboxRow, Ticket};
 use crate::wire::{Error, Fields, Link};
@@ -215,6 +217,8 @@ pub struct Sandbox {
     pub guest_log: GuestLog,
     /// The state that events have told.
     pub told_state: Option<State>,
+    /// What its create spends its time on.
+    pub trace: Trace,
     /// Requests that wait for it.
     pub waiters: Vec<Waiter>,
     /// It is to be taken away once its worker has ended.
@@ -265,6 +269,7 @@ impl Sandbox {
             next_exec: 1,
             guest_log: GuestLog::default(),
             told_state: None,
+            trace: Trace::since(Instant::now()),
             waiters: Vec::new(),
             removing: false,
             releasing: false,
@@ -321,6 +326,7 @@ impl Sandbox {
             net_mbps: row.net_mbps,
             restart: row.restart.parse().ok()?,
             time_limits: row.time_limits.parse().ok()?,
+            read_only: row.read_only,
             env: row.env.clone(),
             labels: row.labels.iter().map(|(k, v)| (k.clone(), v.clone())).collect(),
         };
@@ -340,6 +346,7 @@ impl Sandbox {
             started_ms: row.started_ms,
             ended_ms: row.ended_ms,
             clocks: Clocks::of_row(row.ttl_until_ms),
+            trace: Trace::parse(&row.trace),
             ..Self::new(id, row.owner.clone(), spec, home, row.created_ms)
         })
     }
@@ -371,6 +378,7 @@ impl Sandbox {
             restarts: self.restarts,
             restarts_in_row: self.restarts_in_row,
             time_limits: self.spec.time_limits.to_string(),
+            read_only: self.spec.read_only,
             ttl_until_ms: self.clocks.ttl_until_ms,
             env: self.spec.env.clone(),
             labels: self.spec.labels.iter().cloned().collect(),
@@ -381,6 +389,7 @@ impl Sandbox {
             layer: self.layer.clone(),
             snapshot: self.snapshot.clone(),
             overlay: Some(self.home.overlay_name()).filter(|name| *name != OVERLAY).map(str::to_string),
+            trace: self.trace.text(),
         }
     }
 

@@ -45,6 +45,7 @@ mod supervisor;
 mod templates;
 mod time_limits;
 mod timers;
+mod tracing;
 mod transfer;
 mod warm;
 

@@ -29,9 +29,10 @@ pub(super) fn to_error(error: &NetworkError) -> Error {
     };
     let shown = Error::new(code, error.to_string());
     match error {
-        NetworkError::Exhausted { max, .. } => shown.with("max", max),
+        NetworkError::Exhausted { max, .. } => shown.with("resource", "slot").with("max", max),
         NetworkError::Kernel(error) => shown.with("errno", format!("{:?}", error.errno)),
-        _ => shown,
+        NetworkError::Tap(_) => shown.with("resource", "slot"),
+        NetworkError::Unknown => shown,
     }
 }
 

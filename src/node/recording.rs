@@ -63,6 +63,7 @@ impl Supervisor {
         let of = self.sandboxes.values_mut().find(|sandbox| sandbox.writing == Some(ticket));
         let Some(sandbox) = of else { return };
         sandbox.writing = None;
+        sandbox.trace.close();
         let id = sandbox.id.clone();
         if sandbox.gone {
             self.removed(&id);

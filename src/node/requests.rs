@@ -1,6 +1,6 @@
 //! What clients ask, and what becomes of it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mio::Token;
 
@@ -224,11 +224,13 @@ impl Supervisor {
             Some(verb) if verb.role() > client.identity().role => Err(forbidden(verb, client.identity().role)),
             _ => Ok(()),
         };
+        self.taken = Some(Instant::now());
         let noted = if verb.is_some_and(Verb::is_audited) { self.audit(key, &request) } else { Ok(()) };
         let done = noted.and(allowed).and_then(|()| Command::of(request, defaults));
         if let Err(error) = done.and_then(|command| self.execute(key, &tag, command)) {
             self.answer(key, &Message::err(&tag, error));
         }
+        self.taken = None;
     }
 
     fn execute(&mut self, key: u64, tag: &str, command: Command) -> Result<(), Error> {
@@ -320,6 +322,7 @@ impl Supervisor {
                 let fields = self.sandboxes.get(&self.find(key, &name)?).map(Sandbox::fields).unwrap_or_default();
                 self.answer(key, &Message::ok(tag, fields));
             }
+            Command::SandboxTrace { sandbox, exec } => self.ask_trace(key, tag, &sandbox, exec)?,
             Command::SandboxStop { sandbox, timeout } => self.ask_stop(key, tag, &sandbox, timeout)?,
             Command::SandboxPause(sandbox) => self.ask_pause(key, tag, &sandbox)?,
             Command::SandboxResume(sandbox) => self.ask_resume(key, tag, &sandbox)?,

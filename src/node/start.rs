@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use mio::net::UnixStream;
 
-use super::agents::no_room;
+use super::agents::{START_MACHINE, no_room};
 use super::health::Probe;
 use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
 use super::pools::Shape;
 use super::supervisor::{Done, Source, Stopping, Supervisor, Timer, now_ms};
+use super::tracing::{ADMIT, AGENT_READY, REGISTER, VM};
 use super::warm::Parked;
 use crate::network::MTU;
 use crate::sandbox::agent::{Agent, Approach};
@@ -42,7 +43,9 @@ impl Supervisor {
         waiter: Option<Waiter>,
         origin: Option<&SnapshotRow>,
     ) -> Result<SandboxId, Error> {
+        let mut trace = self.new_trace();
         self.check_new(&spec, &owner)?;
+        trace.next(ADMIT);
         let idle = self.take_idle(origin.map(|row| row.id.as_str()));
         if let Some(row) = origin {
             self.prefer_snapshot(row);
@@ -54,6 +57,7 @@ impl Supervisor {
         let mut sandbox = Sandbox::new(id.clone(), owner, spec, self.places.of(&id), now_ms());
         sandbox.state = State::Scheduling;
         sandbox.waiters.extend(waiter);
+        sandbox.trace = trace;
         if let Some(row) = origin {
             sandbox.template_sha256.clone_from(&row.template_sha256);
             (sandbox.layer, sandbox.snapshot) = (row.layer.clone(), Some(row.id.clone()));
@@ -119,9 +123,11 @@ impl Supervisor {
         let template = self.catalogue.get(&name)?.clone();
         if self.catalogue.is_verified(&name)? {
             let shape = self.shape(id, &template)?;
+            self.trace(id, |trace| trace.end(ADMIT));
             // All of it is asked for at once, the slot once it is written down that there may be one.
             let slot = self.is_booked(id) && self.has_slot(id)?;
             let has = [slot, self.has_overlay(id, shape), self.has_worker(id)];
+            self.trace_allocation(id, has);
             return if has.contains(&false) { Ok(()) } else { self.build(id, &template, shape) };
         }
         self.verify(template)
@@ -229,6 +235,7 @@ impl Supervisor {
         }
         self.notify_waiters(id);
         let Some((berth, token)) = self.take_berth(id) else { return Ok(()) };
+        self.trace(id, |trace| trace.next(VM));
         let launched = self.launch(id, template, shape, berth, token);
         if launched.is_err() {
             self.unwatch(token);
@@ -309,7 +316,7 @@ impl Supervisor {
 
         let joined = (|| -> std::io::Result<(UnixStream, Agent)> {
             let stream = link;
-            let mut request = Request::new("start", "vm.start")
+            let mut request = Request::new(START_MACHINE, "vm.start")
                 .set("vcpus", sandbox.spec.vcpus)
                 .set("memory_mib", sandbox.spec.memory_mib)
                 .set("cid", GUEST_CID)
@@ -405,6 +412,7 @@ impl Supervisor {
 
     /// The agent of a sandbox greeted: the sandbox runs.
     pub(super) fn agent_ready(&mut self, id: &SandboxId) {
+        self.trace(id, |trace| trace.next(AGENT_READY));
         if self.park(id) {
             return;
         }
@@ -484,6 +492,7 @@ impl Supervisor {
         }
         sandbox.started_ms = Some(now_ms());
         sandbox.ended_ms = None;
+        sandbox.trace.next(REGISTER);
         self.look_at_pools();
         self.watch_health(id);
         let writing = self.record(id);
@@ -519,6 +528,8 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         log::warn!("sandbox {id} could not be started: {error}");
         sandbox.reason = error.to_string();
+        let error = self.trace_failure(id, error);
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         for waiter in std::mem::take(&mut sandbox.waiters) {
             match waiter.what {
                 Awaited::Created { .. }
@@ -679,6 +690,9 @@ pub(super) fn with_environment(mut request: Request, spec: &Spec, catalogue: &su
     if let Some(defaults) = defaults {
         request = request.set("user", defaults.user).set("cwd", &defaults.cwd);
         request = defaults.env.iter().fold(request, |request, entry| request.set("env", entry));
+    }
+    if spec.read_only {
+        request = request.set("read_only", true);
     }
     spec.env.iter().fold(request, |request, entry| request.set("env", entry))
 }

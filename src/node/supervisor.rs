@@ -1,13 +1,13 @@
 //! The supervisor: one loop that owns all of the node's state. It never blocks on a client, a worker, a guest or
 //! a disk: what may block is a background thread's, and every queue has a bound.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mio::event::{Event, Source as _};
 use mio::unix::SourceFd;
@@ -35,6 +35,7 @@ use super::requests::Job;
 use super::snapshots::{RETENTION, Snapshots};
 use super::templates::Changed;
 use super::timers::Timers;
+use super::tracing::FailedCreate;
 use super::warm::WarmPools;
 use crate::control::access::{Identity, Peer};
 use crate::control::client::Client;
@@ -249,6 +250,10 @@ pub struct Supervisor {
     pub(super) next_audit: u64,
     /// Number of the next record of the history.
     pub(super) next_record: u64,
+    /// When the request that is being taken came.
+    pub(super) taken: Option<Instant>,
+    /// Creates that failed, the newest first.
+    pub(super) failed_creates: VecDeque<FailedCreate>,
     /// What happened last.
     pub(super) events: EventLog,
     pub(super) started: SystemTime,
@@ -347,6 +352,8 @@ impl Supervisor {
             node_id: snapshot.node_id.clone(),
             next_audit: snapshot.next_audit,
             next_record: snapshot.next_record,
+            taken: None,
+            failed_creates: VecDeque::new(),
             events: EventLog::new(snapshot.events.clone()),
             started: SystemTime::now(),
             log_timer: false,

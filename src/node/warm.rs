@@ -11,10 +11,12 @@ use super::config::Warm as Table;
 use super::instance::{Awaited, Route, Sandbox, Waiter};
 use super::requests::Job;
 use super::supervisor::{Supervisor, Timer, now_ms};
+use super::tracing::ADMIT;
 use crate::pool::{Item, Pool};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::spec::{Defaults, Spec};
+use crate::sandbox::trace::Trace;
 use crate::wire::{Error, Fields, Message, Request};
 
 /// How often those that wait are asked whether they are there.
@@ -38,6 +40,7 @@ struct Ask {
     spec: Spec,
     owner: String,
     progress: bool,
+    asked: Instant,
 }
 
 /// A sandbox that belongs to a pool.
@@ -114,8 +117,9 @@ impl Supervisor {
         let Some(at) = self.warm.pools.iter().position(|warm| is_like(&warm.spec, &spec, disk_mib)) else {
             return Ok(Some(spec));
         };
+        let trace = self.new_trace();
         self.check_new(&spec, owner)?;
-        let ask = Ask { key, tag: tag.to_string(), spec, owner: owner.to_string(), progress };
+        let ask = Ask { asked: trace.asked(), key, tag: tag.to_string(), spec, owner: owner.to_string(), progress };
         let now = Instant::now();
         (self.warm.refill, self.warm.look) = (Some(now + REFILL), true);
         while let Some(item) = self.warm.pools[at].pool.take(now) {
@@ -161,6 +165,8 @@ impl Supervisor {
         sandbox.spec = Spec { disk_mib: sandbox.spec.disk_mib, ..ask.spec };
         (sandbox.owner, sandbox.created_ms) = (ask.owner, now_ms());
         sandbox.begin_ttl(sandbox.created_ms);
+        sandbox.trace = Trace::since(ask.asked);
+        sandbox.trace.begin_at_once(ADMIT);
         let what = Awaited::Created { progress: ask.progress };
         sandbox.waiters.push(Waiter { client: ask.key, tag: ask.tag.clone(), what });
         self.add_job(ask.key, &ask.tag, Job::Wait(id.clone()));
@@ -306,7 +312,7 @@ impl Supervisor {
 
     /// A request that waited for one in vain gets a sandbox like any other.
     fn create_plainly(&mut self, ask: Ask) {
-        let Ask { key, tag, spec, owner, progress } = ask;
+        let Ask { key, tag, spec, owner, progress, asked: _ } = ask;
         let waiter = Waiter { client: key, tag: tag.clone(), what: Awaited::Created { progress } };
         let origin = self.template_origin(&spec);
         match self.create_or_boot(spec, owner, waiter, origin.as_ref()) {

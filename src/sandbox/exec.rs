@@ -1,9 +1,11 @@
 //! A program in a sandbox as the node sees it: its output so far, who watches it, how it ended.
 
 use std::io;
+use std::time::Instant;
 
 use super::flow::{Gate, QUEUE_HIGH};
 use super::home::Home;
+use super::trace::Trace;
 use crate::storage::ring::Ring;
 use crate::wire::{Code, Error, FRAME, Fields, INITIAL_CREDIT, Message};
 
@@ -120,6 +122,8 @@ pub struct Exec {
     pub ended_ms: Option<u64>,
     /// What it runs, until that is in its record.
     pub source: Source,
+    /// What it spends its time on.
+    pub trace: Trace,
     outputs: [Output; 3],
 }
 
@@ -140,6 +144,7 @@ impl Exec {
             record: None,
             ended_ms: None,
             source: Source::default(),
+            trace: Trace::since(Instant::now()),
             outputs: [output(), output(), Output { ended: true, ..output() }],
         }
     }
@@ -227,6 +232,10 @@ impl Exec {
     /// The program has ended, or its link is gone for good: nothing more will come.
     pub fn finish(&mut self, outcome: Result<Fields, Error>) {
         self.route = None;
+        match &outcome {
+            Ok(_) => self.trace.close(),
+            Err(error) => self.trace.fail(None, error),
+        }
         self.outcome = Some(outcome);
         for output in &mut self.outputs {
             output.ended = true;

@@ -20,6 +20,7 @@ pub mod restart;
 pub mod spawn;
 pub mod spec;
 pub mod time_limits;
+pub mod trace;
 pub mod uids;
 pub mod usage;
 pub mod void;

@@ -62,6 +62,8 @@ pub struct Spec {
     pub restart: Restart,
     /// How long it may be there.
     pub time_limits: TimeLimits,
+    /// Its programs, but for root's, write below `/workspace` and `/tmp` only.
+    pub read_only: bool,
     /// `KEY=value` for every program in the sandbox.
     pub env: Vec<String>,
     /// For people and programs to find it by.
@@ -146,6 +148,7 @@ impl Spec {
         let restart = args.text("restart")?.map_or(Ok(Restart::Never), |text| text.parse());
         let restart = restart.map_err(|message: String| bad("restart", message))?;
         let time_limits = defaults.time_limits.with(&time_limits::take(args)?);
+        let read_only = args.flag("read_only")?;
         let mut env = Vec::new();
         for entry in args.all("env") {
             env.push(check_env(entry)?);
@@ -179,6 +182,7 @@ impl Spec {
             net_mbps,
             restart,
             time_limits,
+            read_only,
             env,
             labels,
         })
@@ -279,6 +283,7 @@ impl Spec {
         let fields = network::fields(self.network.as_ref(), fields);
         let fields = self.limits(fields);
         let fields = self.time_limits.fields(fields.with("restart", self.restart));
+        let fields = if self.read_only { fields.with("read_only", true) } else { fields };
         let fields = self.env.iter().fold(fields, |fields, entry| fields.with("env", entry));
         self.labels.iter().fold(fields, |fields, (key, value)| fields.with("label", format!("{key}={value}")))
     }
@@ -370,6 +375,7 @@ mod tests {
         let request = Request::new("1", "sandbox.create").set("vcpus", 2).set("disk_mib", 700).set("network", "on");
         let request = request.set("deny", "10.0.0.0/8").set("net_mbps", 5).set("restart", "on-failure:3");
         let request = request.set("env", "A=x y\n=z").set("env", "B=").set("label", "team=blue").set("disk_iops", 9);
+        let request = request.set("read_only", true);
         let spec = take(request).unwrap();
         assert_eq!(Spec::of_line(&spec.to_line(), DEFAULTS).unwrap(), spec);
         for line in ["", "x", "settings sandbox.create vcpus=99", "settings sandbox.create surprise=1"] {

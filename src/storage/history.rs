@@ -60,6 +60,8 @@ pub struct RecordRow {
     pub stdout_bytes: Option<u64>,
     /// The same of standard error.
     pub stderr_bytes: Option<u64>,
+    /// What it spent its time on, as `sandbox::trace` writes it; empty until it has ended.
+    pub trace: String,
 }
 
 /// A record with all that is kept.
@@ -206,10 +208,14 @@ pub(super) const MIGRATION: &str = "
     CREATE INDEX history_open ON history (id) WHERE ended_ms IS NULL;
 ";
 
+pub(super) const TRACE_MIGRATION: &str = "
+    ALTER TABLE history ADD COLUMN trace TEXT NOT NULL DEFAULT '';          -- spans, as `sandbox::trace` writes them
+";
+
 /// The columns of a row, in the order that `row_of` reads.
 const COLUMNS: &str =
     "id, sandbox, exec, owner, is_code, language, context, command, state, started_ms, ended_ms, exit,
-    signal, code, message, cpu_ms, peak_kib, source_bytes, stdout_bytes, stderr_bytes";
+    signal, code, message, cpu_ms, peak_kib, source_bytes, stdout_bytes, stderr_bytes, trace";
 
 /// Makes one write; the caller holds the transaction.
 pub(super) fn write(connection: &Connection, note: &Note) -> Result<(), StateError> {
@@ -234,12 +240,12 @@ fn put(connection: &Connection, row: &RecordRow) -> rusqlite::Result<usize> {
     connection
         .prepare(
             "INSERT INTO history (id, sandbox, exec, owner, is_code, language, context, command, state, started_ms,
-                                  ended_ms, exit, signal, code, message, cpu_ms, peak_kib)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17)
+                                  ended_ms, exit, signal, code, message, cpu_ms, peak_kib, trace)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)
              ON CONFLICT (id) DO UPDATE SET
                  state = excluded.state, ended_ms = excluded.ended_ms, exit = excluded.exit,
                  signal = excluded.signal, code = excluded.code, message = excluded.message,
-                 cpu_ms = excluded.cpu_ms, peak_kib = excluded.peak_kib",
+                 cpu_ms = excluded.cpu_ms, peak_kib = excluded.peak_kib, trace = excluded.trace",
         )?
         .execute(params![
             signed(row.id),
@@ -259,6 +265,7 @@ fn put(connection: &Connection, row: &RecordRow) -> rusqlite::Result<usize> {
             row.message,
             row.cpu_ms.map(signed),
             row.peak_kib.map(signed),
+            row.trace,
         ])
 }
 
@@ -356,6 +363,7 @@ fn row_of(row: &Row<'_>) -> rusqlite::Result<RecordRow> {
         source_bytes: maybe_unsigned(row, 17)?,
         stdout_bytes: maybe_unsigned(row, 18)?,
         stderr_bytes: maybe_unsigned(row, 19)?,
+        trace: row.get(20)?,
     })
 }
 
@@ -391,12 +399,12 @@ pub(super) fn record(connection: &Connection, query: &RecordQuery) -> Result<Opt
           WHERE id = ?1 AND (?2 IS NULL OR owner = ?2)"
     ))?;
     let found = statement.query_row(params![signed(query.id), query.owner], |row| {
-        let artifacts: Option<String> = row.get(23)?;
+        let artifacts: Option<String> = row.get(24)?;
         Ok(Box::new(Record {
             row: row_of(row)?,
-            source: row.get(20)?,
-            stdout: row.get(21)?,
-            stderr: row.get(22)?,
+            source: row.get(21)?,
+            stdout: row.get(22)?,
+            stderr: row.get(23)?,
             artifacts: artifacts.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default(),
         }))
     });
@@ -409,7 +417,10 @@ mod tests {
 
     fn database() -> Connection {
         let connection = Connection::open_in_memory().expect("memory");
-        connection.execute_batch(MIGRATION).expect("migration");
+        connection
+            .execute_batch(MIGRATION)
+            .and_then(|()| connection.execute_batch(TRACE_MIGRATION))
+            .expect("migration");
         connection
     }
 

@@ -105,6 +105,13 @@ const MIGRATIONS: &[&str] = &[
 ",
     history::MIGRATION,
     events::MIGRATION,
+    "
+    ALTER TABLE sandboxes ADD COLUMN trace TEXT NOT NULL DEFAULT '';        -- spans, as `sandbox::trace` writes them
+",
+    history::TRACE_MIGRATION,
+    "
+    ALTER TABLE sandboxes ADD COLUMN read_only INTEGER NOT NULL DEFAULT 0;
+",
 ];
 
 /// Rows that a table may bring at start: more than a node can ever have made is not read.
@@ -179,6 +186,10 @@ pub struct SandboxRow {
     pub snapshot: Option<String>,
     /// Name of its own overlay in its directory; `None` for `overlay`.
     pub overlay: Option<String>,
+    /// Its programs write below `/workspace` and `/tmp` only.
+    pub read_only: bool,
+    /// What its create took, as `sandbox::trace` writes it.
+    pub trace: String,
 }
 
 /// One imported template.
@@ -369,7 +380,7 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
         "SELECT id, name, template, template_sha256, state, reason, vcpus, memory_mib, disk_mib, env, labels,
                 created_ms, started_ms, ended_ms, pid, disks, disk_iops, disk_mbps, network, net_allow, net_deny,
                 net_mbps, net_address, owner, cpu_quota, restart, restarts, restarts_in_row, layer, snapshot, overlay,
-                time_limits, ttl_until_ms
+                time_limits, ttl_until_ms, trace, read_only
            FROM sandboxes ORDER BY created_ms, id LIMIT ?1",
         |row| {
             Ok(SandboxRow {
@@ -406,6 +417,8 @@ pub(super) fn sandboxes(connection: &Connection) -> Result<Vec<SandboxRow>, Stat
                 overlay: row.get(30)?,
                 time_limits: row.get(31)?,
                 ttl_until_ms: maybe_unsigned(row, 32)?,
+                trace: row.get(33)?,
+                read_only: row.get(34)?,
             })
         },
     )
@@ -470,9 +483,9 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                                         disk_mib, env, labels, created_ms, started_ms, ended_ms, pid, disks,
                                         disk_iops, disk_mbps, network, net_allow, net_deny, net_mbps, net_address,
                                         owner, cpu_quota, restart, restarts, restarts_in_row, layer, snapshot,
-                                        overlay, time_limits, ttl_until_ms)
+                                        overlay, time_limits, ttl_until_ms, trace, read_only)
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20,
-                         ?21, ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33)
+                         ?21, ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34, ?35)
                  ON CONFLICT (id) DO UPDATE SET
                      name = excluded.name, template = excluded.template, template_sha256 = excluded.template_sha256,
                      state = excluded.state, reason = excluded.reason, vcpus = excluded.vcpus,
@@ -485,7 +498,8 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                      cpu_quota = excluded.cpu_quota, restart = excluded.restart, restarts = excluded.restarts,
                      restarts_in_row = excluded.restarts_in_row, layer = excluded.layer,
                      snapshot = excluded.snapshot, overlay = excluded.overlay,
-                     time_limits = excluded.time_limits, ttl_until_ms = excluded.ttl_until_ms",
+                     time_limits = excluded.time_limits, ttl_until_ms = excluded.ttl_until_ms,
+                     trace = excluded.trace, read_only = excluded.read_only",
             )?
             .execute(params![
                 row.id,
@@ -521,6 +535,8 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> Result<(), Stat
                 row.overlay,
                 row.time_limits,
                 row.ttl_until_ms.map(signed),
+                row.trace,
+                row.read_only,
             ])?,
         Change::RemoveSandbox { id } => connection.prepare("DELETE FROM sandboxes WHERE id = ?1")?.execute([id])?,
         Change::PutTemplate(row) => connection

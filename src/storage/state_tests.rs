@@ -69,6 +69,8 @@ fn sandbox(id: &str) -> SandboxRow {
         layer: Some("layer".into()),
         snapshot: Some("snapshot".into()),
         overlay: Some("overlay-2".into()),
+        trace: "[]".into(),
+        read_only: true,
     }
 }
 

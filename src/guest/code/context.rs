@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 
 use super::control::{Lines, Word};
-use crate::guest::exec::{Cgroup, Failure};
+use crate::guest::exec::{Birth, Born, Cgroup};
 
 /// What a run's process is started from.
 #[derive(Debug, Clone)]
@@ -51,14 +51,6 @@ impl Measure {
     }
 }
 
-/// Whether a process became its program.
-#[derive(Debug)]
-pub(super) enum Birth {
-    Pending,
-    Failed(Failure),
-    Done,
-}
-
 /// What came of a visit to the control channel.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Heard {
@@ -72,7 +64,7 @@ pub(super) enum Heard {
 pub(crate) struct Process {
     pub pid: libc::pid_t,
     /// Closes when the interpreter runs.
-    pub(super) status: Option<File>,
+    pub(super) birth: Option<Birth>,
     pub(super) control: Option<UnixStream>,
     lines: Lines,
     /// What is to be written, and how much of it was.
@@ -88,7 +80,7 @@ pub(crate) struct Process {
 impl Process {
     pub(super) fn new(
         pid: libc::pid_t,
-        status: File,
+        birth: Birth,
         control: Option<UnixStream>,
         pipes: [File; 3],
         cgroup: Option<Cgroup>,
@@ -96,7 +88,7 @@ impl Process {
     ) -> Self {
         Self {
             pid,
-            status: Some(status),
+            birth: Some(birth),
             control,
             lines: Lines::default(),
             outbox: (Vec::new(), 0),
@@ -108,21 +100,17 @@ impl Process {
     }
 
     /// Looks whether the interpreter runs.
-    pub(super) fn birth(&mut self) -> Birth {
-        let Some(status) = &mut self.status else { return Birth::Done };
-        let mut octets = [0; Failure::SIZE];
-        match status.read(&mut octets) {
-            Ok(Failure::SIZE) => Birth::Failed(Failure::from_octets(octets)),
-            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Birth::Pending,
-            Ok(_) | Err(_) => {
-                self.status = None;
-                if self.isolated {
-                    // Open, it stays the one of that namespace, also when the process has gone.
-                    self.refusals = File::open(format!("/proc/{}/net/snmp", self.pid)).ok();
-                }
-                Birth::Done
+    pub(super) fn birth(&mut self) -> Born {
+        let Some(birth) = &mut self.birth else { return Born::Runs };
+        let born = birth.look();
+        if born == Born::Runs {
+            self.birth = None;
+            if self.isolated {
+                // Open, it stays the one of that namespace, also when the process has gone.
+                self.refusals = File::open(format!("/proc/{}/net/snmp", self.pid)).ok();
             }
         }
+        born
     }
 
     /// Queues what the runner is to read.
@@ -287,7 +275,7 @@ impl Context {
         match &self.process {
             None => "ended",
             Some(_) if self.current.is_some() => "busy",
-            Some(Process { status: Some(_), .. }) => "starting",
+            Some(Process { birth: Some(_), .. }) => "starting",
             Some(_) => "idle",
         }
     }

@@ -68,6 +68,7 @@ impl Agent {
         let (result, result_of_child) = pipe2(OFlag::O_CLOEXEC).map_err(|e| no_room("its results", &e))?;
         fcntl(&result, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| no_room("its results", &e))?;
         let program = argv.first().cloned().unwrap_or_default();
+        let confined = self.confines(identity.as_ref())?;
         let plan = Plan {
             candidates: strings("start", candidates(&program, variable(&env, b"PATH").unwrap_or_default()))?,
             argv: strings("start", argv)?,
@@ -90,8 +91,13 @@ impl Agent {
         };
         // Without its bounds code does not run.
         let spawned = limited.map_err(|e| no_room("its bounds", &e)).and_then(|()| {
-            exec::spawn(&plan, &self.null, cgroup.as_ref().map(Cgroup::directory))
-                .map_err(|errno| no_room("its process", &errno.desc()).with("errno", format!("{errno:?}")))
+            exec::spawn(
+                &plan,
+                &self.null,
+                cgroup.as_ref().map(Cgroup::directory),
+                self.realm.as_ref().filter(|_| confined),
+            )
+            .map_err(|errno| no_room("its process", &errno.desc()).with("errno", format!("{errno:?}")))
         });
         let spawned = match spawned {
             Ok(spawned) => spawned,
@@ -103,13 +109,13 @@ impl Agent {
             }
         };
         let both = Interest::READABLE | Interest::WRITABLE;
-        let watched = self.watch(&spawned.status, Kind::Context, number, Interest::READABLE);
+        let watched = self.watch(&spawned.birth.status, Kind::Context, number, Interest::READABLE);
         let watched = watched.and_then(|()| self.watch(&control, Kind::Context, number, both));
         let stderr =
             spawned.stderr.map_or_else(|| self.null.try_clone(), Ok).map_err(|e| no_room("its streams", &e))?;
         let pipes = [spawned.stdout, stderr, std::fs::File::from(result)];
         let control = start.runner.then_some(control);
-        let process = Process::new(spawned.pid, spawned.status, control, pipes, cgroup, !start.network);
+        let process = Process::new(spawned.pid, spawned.birth, control, pipes, cgroup, !start.network);
         if let Err(e) = watched {
             process.kill();
             self.forget_process(Some(process));

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use artifacts::PATIENCE;
 pub(super) use artifacts::Told;
 pub(super) use context::Context;
-use context::{Birth, Heard, Process};
+use context::{Heard, Process};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use control::Lines;
 use control::Word;
@@ -25,6 +25,7 @@ use run::{How, Limits, Stage};
 
 use super::agent::{Agent, Due};
 use super::children::failed_to_start;
+use super::exec::Born;
 use super::tasks::{Flow, Report};
 use crate::wire::{Code, Error, Fields, Message};
 
@@ -88,13 +89,13 @@ impl Agent {
             let Some(context) = self.contexts.get_mut(&number) else { continue };
             let Some(process) = &mut context.process else { continue };
             match process.birth() {
-                Birth::Pending => {}
-                Birth::Failed(failure) => {
+                Born::NotYet => {}
+                Born::Failed(failure) => {
                     let error = failed_to_start(&context.start.language, failure);
                     self.lose_process(number, "its interpreter could not be started", Some(error));
                     continue;
                 }
-                Birth::Done => {}
+                Born::Runs => {}
             }
             process.flush();
             match process.listen() {
@@ -124,7 +125,7 @@ impl Agent {
         let Some(context) = self.contexts.get_mut(&number) else { return true };
         // What it said last counts, and that it was never more than a failure to start.
         if let Some(process) = &mut context.process {
-            if let Birth::Failed(failure) = process.birth() {
+            if let Born::Failed(failure) = process.birth() {
                 let error = failed_to_start(&context.start.language, failure);
                 self.lose_process(number, "its interpreter could not be started", Some(error));
                 return true;

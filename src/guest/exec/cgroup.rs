@@ -80,12 +80,14 @@ impl Users {
 
     /// Removes a program's cgroup, now or when its last daemon has gone.
     pub(crate) fn retire(&mut self, cgroup: Cgroup) {
+        self.sweep();
         if is_inhabited(&cgroup.path) {
             self.inhabited.push(cgroup.path);
         }
     }
 
-    /// Tries the cgroups again that were still inhabited; called when an orphan was reaped.
+    /// Tries the cgroups again that were still inhabited. Orphans that the keeper reaps nobody hears of: the next program's
+    /// end is soon enough.
     pub(crate) fn sweep(&mut self) {
         self.inhabited.retain(|path| is_inhabited(path));
     }

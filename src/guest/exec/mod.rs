@@ -1,13 +1,14 @@
 //! Programs: started, fed, drained, signalled, reaped, remembered.
 
+mod calls;
 mod cgroup;
 mod input;
 mod output;
+mod realm;
 mod spawn;
 mod user;
 
 use std::fs::File;
-use std::io::{ErrorKind, Read};
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -15,7 +16,8 @@ use nix::errno::Errno;
 pub(super) use cgroup::{Cgroup, Users, are_frozen};
 pub(super) use input::Input;
 pub(super) use output::{Held, Output};
-pub(super) use spawn::{Failure, Plan, Size, Spawned, Stage, spawn};
+pub(super) use realm::Realm;
+pub(super) use spawn::{Birth, Born, Failure, Plan, Size, Spawned, Stage, spawn};
 pub(super) use user::Identity;
 pub(crate) use user::resolve;
 
@@ -44,7 +46,7 @@ pub(super) struct Outcome {
 #[derive(Debug)]
 enum Phase {
     /// Forked; the status pipe will tell whether it became its program.
-    Starting { status: File },
+    Starting(Birth),
     /// It runs, or ran until a moment ago.
     Running,
     /// It was reaped. Its streams may have more.
@@ -58,6 +60,8 @@ enum Phase {
 pub(super) struct Exec {
     pub id: u64,
     pub pid: libc::pid_t,
+    /// The same as it and others in its namespace see it.
+    pid_within: libc::pid_t,
     argv: Vec<Vec<u8>>,
     phase: Phase,
     pub attached: Option<Attachment>,
@@ -97,8 +101,9 @@ impl Exec {
         Self {
             id,
             pid: spawned.pid,
+            pid_within: spawned.pid,
             argv,
-            phase: Phase::Starting { status: spawned.status },
+            phase: Phase::Starting(spawned.birth),
             attached: None,
             announced: false,
             stdin: Input::new(spawned.stdin, is_terminal),
@@ -118,6 +123,7 @@ impl Exec {
         Self {
             id,
             pid: 0,
+            pid_within: 0,
             argv: vec![run.language.clone().into_bytes()],
             phase: Phase::Running,
             attached: None,
@@ -251,13 +257,14 @@ impl Exec {
 
     /// Does what needs no link: looks whether it started, feeds its stdin.
     pub(super) fn advance(&mut self) -> Visit {
-        if let Phase::Starting { status } = &mut self.phase {
-            let mut octets = [0; Failure::SIZE];
-            match status.read(&mut octets) {
-                Ok(Failure::SIZE) => return Visit::Failed(Failure::from_octets(octets)),
-                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return Visit::Idle,
-                // Closed by the exec, or by the child's sudden end: which of them, its exit tells.
-                Ok(_) | Err(_) => self.phase = Phase::Running,
+        if let Phase::Starting(birth) = &mut self.phase {
+            match birth.look() {
+                Born::Failed(failure) => return Visit::Failed(failure),
+                Born::NotYet => return Visit::Idle,
+                Born::Runs => {
+                    self.pid_within = birth.pid;
+                    self.phase = Phase::Running;
+                }
             }
         }
         if self.stdin.pump() { Visit::Progress } else { Visit::Idle }
@@ -266,7 +273,7 @@ impl Exec {
     /// Does all that can be done, for the link that it is attached to.
     pub(super) fn pump(&mut self, link: &mut Link<File>, tag: &str, scratch: &mut [u8]) -> Visit {
         let mut visit = self.advance();
-        if matches!(visit, Visit::Failed(_)) || matches!(self.phase, Phase::Starting { .. }) {
+        if matches!(visit, Visit::Failed(_)) || matches!(self.phase, Phase::Starting(_)) {
             return visit;
         }
         if let Some(run) = &mut self.run {
@@ -275,7 +282,7 @@ impl Exec {
             }
         } else if !self.announced {
             self.announced = true;
-            link.send(&Message::item(tag, Fields::new().with("exec", self.id).with("pid", self.pid)));
+            link.send(&Message::item(tag, Fields::new().with("exec", self.id).with("pid", self.pid_within)));
         }
         self.stdin.give_credit(link, tag);
         // stderr is mostly short, and said about what comes on stdout.
@@ -321,12 +328,12 @@ impl Exec {
     /// Its row in a list.
     pub(super) fn row(&self) -> Fields {
         let state = match self.phase {
-            Phase::Starting { .. } | Phase::Running => "running",
+            Phase::Starting(_) | Phase::Running => "running",
             Phase::Ended(_) | Phase::Over(_) => "exited",
         };
         let mut row = Fields::new()
             .with("exec", self.id)
-            .with("pid", self.pid)
+            .with("pid", self.pid_within)
             .with("state", state)
             .with("stdout_offset", self.stdout.offset())
             .with("stderr_offset", self.stderr.offset());

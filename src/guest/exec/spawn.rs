@@ -6,12 +6,15 @@
 
 use std::ffi::CString;
 use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
 
+use super::calls;
+use super::realm::Realm;
 use super::user::Identity;
 use crate::guest::loopback;
 
@@ -55,8 +58,8 @@ pub(crate) struct Plan {
 #[derive(Debug)]
 pub(crate) struct Spawned {
     pub pid: libc::pid_t,
-    /// Closes when the program runs; before that it may carry a `Failure`.
-    pub status: File,
+    /// Tells when the program runs.
+    pub birth: Birth,
     pub stdin: Option<File>,
     pub stdout: File,
     pub stderr: Option<File>,
@@ -76,6 +79,7 @@ pub(crate) enum Stage {
     Directory,
     Program,
     Network,
+    Realm,
 }
 
 /// Why a program could not be run: the step and its errno.
@@ -85,19 +89,58 @@ pub(crate) struct Failure {
     pub errno: Errno,
 }
 
-impl Failure {
-    /// Octets of a failure in the status pipe.
-    pub(crate) const SIZE: usize = 5;
+/// What a child writes into its status pipe: a stage and a number, 5 octets at once.
+type Word = [u8; 5];
+/// In the place of a stage: the number is that of the process as it sees itself.
+const PID: u8 = 0;
 
-    fn to_octets(self) -> [u8; Self::SIZE] {
-        let [a, b, c, d] = (self.errno as i32).to_le_bytes();
-        [self.stage as u8, a, b, c, d]
+fn word(stage: u8, number: i32) -> Word {
+    let [a, b, c, d] = number.to_le_bytes();
+    [stage, a, b, c, d]
+}
+
+/// A child's status pipe. It closes when the program runs; before that it may carry a failure.
+#[derive(Debug)]
+pub(crate) struct Birth {
+    pub status: File,
+    /// Its number as it and its like see it.
+    pub pid: libc::pid_t,
+}
+
+/// How far a child is.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Born {
+    /// On its way.
+    NotYet,
+    /// It is its program, or has ended: which of them, its exit tells.
+    Runs,
+    /// It never became its program.
+    Failed(Failure),
+}
+
+impl Birth {
+    /// Looks how far it is.
+    pub(crate) fn look(&mut self) -> Born {
+        loop {
+            let mut word: Word = [0; 5];
+            match self.status.read(&mut word) {
+                Ok(5) if word[0] == PID => self.pid = Failure::number(word),
+                Ok(5) => return Born::Failed(Failure::from_word(word)),
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return Born::NotYet,
+                // Closed by the exec, or by the child's sudden end.
+                Ok(_) | Err(_) => return Born::Runs,
+            }
+        }
+    }
+}
+
+impl Failure {
+    fn number([_, a, b, c, d]: Word) -> i32 {
+        i32::from_le_bytes([a, b, c, d])
     }
 
-    /// The failure that a child wrote.
-    pub(crate) fn from_octets(octets: [u8; Self::SIZE]) -> Self {
-        let [stage, a, b, c, d] = octets;
-        let stage = match stage {
+    fn from_word(word: Word) -> Self {
+        let stage = match word[0] {
             1 => Stage::Session,
             2 => Stage::Terminal,
             3 => Stage::Streams,
@@ -105,9 +148,10 @@ impl Failure {
             5 => Stage::User,
             6 => Stage::Directory,
             8 => Stage::Network,
+            9 => Stage::Realm,
             _ => Stage::Program,
         };
-        Self { stage, errno: Errno::from_raw(i32::from_le_bytes([a, b, c, d])) }
+        Self { stage, errno: Errno::from_raw(Self::number(word)) }
     }
 }
 
@@ -118,15 +162,20 @@ struct ChildStreams {
     stderr: OwnedFd,
 }
 
-/// Starts a child that becomes the program.
+/// Starts a child that becomes the program, in the realm where there is one for it.
 ///
 /// # Errors
 /// What the kernel says when pipes, a terminal or a process are not to be had.
-pub(crate) fn spawn(plan: &Plan, null: &File, cgroup: Option<BorrowedFd<'_>>) -> nix::Result<Spawned> {
+pub(crate) fn spawn(
+    plan: &Plan,
+    null: &File,
+    cgroup: Option<BorrowedFd<'_>>,
+    realm: Option<&Realm>,
+) -> nix::Result<Spawned> {
     let (status, status_of_child) = pipe2(OFlag::O_CLOEXEC)?;
     let mut spawned = Spawned {
         pid: 0,
-        status: own(status)?,
+        birth: Birth { status: own(status)?, pid: 0 },
         stdin: None,
         stdout: null.try_clone().map_err(errno_of)?,
         stderr: None,
@@ -169,8 +218,19 @@ pub(crate) fn spawn(plan: &Plan, null: &File, cgroup: Option<BorrowedFd<'_>>) ->
     let argv = pointers(&plan.argv);
     let env = pointers(&plan.env);
     let status = status_of_child.as_raw_fd();
-    let prepared = Prepared { plan, argv: &argv, env: &env, streams: &streams, passed: &passed, status };
-    spawned.pid = fork_into(cgroup, &prepared)?;
+    let confinement = realm.map(|realm| Confinement { mounts: realm.mounts(), calls: calls::filter() });
+    let prepared = Prepared { plan, argv: &argv, env: &env, streams: &streams, passed: &passed, status, confinement };
+    let forked = match realm {
+        None => fork_into(cgroup, &prepared),
+        Some(realm) => {
+            realm.enter()?;
+            let forked = fork_into(cgroup, &prepared);
+            realm.leave()?;
+            forked
+        }
+    };
+    spawned.pid = forked?;
+    spawned.birth.pid = spawned.pid;
     Ok(spawned)
 }
 
@@ -234,6 +294,15 @@ struct Prepared<'a> {
     streams: &'a ChildStreams,
     passed: &'a [OwnedFd],
     status: RawFd,
+    confinement: Option<Confinement>,
+}
+
+/// What a program that is not trusted with the sandbox has besides.
+struct Confinement {
+    /// The realm's mount namespace.
+    mounts: RawFd,
+    /// The filter of its system calls.
+    calls: &'static [libc::sock_filter],
 }
 
 /// Forks, into the cgroup where there is one: so the program is never outside of it.
@@ -269,7 +338,7 @@ unsafe fn become_program(prepared: &Prepared<'_>) -> ! {
         Ok(never) => match never {},
         Err(failure) => failure,
     };
-    let octets = failure.to_octets();
+    let octets = word(failure.stage as u8, failure.errno as i32);
     // SAFETY: the status pipe is open and `octets` is readable; _exit runs no handlers of the parent's.
     unsafe {
         libc::write(prepared.status, octets.as_ptr().cast(), octets.len());
@@ -318,6 +387,13 @@ unsafe fn try_to_become(prepared: &Prepared<'_>) -> Result<std::convert::Infalli
             // System calls and nothing else. Without it the code has less, and no power over anything.
             let _ = loopback::up();
         }
+        if let Some(confinement) = &prepared.confinement {
+            check(Stage::Realm, libc::setns(confinement.mounts, libc::CLONE_NEWNS))?;
+            // Whether it has them all: those that this kernel does not know it refuses.
+            for capability in 0..=CAP_LAST {
+                libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0);
+            }
+        }
         if let Some(identity) = &plan.identity {
             // The kernel's own calls: the C library's would wait for the agent's threads, which are not in the child.
             let (uid, gid) = (identity.uid, identity.gid);
@@ -328,6 +404,16 @@ unsafe fn try_to_become(prepared: &Prepared<'_>) -> Result<std::convert::Infalli
             done(libc::syscall(libc::SYS_setresuid, uid, uid, uid))?;
         }
         check(Stage::Directory, libc::chdir(plan.cwd.as_ptr()))?;
+        let pid = word(PID, libc::syscall(libc::SYS_getpid) as i32);
+        libc::write(prepared.status, pid.as_ptr().cast(), pid.len());
+        if let Some(confinement) = &prepared.confinement {
+            check(Stage::Realm, libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
+            let calls = confinement.calls;
+            let program = libc::sock_fprog { len: calls.len() as u16, filter: calls.as_ptr().cast_mut() };
+            let set = libc::SECCOMP_SET_MODE_FILTER;
+            let done = libc::syscall(libc::SYS_seccomp, set, 0, &raw const program);
+            check(Stage::Realm, if done == 0 { 0 } else { -1 })?;
+        }
 
         // As execvp(3): a file that may not be run counts only when no other is found.
         let mut errno = Errno::ENOENT;
@@ -350,3 +436,5 @@ unsafe fn try_to_become(prepared: &Prepared<'_>) -> Result<std::convert::Infalli
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// include/uapi/linux/capability.h
 const CAP_SYS_PTRACE: libc::c_ulong = 19;
+/// The last capability that there is room for.
+const CAP_LAST: libc::c_ulong = 63;

@@ -108,7 +108,7 @@ impl Supervisor {
         log::error!("an overlay cannot be made: {error}");
         self.pools.overlays.failed(place, error.to_string(), Instant::now());
         for id in self.pools.overlays.give_up() {
-            self.fail_start(&id, Error::new(Code::NoCapacity, format!("overlay: {error}")));
+            self.fail_start(&id, Error::new(Code::NoCapacity, format!("overlay: {error}")).with("resource", "overlay"));
         }
     }
 

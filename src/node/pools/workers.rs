@@ -166,7 +166,10 @@ impl Supervisor {
                     return;
                 }
                 sandbox.held.making = false;
-                self.fail_start(id, Error::new(Code::NoCapacity, format!("worker cannot be started: {e}")));
+                self.fail_start(
+                    id,
+                    Error::new(Code::NoCapacity, format!("worker cannot be started: {e}")).with("resource", "worker"),
+                );
             }
         }
     }
@@ -197,7 +200,7 @@ impl Supervisor {
             return;
         }
         sandbox.held.making = false;
-        self.fail_start(id, Error::new(Code::NoCapacity, why));
+        self.fail_start(id, Error::new(Code::NoCapacity, why).with("resource", "worker"));
     }
 
     /// The thread that made a sandbox's worker is done: it is started, or taken down where it was removed meanwhile.
