@@ -48,10 +48,19 @@ const REMOVAL: [Point; 3] =
     [Point::Storage(FaultPoint::RemovalWritten), Point::Collected, Point::Storage(FaultPoint::Swept)];
 
 const PAUSE: [Point; 4] = [Point::PauseWritten, Point::PauseCaptured, Point::PauseCommitted, Point::PauseEnded];
+/// The steps of making a memory whole that a sandbox is paused as.
+const SETTLE: [Point; 3] = [Point::SettleBegun, Point::SettleCopied, Point::SettleRenamed];
 const RESUME: [Point; 3] = [Point::AgentResumed, Point::Unpaused, Point::Introduced];
 
 /// The steps of a merge of layers.
 const MERGE: [Point; 3] = [Point::MergeBegun, Point::MergeSynced, Point::MergeWritten];
+/// The steps of making a memory whole that is a difference to another.
+const FLATTEN: [Point; 4] = [
+    Point::FlattenBegun,
+    Point::Storage(FaultPoint::Filled),
+    Point::Storage(FaultPoint::Copied),
+    Point::FlattenWritten,
+];
 /// The steps of an import.
 const IMPORT: [Point; 3] = [Point::ImportReceived, Point::ImportSynced, Point::ImportWritten];
 
@@ -387,6 +396,81 @@ fn whoever_dies_at_a_step_of_a_pause_or_a_resume_leaves_the_one_state_or_the_oth
 }
 
 #[test]
+fn a_pause_that_is_a_difference_is_whole_before_it_goes_on_whatever_ends_that() {
+    let node = shared::node_with_faults();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let sandbox = counting(&node, "on");
+    witness::load(&sandbox);
+    let pause = || sandbox.request("sandbox.pause");
+    let resume = || sandbox.request("sandbox.resume");
+    let home = format!("/data/sandboxes/{}", sandbox.id);
+    let settled = |after: &str| {
+        timing::wait_for("what it is paused as to be whole", || {
+            let names = node.sh(&format!("ls {home}/paused | tr '\\n' ' '"));
+            (names == "memory state ").then_some(()).ok_or(names).ok()
+        });
+        assert_eq!(node.sh(&format!("ls -d {home}/pausing 2>/dev/null; true")), "", "after {after}");
+    };
+    // By itself: first it differs from what it was paused as before, then from a snapshot.
+    node.control().ok(pause());
+    settled("a pause of a guest that was booted");
+    node.control().ok(resume());
+    let mut from_snapshot: Option<String> = None;
+    for round in 0..2 {
+        for point in SETTLE {
+            for blows in [vec![Blow::Supervisor], vec![Blow::Supervisor; 2], vec![Blow::Full]] {
+                if round == 1 && (blows.len() == 2 || point == Point::SettleRenamed) {
+                    continue;
+                }
+                let after = format!("{}-{blows:?}-{round}", point.name());
+                if let Some(snapshot) = &from_snapshot {
+                    node.control().ok(back(&sandbox, snapshot));
+                    runs(&sandbox, "snapshot", &after);
+                }
+                witness::say(&sandbox, &after);
+                let count = witness::count(&sandbox);
+                let full = blows[0] == Blow::Full;
+                let blows: Vec<(Point, Blow)> = blows.into_iter().map(|blow| (point, blow)).collect();
+                let _ = strike(&node, &blows, pause());
+                assert_eq!(witness::settled(&node, &sandbox.id), "paused", "after {after}");
+                if full {
+                    // Who wants it is told, and it stays what it is.
+                    let error = strike(&node, &[(point, Blow::Full)], resume()).expect_err("there is no room");
+                    assert!(error.is(Code::NoCapacity), "{after}: {error}");
+                    assert_eq!(witness::settled(&node, &sandbox.id), "paused", "after {after}");
+                }
+                witness::insist(&node, &resume());
+                runs(&sandbox, &after, &after);
+                assert!(witness::count(&sandbox) >= count, "after {after} it began anew");
+                assert_agree(&node, &after);
+                node.assert_ledger_agrees();
+            }
+        }
+        witness::say(&sandbox, "snapshot");
+        from_snapshot = Some(node.control().ok(take(&sandbox)).field("id").to_string());
+    }
+    // Without anybody's asking.
+    node.control().ok(pause());
+    settled("a pause");
+    node.control().ok(resume());
+    runs(&sandbox, "snapshot", "all of it");
+    // What is stopped, put back or removed meanwhile leaves nothing.
+    let snapshot = from_snapshot.expect("one was taken");
+    node.control().ok(pause());
+    witness::insist(&node, &back(&sandbox, &snapshot));
+    runs(&sandbox, "snapshot", "a rollback of a paused sandbox");
+    node.control().ok(pause());
+    node.control().ok(sandbox.request("sandbox.stop"));
+    timing::wait_for("its files to go", || {
+        node.sh(&format!("ls -d {home}/paused {home}/mapped 2>/dev/null; true")).is_empty().then_some(())
+    });
+    witness::insist(&node, &back(&sandbox, &snapshot));
+    runs(&sandbox, "snapshot", "a rollback of a stopped sandbox");
+    node.control().ok(pause());
+    leave_nothing(&node, sandbox, &before, &state);
+}
+
+#[test]
 fn a_supervisor_that_is_replaced_finishes_what_it_has_begun() {
     let node = shared::node_with_faults();
     let (before, state) = (files(&node), witness::quiet(&node));
@@ -509,9 +593,100 @@ fn whatever_ends_an_import_leaves_a_whole_snapshot_or_none() {
 }
 
 #[test]
+fn whatever_ends_the_making_whole_of_a_memory_leaves_it_the_same() {
+    let node = shared::node_with_faults();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let sandbox = counting(&node, "off");
+    witness::load(&sandbox);
+    witness::say(&sandbox, "first");
+    let mut below = node.control().ok(take(&sandbox)).field("id").to_string();
+    node.control().ok(back(&sandbox, &below));
+    runs(&sandbox, "first", "a rollback");
+    // What the next supervisor does of it is cut short as well.
+    let blows = FLATTEN.into_iter().flat_map(|point| {
+        let once = vec![(point, Blow::Supervisor)];
+        let twice = if point == Point::FlattenWritten { vec![] } else { vec![(point, Blow::Supervisor); 2] };
+        [once, twice, vec![(point, Blow::Full)]]
+    });
+    for blows in blows.filter(|blows| !blows.is_empty() && *blows != [(Point::FlattenWritten, Blow::Full)]) {
+        let after = blows.iter().map(|(point, blow)| format!("{}-{blow:?}-", point.name())).collect::<String>();
+        let known = snapshots(&node, &sandbox);
+        witness::say(&sandbox, &after);
+        let from = witness::count(&sandbox);
+        let result = strike(&node, &blows, take(&sandbox));
+        runs(&sandbox, &after, &after);
+        let new: Vec<String> = snapshots(&node, &sandbox).difference(&known).cloned().collect();
+        assert_eq!(new.len(), 1, "after {after}: {new:?} {result:?}");
+        if let Ok(reply) = &result {
+            assert_eq!((reply.field("id"), reply.field("difference_to")), (&*new[0], &*below), "after {after}");
+        }
+        assert_agree(&node, &after);
+        // What it is a difference to goes, and it does not care.
+        node.control().ok(remove(&below));
+        witness::say(&sandbox, "later");
+        if blows[0].1 == Blow::Full {
+            // Who asks for it is told, and has what was there.
+            let point = blows[0].0;
+            let error = strike(&node, &[(point, Blow::Full)], back(&sandbox, &new[0])).expect_err("there is no room");
+            assert!(error.is(Code::NoCapacity), "{after}: {error}");
+            let error = strike(&node, &[(point, Blow::Full)], Request::new("", "snapshot.fork").arg(&new[0]));
+            let error = error.expect_err("there is no room");
+            assert!(error.is(Code::NoCapacity), "{after}: {error}");
+            runs(&sandbox, "later", &after);
+            assert_agree(&node, &after);
+        }
+        node.control().ok(back(&sandbox, &new[0]));
+        runs(&sandbox, &after, &after);
+        assert!(witness::count(&sandbox) >= from, "after {after} it began anew");
+        timing::wait_for("what is below to go", || {
+            (node.run(&["test", "-e", &format!("/data/snapshots/{below}")]).exit != 0).then_some(())
+        });
+        assert_agree(&node, &after);
+        node.assert_ledger_agrees();
+        below.clone_from(&new[0]);
+    }
+    leave_nothing(&node, sandbox, &before, &state);
+}
+
+#[test]
+fn a_full_disk_leaves_a_difference_as_it_was() {
+    let node = shared::node_with_faults();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let sandbox = counting(&node, "off");
+    witness::load(&sandbox);
+    witness::say(&sandbox, "first");
+    let first = node.control().ok(take(&sandbox)).field("id").to_string();
+    node.control().ok(back(&sandbox, &first));
+    witness::say(&sandbox, "second");
+    // It stays a difference for a while.
+    let reply = strike(&node, &[(Point::FlattenBegun, Blow::Full)], take(&sandbox)).expect("it is taken");
+    let (second, bytes) = (reply.field("id").to_string(), reply.field("bytes").to_string());
+    assert_eq!(reply.field("difference_to"), first);
+    witness::say(&sandbox, "third");
+    node.fill_data();
+    let refused = [back(&sandbox, &second), take(&sandbox), Request::new("", "snapshot.fork").arg(&second)]
+        .map(|request| node.control().call(request));
+    let row = node.control().ok(Request::new("", "snapshot.inspect").arg(&second)).fields;
+    node.free_data();
+    for result in refused {
+        let error = result.expect_err("there is no room");
+        assert!(error.is(Code::NoCapacity), "{error}");
+    }
+    assert_eq!((row.get("difference_to"), row.get("bytes")), (Some(&*first), Some(&*bytes)), "{row:?}");
+    runs(&sandbox, "third", "a full disk");
+    assert_agree(&node, "a full disk");
+    node.control().ok(back(&sandbox, &second));
+    runs(&sandbox, "second", "a rollback with room");
+    node.control().ok(back(&sandbox, &first));
+    runs(&sandbox, "first", "a rollback with room");
+    node.assert_ledger_agrees();
+    leave_nothing(&node, sandbox, &before, &state);
+}
+
+#[test]
 fn every_point_is_walked() {
-    let walked = [&SNAPSHOT[..], &ROLLBACK, &FORK, &REMOVAL, &PAUSE, &RESUME, &MERGE, &IMPORT].concat();
+    let walked =
+        [&SNAPSHOT[..], &ROLLBACK, &FORK, &REMOVAL, &PAUSE, &SETTLE, &RESUME, &MERGE, &FLATTEN, &IMPORT].concat();
     let missing: Vec<String> = Point::all().filter(|point| !walked.contains(point)).map(Point::name).collect();
-    // No memory is a difference to another on the node yet.
-    assert_eq!(missing, ["Copied"]);
+    assert_eq!(missing, [""; 0]);
 }

@@ -1,11 +1,11 @@
 //! Guests that are paused, put back and copied again and again, and see nothing of it: `WARREN_SOAK_PAUSES` (8; soak 100),
-//! `WARREN_SOAK_CHAIN` (6; 20) and `WARREN_SOAK_FORKS` (8; 50) say how often.
+//! `WARREN_SOAK_CHAIN` (4 to 6; 20) and `WARREN_SOAK_FORKS` (8; 50) say how often.
 
 use std::collections::BTreeSet;
 
 use qemu_tests::internet::{HOST, Internet};
 use qemu_tests::witness::files;
-use qemu_tests::{Code, Node, Request, Sandbox, shared, timing, witness};
+use qemu_tests::{Code, Fields, Node, Request, Sandbox, shared, timing, witness};
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -113,6 +113,106 @@ fn the_ends_of_a_long_chain_stay_when_its_middle_goes() {
         witness::say(&sandbox, "another");
     }
     for (id, ..) in [first, last] {
+        forget(&node, id);
+    }
+    sandbox.remove().expect("it can be removed");
+    gone(&node, &before);
+    state.assert_restored(&node);
+}
+
+/// A snapshot, and what the node said of it.
+fn take_told(sandbox: &Sandbox) -> Fields {
+    sandbox.client().ok(sandbox.request("snapshot.create")).fields
+}
+
+fn inspect(node: &Node, snapshot: &str) -> Fields {
+    node.control().ok(Request::new("", "snapshot.inspect").arg(snapshot)).fields
+}
+
+/// The checker in a guest found nothing, and it goes on.
+fn nothing_is_wrong(sandbox: &Sandbox, when: &str) {
+    let number = |name: &str| sandbox.sh(&format!("cat /dev/shm/{name}")).trim().parse::<u64>().unwrap_or(0);
+    let (rounds, piped) = (number("rounds"), number("piped"));
+    timing::wait_for("both to go on", || (number("rounds") > rounds && number("piped") > piped).then_some(()));
+    let wrong = sandbox.sh(
+        "cat /dev/shm/wrong 2>/dev/null; cd /workspace && sha256sum -c file.sum /dev/shm/file.sum 2>&1 | grep -v ': OK$'; true",
+    );
+    assert_eq!(wrong, "", "{when}");
+}
+
+#[test]
+fn each_of_a_chain_of_differences_is_whole_whatever_goes_of_the_others() {
+    let node = shared::node();
+    let (before, state) = (files(&node), witness::quiet(&node));
+    let sandbox = node.sandbox(&[]);
+    detach(&sandbox, CHECKER);
+    timing::wait_for("the checker", || {
+        let is_there = sandbox.sh("test -s /dev/shm/rounds && test -s /dev/shm/piped && echo yes; true");
+        (is_there == "yes\n").then_some(())
+    });
+    witness::load(&sandbox);
+    let sums = "cd /workspace && cat l* /dev/shm/l* | sha256sum";
+    let write = |link: u64| {
+        sandbox.sh(&format!(
+            "head -c 40000 /dev/urandom > /workspace/l{link}; head -c 900000 /dev/urandom > /dev/shm/l{link}; \
+             head -c 4096 /dev/urandom | dd of=/dev/shm/l0 conv=notrunc 2>/dev/null; rm -f /dev/shm/gone; \
+             head -c 500000 /dev/urandom > /dev/shm/gone; sync"
+        ));
+        sandbox.sh(sums)
+    };
+    let sum = write(0);
+    let told = take_told(&sandbox);
+    assert_eq!(told.get("difference_to"), None, "a guest that was booted differs from nothing");
+    let whole = told.number("bytes").expect("its size");
+    let mut chain = vec![(told.get("id").expect("an id").to_string(), sum)];
+    let mut differences = Vec::new();
+    for link in 1..=setting("WARREN_SOAK_CHAIN", 4) {
+        let below = chain.last().expect("there is one").0.clone();
+        back(&sandbox, &below);
+        let sum = write(link);
+        let told = take_told(&sandbox);
+        let id = told.get("id").expect("an id").to_string();
+        assert_eq!(told.get("difference_to"), Some(&*below), "{told:?}");
+        let bytes = told.number("bytes").expect("its size");
+        assert!(bytes < whole / 2, "{bytes} octets of {whole}");
+        differences.push(bytes);
+        chain.push((id, sum));
+        // Removed while it is what the next one differs from.
+        if link == 2 {
+            forget(&node, &below);
+            chain.remove(1);
+        }
+    }
+    println!("{whole} octets are the first, {differences:?} those after it");
+    for (id, _) in &chain {
+        timing::wait_for("the memory to be whole", || {
+            let row = inspect(&node, id);
+            (row.get("difference_to").is_none() && row.get("sealed") == Some("true")).then_some(row)
+        });
+        let names = node.sh(&format!("ls /data/snapshots/{id} | tr '\\n' ' '"));
+        assert!(names.contains("memory") && !names.contains("difference"), "{names}");
+    }
+    forget(&node, &chain.remove(chain.len() / 2).0);
+    for (id, sum) in chain.iter().rev().chain(&chain[..1]) {
+        back(&sandbox, id);
+        sandbox.sh("echo 3 > /proc/sys/vm/drop_caches");
+        assert_eq!(sandbox.sh(sums), *sum);
+        nothing_is_wrong(&sandbox, id);
+    }
+    console_is_clean(&node, &sandbox);
+    // As one file it is all of the memory, also asked for at once.
+    let told = take_told(&sandbox);
+    let id = told.get("id").expect("an id");
+    assert!(told.get("difference_to").is_some(), "{told:?}");
+    let printed =
+        node.sh(&format!("warren snapshot export {id} /data/exported && warren snapshot import /data/exported"));
+    let imported = printed.split_whitespace().last().expect("an id");
+    let clone = fork(&node, imported, 1).pop().expect("a clone");
+    assert_eq!(clone.sh(sums), chain[0].1);
+    nothing_is_wrong(&clone, "after export and import");
+    clone.remove().expect("it can be removed");
+    node.sh("rm /data/exported");
+    for id in chain.iter().map(|(id, _)| id.as_str()).chain([id, imported]) {
         forget(&node, id);
     }
     sandbox.remove().expect("it can be removed");

@@ -115,9 +115,10 @@ fn list(client: &mut Client, sandbox: Option<&str>, json: bool) -> Result<u8, Fa
     let row = |row: &Fields| {
         let created = row.number("created_ms").map(ago).unwrap_or_default();
         let bytes = human_bytes(row.number("bytes").unwrap_or(0));
-        vec![text(row, "id"), text(row, "name"), text(row, "sandbox"), text(row, "template"), bytes, created]
+        let below = text(row, "difference_to");
+        vec![text(row, "id"), text(row, "name"), text(row, "sandbox"), text(row, "template"), bytes, below, created]
     };
-    let heading = ["ID", "NAME", "SANDBOX", "TEMPLATE", "SIZE", "CREATED"];
+    let heading = ["ID", "NAME", "SANDBOX", "TEMPLATE", "SIZE", "DIFFERENCE TO", "CREATED"];
     print(table(&heading, &rows.iter().map(row).collect::<Vec<_>>()))?;
     Ok(0)
 }

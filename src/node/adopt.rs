@@ -117,6 +117,7 @@ impl Supervisor {
                         self.let_go(&id, true);
                     }
                     self.restart_later(&id);
+                    self.settle_pause(&id);
                 }
                 Fate::Paused => {
                     sandbox.state = State::Paused;
@@ -129,6 +130,7 @@ impl Supervisor {
                     self.take_over_account(&id, recorded.remove(&id).as_ref(), false);
                     self.record(&id);
                     self.let_go(&id, true);
+                    self.settle_pause(&id);
                 }
                 Fate::Discard => {
                     self.snapshots.store.release(id.as_str());

@@ -3,6 +3,7 @@
 //! The order in which files and rows change is that of `storage::snapshots::files`. The guest's programs are frozen first,
 //! and thawed as soon as the worker has taken the machine: a child of it then writes what the memory was at that instant.
 
+use std::fs::File;
 use std::io;
 use std::time::Instant;
 
@@ -17,6 +18,7 @@ use crate::sandbox::home::Home;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::limits;
 use crate::sandbox::worker::{self, Capture, CaptureError};
+use crate::storage::memory_file::{self, MemoryFileError};
 use crate::storage::overlay::MAX_LAYERS;
 use crate::storage::snapshots::files::{self, FaultPoint, Shape};
 use crate::storage::snapshots::{Shelves, SnapshotKind, SnapshotRow, SnapshotState};
@@ -79,8 +81,8 @@ pub(super) struct Held {
 /// What became of a snapshot's files.
 #[derive(Debug)]
 pub(super) struct Written {
-    /// Octets that state and memory take.
-    files: Result<u64, Error>,
+    /// Octets that state and memory take, and whether the memory is a difference to what is below.
+    files: Result<(u64, bool), Error>,
     /// Octets of the frozen layer; `None` where there is none.
     layer: Option<io::Result<u64>>,
 }
@@ -142,6 +144,7 @@ impl Supervisor {
             disk_bytes: sandbox.spec.disk_mib.unwrap_or(0) * MIB,
             kind,
             state: SnapshotState::Making,
+            memory_below: self.below(sandbox, kind),
             next_overlay: Some(format!("{}-{snapshot}", files::OVERLAY)),
             layer: Some(layer),
             settings: sandbox.spec.to_line(),
@@ -156,6 +159,14 @@ impl Supervisor {
         let making = Making { sandbox: id.clone(), step: Step::Recording, want, layer_bytes: None, failure: None };
         self.snapshots.making.insert(snapshot, making);
         Ok(())
+    }
+
+    /// The snapshot that the memory of a new one may be a difference to: what the sandbox's worker has mapped. Not for those
+    /// that others go on from at once, for which it would have to be made whole first.
+    fn below(&self, sandbox: &Sandbox, kind: SnapshotKind) -> Option<String> {
+        let row = sandbox.snapshot.as_deref().and_then(|id| self.snapshots.store.snapshot(id))?;
+        let same = row.memory_bytes == u64::from(sandbox.spec.memory_mib) * MIB;
+        (kind == SnapshotKind::Snapshot && same && row.memory_below.is_none()).then(|| row.id.clone())
     }
 
     /// The row is durable: the programs are frozen.
@@ -230,11 +241,11 @@ impl Supervisor {
     /// A snapshot's files are whole, or cannot be.
     pub(super) fn snapshot_written_out(&mut self, snapshot: &str, written: Written) {
         let Some(making) = self.snapshots.making.get_mut(snapshot) else { return };
-        let bytes = match written.files {
-            Ok(bytes) => bytes,
+        let (bytes, is_difference) = match written.files {
+            Ok(found) => found,
             Err(error) => {
                 making.failure = Some(error);
-                0
+                (0, false)
             }
         };
         match written.layer {
@@ -252,7 +263,8 @@ impl Supervisor {
             }
         }
         if let Some(row) = self.snapshots.store.snapshot(snapshot) {
-            self.snapshots.store.put_snapshot(SnapshotRow { bytes, ..row.clone() });
+            let memory_below = row.memory_below.clone().filter(|_| is_difference);
+            self.snapshots.store.put_snapshot(SnapshotRow { bytes, memory_below, ..row.clone() });
         }
         self.commit_snapshot(snapshot);
     }
@@ -330,11 +342,15 @@ impl Supervisor {
             (None, None) => {}
         }
         let Some(making) = self.end_snapshot(snapshot) else { return };
+        let row = self.snapshots.store.snapshot(snapshot);
+        let (bytes, below) = row.map(|row| (row.bytes, row.memory_below.clone())).unwrap_or_default();
         self.seal_snapshots();
+        self.flatten_snapshots();
         match making.want {
             Want::Client { key, tag } => {
                 self.retain_snapshots();
-                let fields = Fields::new().with("id", snapshot);
+                let fields = Fields::new().with("id", snapshot).with("bytes", bytes);
+                let fields = below.iter().fold(fields, |fields, below| fields.with("difference_to", below));
                 self.finish(key, &Message::ok(&tag, fields));
             }
             Want::Fork { key, tag, count } => self.fork_from(key, &tag, snapshot, count),
@@ -454,10 +470,13 @@ fn hold(row: &SnapshotRow, shape: &Shape, home: &Home, pid: i32, shelves: &Shelv
         Ok(made) => made,
         Err(error) => return Held { result: Err(error), pushed: false, memory_max: None },
     };
+    let below =
+        row.memory_below.as_deref().and_then(|below| open_below(shelves, below, &files.memory, row.memory_bytes));
     // Pages that the guest changes while the child writes are there twice.
     let memory_max = limits::lend_memory(home.cgroup(), row.memory_bytes);
     let memory_max = memory_max.inspect_err(|e| log::warn!("no more memory for a snapshot: {e}")).ok();
-    let taken = worker::begin_capture(home.socket(), pid, &files.state, &files.memory, Some((next, &overlay)));
+    let taken =
+        worker::begin_capture(home.socket(), pid, &files.state, &files.memory, Some((next, &overlay)), below.as_ref());
     if taken.is_ok() {
         faults::pass(Point::Storage(FaultPoint::Pushed));
     }
@@ -474,12 +493,32 @@ fn hold(row: &SnapshotRow, shape: &Shape, home: &Home, pid: i32, shelves: &Shelv
     }
 }
 
+/// The memory file that another may be a difference to, where the file system can tell the two apart. `memory` is that
+/// other, still empty.
+fn open_below(shelves: &Shelves, below: &str, memory: &File, memory_bytes: u64) -> Option<File> {
+    let opened = File::open(shelves.memory(below)).map_err(|cause| MemoryFileError::Io { doing: "opening it", cause });
+    match opened.and_then(|file| Ok((memory_file::keeps_holes(memory, memory_bytes)?, file))) {
+        Ok((keeps_holes, file)) => Some(file).filter(|_| keeps_holes),
+        Err(e) => {
+            log::warn!("the memory of snapshot {below} is nothing to be a difference to: {e}");
+            None
+        }
+    }
+}
+
 /// Waits for a snapshot's files and puts them on the medium. Blocks.
 fn write(held: Held, row: &SnapshotRow, home: &Home, shelves: &Shelves) -> Written {
     let files = held.result.and_then(|capture| {
-        capture.finish().map_err(failed("its memory"))?;
+        let is_difference = capture.is_difference();
+        let written = capture.finish().map_err(failed("its memory"))?.number("memory_bytes");
         faults::storage(FaultPoint::Captured).map_err(failed("its memory"))?;
-        shelves.sync(&row.id, &mut faults::storage).map_err(failed("its files"))
+        let bytes = shelves.sync(&row.id, is_difference, &mut faults::storage).map_err(failed("its files"))?;
+        if is_difference {
+            let checked = shelves.open_memory(&row.id);
+            let checked = checked.and_then(|memory| memory_file::check_difference(&memory, row.memory_bytes, written));
+            checked.map_err(failed("its memory"))?;
+        }
+        Ok((bytes, is_difference))
     });
     if let Some(max) = held.memory_max
         && let Err(e) = limits::give_back_memory(home.cgroup(), max)

@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{self, BufWriter, Read};
 
 use super::faults::{self, Point};
+use super::flattening::Waiting;
 use super::fork::SETTINGS;
 use super::requests::Job;
 use super::snapshots::Then;
@@ -70,13 +71,18 @@ impl Supervisor {
     /// A client wants a snapshot as one file.
     pub(super) fn ask_export(&mut self, key: u64, tag: &str, given: &str) -> Result<(), Error> {
         let id = self.find_snapshot(key, given)?;
-        self.refuse_more("exports", |job| matches!(job, Job::Export(_)))?;
-        let row = self.snapshots.ready(&id)?;
-        if row.memory_below.is_some() {
-            let message =
-                format!("the memory of snapshot {id} is a difference to that of another: it is made whole soon");
-            return Err(Error::new(Code::BadState, message).with("snapshot", &id));
+        self.snapshots.ready(&id)?;
+        if !self.await_whole(&id, Waiting::Export { key, tag: tag.to_string() })? {
+            self.add_job(key, tag, Job::Snapshot);
+            return Ok(());
         }
+        self.begin_export(key, tag, &id)
+    }
+
+    /// A client gets a snapshot, whose memory is whole, as one file.
+    pub(super) fn begin_export(&mut self, key: u64, tag: &str, id: &str) -> Result<(), Error> {
+        self.refuse_more("exports", |job| matches!(job, Job::Export(_)))?;
+        let row = self.snapshots.ready(id)?;
         let layers = self.snapshots.store.layers_from(row.layer.as_deref());
         let layers = layers.ok_or_else(|| Error::new(Code::Corrupt, "a frozen layer of its disk is missing"))?;
         let manifest = Manifest {
@@ -93,11 +99,12 @@ impl Supervisor {
         };
         // Open before anything else happens: whatever is removed or merged from now on, they stay as they are.
         let shelves = &self.snapshots.shelves;
-        let opened = shelves.open(&id).and_then(|files| Ok((files, shelves.open_layers(&layers)?)));
+        let opened = shelves.open(id).and_then(|files| Ok((files, shelves.open_layers(&layers)?)));
         let ((state, memory), layers) =
             opened.map_err(|e| Error::new(Code::Corrupt, format!("a file of snapshot {id}: {e}")))?;
         let report = self.background.reporter();
         let (outlet, download) = transfer::download(move || report(Done::Moved(key)));
+        let id = id.to_string();
         let work = move || {
             export(&id, &manifest, &Files { state: &state, memory: &memory, layers: &layers }, outlet);
             Done::Moved(key)
@@ -346,7 +353,7 @@ fn import(mut feed: Feed, limits: &Limits, shelves: &Shelves, id: &str) -> Resul
     }
     drop((state, memory));
     faults::reached(Point::ImportReceived).map_err(io)?;
-    let bytes = shelves.sync(id, &mut unhindered).map_err(io)?;
+    let bytes = shelves.sync(id, false, &mut unhindered).map_err(io)?;
     shelves.sync_layers(&mut unhindered).map_err(io)?;
     faults::reached(Point::ImportSynced).map_err(io)?;
     let layers = layers.iter().map(taken).collect::<io::Result<_>>().map_err(io)?;

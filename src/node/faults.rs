@@ -45,6 +45,12 @@ pub enum Point {
     PauseCommitted,
     /// The worker of a paused sandbox is gone.
     PauseEnded,
+    /// The memory that a sandbox is paused as, a difference, is about to be made whole.
+    SettleBegun,
+    /// The whole memory is on the medium.
+    SettleCopied,
+    /// It is what the sandbox is paused as.
+    SettleRenamed,
     /// The agent of a resumed guest is there.
     AgentResumed,
     /// What it was paused as is out of the way.
@@ -57,6 +63,10 @@ pub enum Point {
     MergeSynced,
     /// Rows have the merged layer, and the files of those that it stands for are still there.
     MergeWritten,
+    /// The memory of a snapshot, a difference to another's, is about to be made whole.
+    FlattenBegun,
+    /// Its row says that it is whole.
+    FlattenWritten,
     /// The files of a snapshot that was sent are there, not synced.
     ImportReceived,
     /// They are on the medium; no row has them.
@@ -67,7 +77,7 @@ pub enum Point {
 
 impl Point {
     /// Those that are not of files and layers.
-    pub const OF_NODE: [Self; 19] = [
+    pub const OF_NODE: [Self; 24] = [
         Self::ForkBegun,
         Self::RollbackWritten,
         Self::RollbackEnded,
@@ -78,12 +88,17 @@ impl Point {
         Self::PauseCaptured,
         Self::PauseCommitted,
         Self::PauseEnded,
+        Self::SettleBegun,
+        Self::SettleCopied,
+        Self::SettleRenamed,
         Self::AgentResumed,
         Self::Unpaused,
         Self::Collected,
         Self::MergeBegun,
         Self::MergeSynced,
         Self::MergeWritten,
+        Self::FlattenBegun,
+        Self::FlattenWritten,
         Self::ImportReceived,
         Self::ImportSynced,
         Self::ImportWritten,

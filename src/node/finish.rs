@@ -76,19 +76,26 @@ impl Supervisor {
         let writing = self.record(id);
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
             sandbox.writing = writing;
-            let home = sandbox.home.clone();
-            let owned = id.clone();
             sandbox.releasing = true;
-            let started = self.background.run("release", move || {
-                home.drop_paused();
-                Done::Released { sandbox: owned, gone: false, result: Ok(()) }
-            });
-            if let Err(e) = started {
-                log::error!("sandbox {id}: no thread to take its files down: {e}");
-                sandbox.releasing = false;
+            if !sandbox.settling {
+                self.drop_paused(id);
             }
         }
         Ok(())
+    }
+
+    /// The files that a sandbox was paused as go.
+    pub(super) fn drop_paused(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let (home, owned) = (sandbox.home.clone(), id.clone());
+        let started = self.background.run("release", move || {
+            home.drop_paused();
+            Done::Released { sandbox: owned, gone: false, result: Ok(()) }
+        });
+        if let Err(e) = started {
+            log::error!("sandbox {id}: no thread to take its files down: {e}");
+            sandbox.releasing = false;
+        }
     }
 
     /// The guest did not shut down in time: its worker ends the machine, or is ended itself.
@@ -214,6 +221,7 @@ impl Supervisor {
             self.hold(id);
             self.collect();
             self.release(id, Extent::Worker);
+            self.settle_pause(id);
             let writing = self.record(id);
             if let Some(sandbox) = self.sandboxes.get_mut(id) {
                 sandbox.writing = writing;
@@ -364,6 +372,11 @@ impl Supervisor {
     pub(super) fn release(&mut self, id: &SandboxId, extent: Extent) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.releasing = true;
+        if sandbox.settling && extent != Extent::Worker {
+            // A thread works with its files: `pause_settled` goes on.
+            sandbox.after_settling = Some(extent);
+            return;
+        }
         if self.waits_for_its_worker(id, extent) {
             return;
         }

@@ -10,6 +10,7 @@ use std::io::{self, Read, Seek};
 use super::checkpoint::{Want, drop_other_overlays, overlay_shape};
 use super::faults::{self, Point};
 use super::finish::Extent;
+use super::flattening::Waiting;
 use super::instance::{Awaited, Route, Sandbox, Waiter};
 use super::requests::Job;
 use super::snapshots::Then;
@@ -409,23 +410,54 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get_mut(&id) else { return Ok(()) };
         check_rollback(sandbox, &row)?;
         sandbox.go_on()?;
+        // First of all: a memory that cannot be made whole leaves the sandbox as it is.
+        let whole = self.await_whole(&snapshot, Waiting::Rollback(id.clone()))?;
+        if whole {
+            self.prepare_rollback(&id, &snapshot)?;
+        } else if let Some(sandbox) = self.sandboxes.get_mut(&id) {
+            sandbox.rolling_back = Some(RollingBack::Preparing);
+        }
+        self.await_(key, tag, &id, Awaited::Resumed);
+        Ok(())
+    }
+
+    /// The memory that a sandbox is to be put back to is whole, or cannot be.
+    pub(super) fn rollback_begins(&mut self, id: &SandboxId, snapshot: &str, whole: Result<(), Error>) {
+        if self.sandboxes.get(id).is_none_or(|sandbox| sandbox.rolling_back != Some(RollingBack::Preparing)) {
+            return;
+        }
+        if let Err(error) = whole.and_then(|()| self.prepare_rollback(id, snapshot)) {
+            self.rollback_refused(id, &error);
+        }
+    }
+
+    /// Has a thread make the overlay of a rollback.
+    fn prepare_rollback(&mut self, id: &SandboxId, snapshot: &str) -> Result<(), Error> {
+        let row = self.snapshots.ready(snapshot)?;
         let shape = overlay_shape(self.catalogue.get(&row.template)?, row.disk_bytes);
         let random = SandboxId::random().map_err(|e| Error::new(Code::Internal, format!("no random id: {e}")))?;
         let name = format!("{}-{random}", files::OVERLAY);
-        sandbox.rolling_back = Some(RollingBack::Preparing);
-        let (home, owned) = (sandbox.home.clone(), id.clone());
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(()) };
+        let (home, owned, snapshot) = (sandbox.home.clone(), id.clone(), snapshot.to_string());
         let work = move || {
             let result = files::make_overlay(home.dir(), &name, &shape, &mut faults::storage);
             Done::RollbackPrepared { sandbox: owned, snapshot, overlay: name, result: result.map(drop) }
         };
-        if let Err(e) = self.background.run("rollback", work) {
-            if let Some(sandbox) = self.sandboxes.get_mut(&id) {
-                sandbox.rolling_back = None;
-            }
-            return Err(Error::new(Code::NoCapacity, format!("no thread: {e}")));
-        }
-        self.await_(key, tag, &id, Awaited::Resumed);
+        let started = self.background.run("rollback", work);
+        started.map_err(|e| Error::new(Code::NoCapacity, format!("no thread: {e}")))?;
+        sandbox.rolling_back = Some(RollingBack::Preparing);
         Ok(())
+    }
+
+    /// A rollback came to nothing before it was begun: the sandbox is as it was.
+    fn rollback_refused(&mut self, id: &SandboxId, error: &Error) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        sandbox.rolling_back = None;
+        drop_other_overlays(sandbox);
+        self.answer_waiters(id, Awaited::Resumed, error);
+        if self.sandboxes.get(id).is_some_and(|s| s.worker.as_ref().is_some_and(|worker| worker.dead)) {
+            self.bury_anyway(id);
+        }
     }
 
     /// The overlay of a rollback is there, or cannot be made.
@@ -441,14 +473,7 @@ impl Supervisor {
         let ready = made.and(row).and_then(|row| check_rollback(sandbox, &row).map(|()| row));
         let row = match ready {
             Ok(row) => row,
-            Err(error) => {
-                drop_other_overlays(sandbox);
-                self.answer_waiters(id, Awaited::Resumed, &error);
-                if self.sandboxes.get(id).is_some_and(|s| s.worker.as_ref().is_some_and(|worker| worker.dead)) {
-                    self.bury_anyway(id);
-                }
-                return;
-            }
+            Err(error) => return self.rollback_refused(id, &error),
         };
         let before = sandbox.row();
         if let Err(error) = sandbox.state.become_(State::Resuming) {
@@ -481,7 +506,11 @@ impl Supervisor {
         faults::pass(Point::RollbackWritten);
         sandbox.rolling_back = Some(RollingBack::Ending);
         if sandbox.worker.is_none() {
-            return self.rollback_ended(id);
+            // Where a thread works with what it is paused as, `pause_settled` goes on.
+            if !sandbox.settling {
+                self.rollback_ended(id);
+            }
+            return;
         }
         if let Err(e) = sandbox.home.kill() {
             log::error!("sandbox {id} cannot be killed: {e}");
@@ -496,6 +525,9 @@ impl Supervisor {
         faults::pass(Point::RollbackEnded);
         drop_other_overlays(sandbox);
         sandbox.home.drop_paused();
+        // The snapshot that it mapped before may be nobody's now.
+        self.collect();
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.hung_ms = None;
         // What ran is what ran then: the guest says.
         sandbox.returned = true;

@@ -165,6 +165,10 @@ pub struct Sandbox {
     pub restarting: bool,
     /// How far its pause is, while it is being paused.
     pub pausing: Option<Pausing>,
+    /// A thread makes the memory whole that it is paused as, and what is to be taken down when that has ended.
+    pub settling: bool,
+    /// See `settling`.
+    pub after_settling: Option<Extent>,
     /// The snapshot that is being made of it.
     pub snapshotting: Option<String>,
     /// How far its rollback is.
@@ -243,6 +247,8 @@ impl Sandbox {
             reason: String::new(),
             restarting: false,
             pausing: None,
+            settling: false,
+            after_settling: None,
             snapshotting: None,
             rolling_back: None,
             returned: false,

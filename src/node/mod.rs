@@ -19,6 +19,7 @@ mod exchange;
 mod externals;
 pub mod faults;
 mod finish;
+mod flattening;
 mod fork;
 mod health;
 mod history;

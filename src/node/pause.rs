@@ -8,17 +8,25 @@
 //! A resume: another worker takes the files; its guest's programs stay frozen and its network closed until it knows who
 //! it is. Before they go on, `paused/` is renamed: what they do from then on to the disk does not go with these files. So
 //! a sandbox that was about to be resumed is paused as long as `paused/` is there.
+//!
+//! The memory of a sandbox that went on from a pause or a snapshot is written as what differs from that. When the worker is gone,
+//! a thread makes it whole, and a resume waits for that (`Home::settle_paused`).
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::faults::{self, Point};
+use super::flattening::to_error;
+use super::fork::RollingBack;
 use super::instance::{Awaited, Waiter};
 use super::start::MIB;
 use super::supervisor::{Done, Supervisor};
-use crate::sandbox::home::Home;
+use crate::sandbox::home::{Home, Settling};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::worker;
+use crate::storage::memory_file;
+use crate::storage::snapshots::SnapshotRow;
 use crate::wire::{Code, Error, Fields, Message, Request};
 
 /// How long the agent has to say that they do.
@@ -102,9 +110,12 @@ impl Supervisor {
         sandbox.pausing = Some(Pausing::Capturing);
         let (home, pid, owned) = (sandbox.home.clone(), worker.pid, id.clone());
         let memory_bytes = u64::from(sandbox.spec.memory_mib) * MIB;
-        let started = self
-            .background
-            .run("pause", move || Done::Captured { sandbox: owned, result: capture(&home, pid, memory_bytes) });
+        let flat = |row: &&SnapshotRow| row.memory_below.is_none() && row.memory_bytes == memory_bytes;
+        let below = sandbox.snapshot.as_deref().and_then(|id| self.snapshots.store.snapshot(id)).filter(flat);
+        let below = below.map(|row| self.snapshots.shelves.memory(&row.id));
+        let work =
+            move || Done::Captured { sandbox: owned, result: capture(&home, pid, memory_bytes, below.as_deref()) };
+        let started = self.background.run("pause", work);
         if let Err(e) = started {
             self.pause_failed(id, Error::new(Code::NoCapacity, format!("no thread: {e}")));
         }
@@ -160,6 +171,56 @@ impl Supervisor {
             && let Err(e) = self.stop(id, None)
         {
             log::error!("sandbox {id}: {e}");
+        }
+    }
+
+    /// Has a thread make the memory whole that a sandbox is paused as, where it is not. Whether there is one.
+    pub(super) fn settle_pause(&mut self, id: &SandboxId) -> bool {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return false };
+        let is_paused = matches!(sandbox.state, State::Paused | State::Resuming) && sandbox.origin().is_none();
+        if sandbox.settling || !is_paused || !sandbox.home.has_paused() || sandbox.home.is_settled() {
+            return sandbox.settling;
+        }
+        let (home, owned) = (sandbox.home.clone(), id.clone());
+        let memory_bytes = u64::from(sandbox.spec.memory_mib) * MIB;
+        let started = self.background.run("settle", move || {
+            let result = home.settle_paused(memory_bytes, &mut |point| {
+                faults::reached(match point {
+                    Settling::Begun => Point::SettleBegun,
+                    Settling::Copied => Point::SettleCopied,
+                    Settling::Renamed => Point::SettleRenamed,
+                })
+            });
+            Done::PauseSettled { sandbox: owned, result: result.map_err(|e| to_error(&e)) }
+        });
+        match started {
+            Ok(()) => sandbox.settling = true,
+            // Who resumes it is told that its memory is not there.
+            Err(e) => log::error!("sandbox {id}: no thread to make its memory whole: {e}"),
+        }
+        sandbox.settling
+    }
+
+    /// What a sandbox is paused as is whole, or cannot be: what waited for that goes on.
+    pub(super) fn pause_settled(&mut self, id: &SandboxId, result: Result<(), Error>) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        sandbox.settling = false;
+        if let Err(error) = &result {
+            log::warn!("sandbox {id}: {error}");
+        }
+        if let Some(extent) = sandbox.after_settling.take() {
+            return self.release(id, extent);
+        }
+        let waits = sandbox.state == State::Resuming && sandbox.worker.is_none();
+        match &sandbox.rolling_back {
+            Some(RollingBack::Ending) if waits => self.rollback_ended(id),
+            None if sandbox.state == State::Stopped => self.drop_paused(id),
+            None if waits && sandbox.origin().is_none() => {
+                if let Err(error) = result.and_then(|()| self.schedule(id)) {
+                    self.fail_start(id, error);
+                }
+            }
+            _ => {}
         }
     }
 
@@ -253,22 +314,29 @@ impl Supervisor {
 }
 
 /// Has a worker write its guest's state and memory, and syncs them. Blocks: not for the supervisor's loop.
-fn capture(home: &Home, pid: i32, memory_bytes: u64) -> Result<Fields, Error> {
+/// The memory may be a difference to that of the snapshot that `below` is, or to what the sandbox was paused as before.
+fn capture(home: &Home, pid: i32, memory_bytes: u64, below: Option<&Path>) -> Result<Fields, Error> {
     let io = |what: &'static str| {
         move |e: std::io::Error| {
             let code = if e.raw_os_error() == Some(libc::ENOSPC) { Code::NoCapacity } else { Code::VmFailed };
             Error::new(code, format!("the sandbox cannot be paused: {what}: {e}"))
         }
     };
-    let (state, memory) = home.begin_pause(memory_bytes).map_err(io("its files"))?;
-    let captured = worker::begin_capture(home.socket(), pid, &state, &memory, None).map_err(|e| match e {
+    let files = home.begin_pause(memory_bytes, below).map_err(io("its files"))?;
+    let captured = worker::begin_capture(home.socket(), pid, &files.state, &files.memory, None, files.below.as_ref());
+    let captured = captured.map_err(|e| match e {
         worker::CaptureError::Refused(error) => error,
         worker::CaptureError::Io(e) => io("its worker")(e),
     });
-    let captured = captured.and_then(|capture| capture.finish().map_err(io("its worker")));
-    let done = captured.and_then(|fields| {
+    let done = captured.and_then(|capture| {
+        let is_difference = capture.is_difference();
+        let fields = capture.finish().map_err(io("its worker"))?;
         faults::reached(Point::PauseCaptured).map_err(io("its files"))?;
-        home.commit_pause(&state, &memory).map_err(io("its files"))?;
+        if is_difference {
+            let written = fields.number("memory_bytes");
+            memory_file::check_difference(&files.memory, memory_bytes, written).map_err(io("its memory"))?;
+        }
+        home.commit_pause(&files, is_difference).map_err(io("its files"))?;
         Ok(fields)
     });
     if done.is_err() {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::checkpoint::Making;
 use super::exchange::Arrivals;
 use super::faults::{self, Point};
+use super::flattening::Flattening;
 use super::merging::Merging;
 use super::requests::choose;
 use super::sealing::Seals;
@@ -45,6 +46,8 @@ pub(super) struct Snapshots {
     pub clearing: usize,
     /// The merge of layers that is under way.
     pub merging: Option<Merging>,
+    /// Memory that is being made whole.
+    pub flattening: Flattening,
     /// Those that clients send.
     pub arriving: Arrivals,
     /// Those that are being made, by id.
@@ -78,6 +81,8 @@ pub(super) enum Then {
     Imported { client: u64, tag: String, snapshot: String },
     /// Layers were merged.
     Merged,
+    /// The memory of a snapshot is whole.
+    Flattened(String),
     /// What an earlier supervisor left half done is settled.
     Recovered,
 }
@@ -92,6 +97,7 @@ impl Snapshots {
             unfit: BTreeSet::new(),
             clearing: 0,
             merging: None,
+            flattening: Flattening::default(),
             arriving: Arrivals::new(),
             making: BTreeMap::new(),
             tickets: HashMap::new(),
@@ -106,10 +112,13 @@ impl Snapshots {
         self.tickets.insert(ticket, then);
     }
 
-    /// State and memory of a snapshot, for reading. A memory file of another length than the row has it, or another than
-    /// the one that was sealed, is an error.
+    /// State and memory of a snapshot, for reading. A memory file of another length than the row has it, another than
+    /// the one that was sealed, or one that is a difference is an error.
     pub fn open(&self, id: &str) -> io::Result<(File, File)> {
         let row = self.store.snapshot(id).ok_or(io::ErrorKind::NotFound)?;
+        if row.memory_below.is_some() {
+            return Err(io::Error::other("its memory is a difference to that of another"));
+        }
         let (state, memory) = self.shelves.open(id)?;
         let seal = match &row.memory_seal {
             None => None,
@@ -132,7 +141,8 @@ impl Snapshots {
         let settled = self.clearing == 0;
         let mut all = BTreeSet::new();
         for row in self.store.snapshots().filter(|row| row.state != SnapshotState::Making) {
-            let files = ["state", "memory"].map(|file| format!("{}/{file}", row.id)).into_iter();
+            let memory = if row.memory_below.is_some() { "difference" } else { "memory" };
+            let files = ["state", memory].map(|file| format!("{}/{file}", row.id)).into_iter();
             let missing = files.filter(|name| !found.snapshots.contains(name));
             all.extend(missing.map(|name| difference("snapshot", name, row.state.word(), "absent")));
         }
@@ -271,10 +281,12 @@ impl Supervisor {
                 self.import_written(client, &tag, &snapshot, refused);
             }
             (Then::Merged, refused) => self.merge_written(refused.as_ref()),
+            (Then::Flattened(id), refused) => self.flatten_written(&id, refused.as_ref()),
             (Then::Recovered, None) => {
                 self.sweep_snapshots();
                 self.retain_snapshots();
                 self.seal_snapshots();
+                self.flatten_snapshots();
             }
             (Then::Recovered, Some(_)) => self.snapshots.sweep = false,
         }
@@ -304,8 +316,9 @@ impl Supervisor {
 
     /// Rows that nobody needs go, and their files after them.
     pub(super) fn collect(&mut self) {
-        if self.snapshots.merging.as_ref().is_some_and(|merging| merging.committing) {
-            // What was merged goes only when the database knows that; then this is called again.
+        let merges = self.snapshots.merging.as_ref().is_some_and(|merging| merging.committing);
+        if merges || self.snapshots.flattening.is_committing() {
+            // What was merged or copied goes only when the database knows that; then this is called again.
             return;
         }
         let garbage = self.snapshots.store.garbage();
@@ -447,7 +460,7 @@ impl Supervisor {
     /// A snapshot as clients see it.
     fn snapshot_fields(&self, row: &SnapshotRow) -> Fields {
         let fields = Fields::new().with("id", &row.id);
-        let named = [("name", &row.name), ("sandbox", &row.sandbox)];
+        let named = [("name", &row.name), ("sandbox", &row.sandbox), ("difference_to", &row.memory_below)];
         let named = named.into_iter().filter_map(|(key, value)| Some((key, value.as_ref()?)));
         let fields = named.fold(fields.with("owner", &row.owner), |fields, (key, value)| fields.with(key, value));
         let layers = self.snapshots.store.layers_from(row.layer.as_deref()).unwrap_or_default();

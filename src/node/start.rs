@@ -122,6 +122,17 @@ impl Supervisor {
         }
         let template = self.catalogue.get(&name)?.clone();
         if self.catalogue.is_verified(&name)? {
+            let origin = sandbox.origin().map(str::to_string);
+            if let Some(snapshot) = origin
+                && !self.want_whole(&snapshot)?
+            {
+                // `flattened` comes back here.
+                return Ok(());
+            }
+            if self.settle_pause(id) {
+                // And so does `pause_settled`.
+                return Ok(());
+            }
             let shape = self.shape(id, &template)?;
             self.trace(id, |trace| trace.end(ADMIT));
             // All of it is asked for at once, the slot once it is written down that there may be one.
@@ -220,7 +231,8 @@ impl Supervisor {
         }
     }
 
-    fn scheduled(&self, which: impl Fn(&Sandbox) -> bool) -> Vec<SandboxId> {
+    /// Sandboxes that wait for what they start from.
+    pub(super) fn scheduled(&self, which: impl Fn(&Sandbox) -> bool) -> Vec<SandboxId> {
         let waiting = self.sandboxes.values().filter(|sandbox| {
             (sandbox.state == State::Scheduling || sandbox.comes_back() && sandbox.worker.is_none()) && which(sandbox)
         });

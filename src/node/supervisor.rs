@@ -89,6 +89,8 @@ pub(super) enum Timer {
     Snapshot(String),
     /// A merge of layers that failed is tried again.
     Merge,
+    /// Memory that could not be made whole is tried again.
+    Flatten,
     /// An hour is over: snapshots may be too old.
     Retention,
     /// A minute is over: records of executions may be too old.
@@ -147,6 +149,8 @@ pub(super) enum Done {
     Restored { client: u64, tag: String, result: Result<Contents, StateError> },
     /// A worker wrote the files of a pause, or could not.
     Captured { sandbox: SandboxId, result: Result<Fields, Error> },
+    /// The memory that a sandbox is paused as is whole, or cannot be made so.
+    PauseSettled { sandbox: SandboxId, result: Result<(), Error> },
     /// A worker took its machine for a snapshot, or did not.
     SnapshotHeld { snapshot: String, held: Held },
     /// The files of a snapshot are written, or not.
@@ -157,6 +161,8 @@ pub(super) enum Done {
     Sealed { snapshot: String, result: Result<Digest, SealError> },
     /// Layers were merged to one that takes so much room, or could not be.
     Merged(io::Result<u64>),
+    /// The memory of a snapshot is whole, its files taking so much room, or cannot be made so.
+    Flattened { snapshot: String, result: Result<u64, Error> },
     /// Files of snapshots that nobody needs were removed, but for these.
     Cleared(Vec<io::Error>),
     /// A worker was asked what its guest has changed so far.
@@ -571,6 +577,7 @@ impl Supervisor {
                 Done::Network(report) => self.network_reported(report),
                 Done::Swept { homes, users } => self.swept(homes, &users),
                 Done::Captured { sandbox, result } => self.captured(&sandbox, result),
+                Done::PauseSettled { sandbox, result } => self.pause_settled(&sandbox, result),
                 Done::SnapshotHeld { snapshot, held } => self.snapshot_held(&snapshot, held),
                 Done::SnapshotWritten { snapshot, written } => self.snapshot_written_out(&snapshot, written),
                 Done::RollbackPrepared { sandbox, snapshot, overlay, result } => {
@@ -578,6 +585,7 @@ impl Supervisor {
                 }
                 Done::Sealed { snapshot, result } => self.sealed(&snapshot, result),
                 Done::Merged(result) => self.merged(result),
+                Done::Flattened { snapshot, result } => self.flattened(&snapshot, result),
                 Done::Learned => self.look_at_pools(),
                 Done::Cleared(errors) => self.cleared(&errors),
                 Done::SnapshotImported { client, tag, snapshot, result } => {
@@ -630,6 +638,7 @@ impl Supervisor {
             Timer::Relink(id) => self.relink(&id),
             Timer::Freeze(id) => self.freeze_expired(&id),
             Timer::Merge => self.merge_layers(),
+            Timer::Flatten => self.flatten_again(),
             Timer::Retention => self.retention_due(),
             Timer::History => self.history_due(),
             Timer::Snapshot(id) => self.snapshot_again(&id),

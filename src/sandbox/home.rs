@@ -7,8 +7,13 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use self::paused::MAPPED;
 use super::id::SandboxId;
 use crate::storage::snapshots::files::OVERLAY;
+
+mod paused;
+
+pub use self::paused::Settling;
 
 /// Where sandboxes keep their things.
 #[derive(Debug, Clone)]
@@ -69,10 +74,6 @@ pub struct Opened {
     /// The cgroup's directory.
     pub cgroup: File,
 }
-
-/// Directories of a sandbox that is paused, and of one that is about to be.
-const PAUSED: &str = "paused";
-const PAUSING: &str = "pausing";
 
 impl Home {
     /// The sandbox's id.
@@ -218,67 +219,6 @@ impl Home {
         Ok(Opened { serial, last_words, log, listener, cgroup })
     }
 
-    // ---- What a paused sandbox is ----
-
-    /// Makes the files of a pause: state, and memory of that length. Nothing of them counts before `commit_pause`.
-    pub fn begin_pause(&self, memory_bytes: u64) -> io::Result<(File, File)> {
-        let dir = self.dir.join(PAUSING);
-        absent_is_fine(fs::remove_dir_all(&dir))?;
-        fs::DirBuilder::new().mode(0o700).create(&dir)?;
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(0o600);
-        let (state, memory) = (options.open(dir.join("state"))?, options.open(dir.join("memory"))?);
-        memory.set_len(memory_bytes)?;
-        Ok((state, memory))
-    }
-
-    /// Puts the files of a pause on the medium; then they are what the sandbox is paused as. Blocks.
-    pub fn commit_pause(&self, state: &File, memory: &File) -> io::Result<()> {
-        state.sync_all()?;
-        memory.sync_all()?;
-        // What its programs said so far goes with them.
-        let outputs = self.dir.join("exec");
-        for output in fs::read_dir(&outputs)? {
-            absent_is_fine(File::open(output?.path()).and_then(|output| output.sync_all()))?;
-        }
-        File::open(outputs)?.sync_all()?;
-        let dir = self.dir.join(PAUSING);
-        File::open(&dir)?.sync_all()?;
-        absent_is_fine(fs::remove_dir_all(self.dir.join(PAUSED)))?;
-        fs::rename(dir, self.dir.join(PAUSED))?;
-        File::open(&self.dir)?.sync_all()
-    }
-
-    /// Whether there is what a paused sandbox is.
-    pub fn has_paused(&self) -> bool {
-        self.dir.join(PAUSED).exists()
-    }
-
-    /// State and memory of a paused sandbox.
-    pub fn open_paused(&self) -> io::Result<(File, File)> {
-        let dir = self.dir.join(PAUSED);
-        Ok((File::open(dir.join("state"))?, File::open(dir.join("memory"))?))
-    }
-
-    /// The sandbox is no longer what it was paused as, also after a power cut. A worker that has the files keeps them.
-    /// Fine where there are none. Blocks.
-    pub fn leave_paused(&self) -> io::Result<()> {
-        let gone = self.dir.join(PAUSING);
-        absent_is_fine(fs::remove_dir_all(&gone))?;
-        absent_is_fine(fs::rename(self.dir.join(PAUSED), &gone))?;
-        File::open(&self.dir)?.sync_all()?;
-        absent_is_fine(fs::remove_dir_all(gone))
-    }
-
-    /// Takes away what there is of a pause. Best effort: what stays goes with the sandbox, or with its next pause.
-    pub fn drop_paused(&self) {
-        for name in [PAUSED, PAUSING] {
-            if let Err(e) = absent_is_fine(fs::remove_dir_all(self.dir.join(name))) {
-                log::warn!("{}/{name} cannot be removed: {e}", self.dir.display());
-            }
-        }
-    }
-
     /// Takes a file on the same file system as the private disk.
     pub fn take_overlay(&self, file: &Path) -> io::Result<()> {
         fs::rename(file, self.overlay())
@@ -301,12 +241,14 @@ impl Home {
         absent_is_fine(fs::remove_file(&self.socket))?;
         self.overlays().into_iter().try_for_each(|overlay| absent_is_fine(fs::remove_file(overlay)))?;
         absent_is_fine(fs::remove_dir_all(self.disks()))?;
+        absent_is_fine(fs::remove_file(self.dir.join(MAPPED)))?;
         self.release_cgroup()
     }
 
     /// Takes down socket and cgroup and keeps the disks. Blocks like `release`.
     pub fn release_worker(&self) -> io::Result<()> {
         absent_is_fine(fs::remove_file(&self.socket))?;
+        absent_is_fine(fs::remove_file(self.dir.join(MAPPED)))?;
         self.release_cgroup()
     }
 

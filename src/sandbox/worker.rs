@@ -3,12 +3,14 @@
 use std::fs::File;
 use std::io::{self, IoSlice, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::stat::{major, minor};
 
 use crate::wire::{Code, Decoded, Error, Fields, Message, OLDEST_WORKER_LINK, Request, WORKER_LINK};
 
@@ -70,10 +72,11 @@ pub struct Capture {
     done: io::PipeReader,
 }
 
-/// Has a worker make its guest stand still and begin to write its state and its whole memory into these files; `memory` is as
+/// Has a worker make its guest stand still and begin to write its state and its memory into these files; `memory` is as
 /// long as the guest's memory. With `next`, an empty overlay and its name, the guest's root disk is frozen at the same
-/// instant, and it goes on; else it is held. Blocks until all is decided; `Capture::finish` waits for the files. The guest
-/// goes on where this fails.
+/// instant, and it goes on; else it is held. With `below`, a flat memory file that the guest may have been restored from,
+/// the memory may be a difference to that: `Capture::is_difference` tells. Blocks until all is decided; `Capture::finish`
+/// waits for the files. The guest goes on where this fails.
 ///
 /// # Errors
 /// The worker's own, or the link's. Whether the disk was frozen all the same, `next_overlay` tells.
@@ -83,7 +86,14 @@ pub fn begin_capture(
     state: &File,
     memory: &File,
     next: Option<(&str, &File)>,
+    below: Option<&File>,
 ) -> Result<Capture, CaptureError> {
+    let below = below.filter(|below| {
+        maps(pid, below).unwrap_or_else(|e| {
+            log::warn!("whether worker {pid} maps a memory file is not known, and its memory written as a whole: {e}");
+            false
+        })
+    });
     let stream = connect(socket)?;
     stream.set_read_timeout(Some(CAPTURE))?;
     let (done, theirs) = io::pipe()?;
@@ -101,12 +111,30 @@ pub fn begin_capture(
         }
         None => request.set("hold", true),
     };
+    let request = if below.is_some() { request.set("diff", true) } else { request };
     send_with_descriptors(&stream, request, &descriptors)?;
     drop(theirs);
     Ok(Capture { fields: read_answer(&stream)?, done })
 }
 
+/// Whether a process has that file in its memory, by its own list (proc_pid_maps(5)).
+fn maps(pid: i32, file: &File) -> io::Result<bool> {
+    let meta = file.metadata()?;
+    let device = format!("{:02x}:{:02x}", major(meta.dev()), minor(meta.dev()));
+    let inode = meta.ino().to_string();
+    let listed = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    Ok(listed.lines().any(|line| {
+        let mut words = line.split_ascii_whitespace().skip(3);
+        words.next() == Some(&device) && words.next() == Some(&inode)
+    }))
+}
+
 impl Capture {
+    /// The memory file has only what differs from the one that the guest was restored from.
+    pub fn is_difference(&self) -> bool {
+        self.fields.get("diff") == Some("true")
+    }
+
     /// Waits until all is written; nothing is synced.
     ///
     /// # Errors
@@ -218,6 +246,14 @@ impl LastWords {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_maps_its_program_and_not_another_file() {
+        let (own, pid) = (File::open("/proc/self/exe").unwrap(), std::process::id() as i32);
+        assert!(maps(pid, &own).unwrap());
+        assert!(!maps(pid, &File::open("/proc/self/status").unwrap()).unwrap());
+        assert!(maps(0, &own).is_err());
+    }
 
     #[test]
     fn a_worker_of_this_version_or_the_one_before_is_spoken_to_and_no_other() {

@@ -7,12 +7,15 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 
-use super::space::{copy, data_extents};
+use super::space::{self, copy, data_extents, punch};
 use super::verity::{self, Digest, SealError};
 
 /// Memory comes in units of this many octets.
 pub const PAGE: u64 = 4096;
+/// What is read at once, in octets.
+const CHUNK: usize = 256 << 10;
 
 /// Why a memory file cannot be used.
 #[derive(Debug)]
@@ -49,6 +52,16 @@ impl fmt::Display for MemoryFileError {
             Self::NoMemory { len } => write!(f, "a memory of {len} octets: must be a multiple of {PAGE}, and not 0"),
             Self::Seal(cause) => write!(f, "the memory file: {cause}"),
             Self::Io { doing, cause } => write!(f, "{doing}: {cause}"),
+        }
+    }
+}
+
+impl MemoryFileError {
+    /// As an error of the host, which it may be.
+    pub fn into_io(self) -> io::Error {
+        match self {
+            Self::Io { cause, .. } => cause,
+            other => io::Error::other(other),
         }
     }
 }
@@ -92,27 +105,108 @@ fn check_len(len: u64) -> Result<(), MemoryFileError> {
     Ok(())
 }
 
+/// Whether the file system keeps holes of single pages apart from data, as a diff needs it; there are some with coarser
+/// blocks. `file` is as `create` left it for that `len`, also afterwards.
+pub fn keeps_holes(file: &File, len: u64) -> Result<bool, MemoryFileError> {
+    use std::os::unix::fs::FileExt;
+    if len < 4 * PAGE {
+        return Ok(false);
+    }
+    let page = len / PAGE / 2 * PAGE;
+    file.write_all_at(&[0; PAGE as usize], page).map_err(while_doing("writing a page"))?;
+    let found: io::Result<Vec<_>> = data_extents(file, 0..len).collect();
+    create(file, len)?;
+    let found = found.map_err(while_doing("looking for that page"))?;
+    Ok(found.len() == 1 && found[0] == (page..page + PAGE))
+}
+
+/// Whether a diff has as much data as was written to it, `written` octets: no more, no less.
+pub fn check_difference(file: &File, len: u64, written: Option<u64>) -> io::Result<()> {
+    let found = data_extents(file, 0..len).map(|extent| extent.map(|extent| extent.end - extent.start));
+    let found = found.sum::<io::Result<u64>>()?;
+    if written == Some(found) {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("it has {found} octets of data where {written:?} differ")))
+}
+
+/// Puts the data of `diff` (readable) in its place in `onto`, the flat file that it is over (readable and writable, not sealed),
+/// both of `len` octets, and syncs. Nobody may have `onto` mapped. Pages of zeroes become holes.
+///
+/// It may be interrupted anywhere and done again: until then `onto` is nothing without `diff`. Blocks.
+pub fn apply(diff: &File, onto: &File, len: u64) -> Result<(), MemoryFileError> {
+    use std::os::unix::fs::FileExt;
+    check(diff, len, None)?;
+    check(onto, len, None)?;
+    let mut buffer = vec![0; CHUNK];
+    for extent in data_extents(diff, 0..len) {
+        let Range { mut start, end } = extent.map_err(while_doing("looking for pages in the diff"))?;
+        while start < end {
+            let part = usize::try_from(end - start).map_or(CHUNK, |left| left.min(CHUNK));
+            let octets = &mut buffer[..part];
+            diff.read_exact_at(octets, start).map_err(while_doing("reading the diff"))?;
+            let mut at = 0;
+            while at < part {
+                let zeroes = is_zero(page_of(octets, at));
+                let begin = at;
+                while at < part && is_zero(page_of(octets, at)) == zeroes {
+                    at += page_of(octets, at).len();
+                }
+                let (to, run) = (start + begin as u64, &octets[begin..at]);
+                let put = match zeroes {
+                    true => space::zero(onto, to, run.len() as u64, true),
+                    false => onto.write_all_at(run, to),
+                };
+                put.map_err(while_doing("copying pages of the diff"))?;
+            }
+            start += part as u64;
+        }
+    }
+    onto.sync_all().map_err(while_doing("syncing the memory file"))
+}
+
+fn page_of(octets: &[u8], at: usize) -> &[u8] {
+    &octets[at..(at + PAGE as usize).min(octets.len())]
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    page.iter().all(|octet| *octet == 0)
+}
+
 /// Fills each hole of `diff` (readable and writable, not sealed) with the data of `below` (readable), both of `len` octets,
 /// and syncs. Where `below` is a diff itself, what is left are holes of both, and `diff` is one over what is below that.
 ///
-/// It may be interrupted anywhere and done again. Blocks for as long as the copying takes.
+/// It may be interrupted anywhere and done again. An error gives the room back that was taken for what was copied. Blocks
+/// for as long as the copying takes.
 pub fn flatten(diff: &File, below: &File, len: u64) -> Result<(), MemoryFileError> {
     check(diff, len, None)?;
     check(below, len, None)?;
+    let mut filled = Vec::new();
+    let done = fill_all(diff, below, len, &mut filled)
+        .and_then(|()| diff.sync_all().map_err(while_doing("syncing the memory file")));
+    if done.is_err() {
+        // What was a hole is one again, with the same meaning. Best effort: what stays is right, too.
+        filled.into_iter().for_each(|extent: Range<u64>| drop(punch(diff, extent.start, extent.end - extent.start)));
+    }
+    done
+}
+
+fn fill_all(diff: &File, below: &File, len: u64, filled: &mut Vec<Range<u64>>) -> Result<(), MemoryFileError> {
     let mut hole = 0;
     // Extents are looked for while holes before them are filled: those are behind, and found no more.
     for extent in data_extents(diff, 0..len) {
         let extent = extent.map_err(while_doing("looking for pages in the diff"))?;
-        fill(diff, below, hole..extent.start)?;
+        fill(diff, below, hole..extent.start, filled)?;
         hole = extent.end;
     }
-    fill(diff, below, hole..len)?;
-    diff.sync_all().map_err(while_doing("syncing the memory file"))
+    fill(diff, below, hole..len, filled)
 }
 
-fn fill(diff: &File, below: &File, hole: std::ops::Range<u64>) -> Result<(), MemoryFileError> {
+/// `filled` gets what is written, before it is.
+fn fill(diff: &File, below: &File, hole: Range<u64>, filled: &mut Vec<Range<u64>>) -> Result<(), MemoryFileError> {
     for extent in data_extents(below, hole) {
         let extent = extent.map_err(while_doing("looking for pages below the diff"))?;
+        filled.push(extent.clone());
         let len = extent.end - extent.start;
         copy(below, extent.start, diff, extent.start, len).map_err(while_doing("copying pages into the diff"))?;
     }
@@ -213,6 +307,39 @@ mod tests {
             flatten(&diff, &below, LEN).unwrap();
             assert!(content(&diff) == model, "seed {seed}");
         }
+    }
+
+    #[test]
+    fn a_file_that_can_have_a_diff_is_as_it_was_after_the_look() {
+        let file = memory();
+        assert!(keeps_holes(&file, LEN).unwrap());
+        assert_eq!(file.metadata().unwrap().len(), LEN);
+        check_difference(&file, LEN, Some(0)).unwrap();
+        file.write_all_at(&[0; 2 * PAGE as usize], 7 * PAGE).unwrap();
+        check_difference(&file, LEN, Some(2 * PAGE)).expect("zeroes are data");
+        assert!(check_difference(&file, LEN, Some(PAGE)).is_err() && check_difference(&file, LEN, None).is_err());
+        assert!(!keeps_holes(&memory(), 3 * PAGE).unwrap());
+    }
+
+    #[test]
+    fn a_diff_that_is_put_into_what_is_below_it_is_the_same_memory() {
+        for seed in 0..40 {
+            let mut random = Seed(seed);
+            let (below, diff) = (memory(), memory());
+            let mut model = vec![0; LEN as usize];
+            change(&mut random, &below, &mut model);
+            change(&mut random, &diff, &mut model);
+            // Cut after some of it, and done again.
+            let extents: Vec<_> = data_extents(&diff, 0..LEN).map(Result::unwrap).collect();
+            for extent in extents.into_iter().filter(|_| random.below(2) == 0) {
+                copy(&diff, extent.start, &below, extent.start, (extent.end - extent.start) / 2).unwrap();
+            }
+            apply(&diff, &below, LEN).unwrap();
+            assert!(content(&below) == model, "seed {seed}");
+            let zeroes = model.chunks(PAGE as usize).filter(|page| is_zero(page)).count() as u64;
+            assert!(taken(&below).unwrap() <= (PAGES - zeroes + 60) * PAGE, "what the diff gives up is a hole");
+        }
+        assert!(apply(&memory(), &File::open("/proc/self/exe").unwrap(), LEN).is_err());
     }
 
     #[test]

@@ -169,7 +169,7 @@ impl World {
         files.state.write_all_at(b"state", 0).unwrap();
         self.write(id, &mut disk, 5, octet);
         reached(FaultPoint::Captured)?;
-        row.bytes = self.shelves.sync(snap, reached)?;
+        row.bytes = self.shelves.sync(snap, below.is_some(), reached)?;
         let bytes = self.shelves.link_layer(&home.join(&old), &format!("layer-{snap}"), reached)?;
         (row.state, row.next_overlay) = (SnapshotState::Ready, None);
         self.rows.commit(&[
@@ -196,12 +196,7 @@ impl World {
 
     fn flatten(&mut self, reached: Reached<'_>) -> io::Result<()> {
         for step in self.rows.store.flatten_plan() {
-            let open = |id: &str| File::options().read(true).write(true).open(self.shelves.memory(id)).unwrap();
-            let diff = open(&step.snapshot);
-            for below in &step.below {
-                memory_file::flatten(&diff, &open(below), MEMORY).unwrap();
-                reached(FaultPoint::Copied)?;
-            }
+            self.shelves.flatten(&step, MEMORY, reached).map_err(io::Error::other)?;
             let mut row = self.rows.store.snapshot(&step.snapshot).unwrap().clone();
             row.memory_below = None;
             self.rows.commit(&[Change::PutSnapshot(Box::new(row))]);
@@ -305,7 +300,7 @@ impl World {
             let mut chain = self.rows.store.memory_below(&row.id).expect("memory below is missing");
             chain.insert(0, row.id.clone());
             for id in chain.iter().rev() {
-                let file = File::open(self.shelves.memory(id)).unwrap();
+                let file = self.shelves.open_memory(id).unwrap();
                 memory_file::check(&file, MEMORY, None).unwrap();
                 for extent in crate::storage::space::data_extents(&file, 0..MEMORY).map(Result::unwrap) {
                     file.read_exact_at(&mut memory[extent.start as usize..extent.end as usize], extent.start).unwrap();

@@ -17,6 +17,9 @@
 //! on the medium: so `recover` carries the disk's half forward wherever the next overlay is there, which changes nothing
 //! that a guest can see: an empty overlay over a frozen one is the same disk.
 //!
+//! Memory that is a difference to another's has a name of its own, `difference`: a reader that knows of none finds no
+//! memory rather than half of one. It is made whole (`flatten`), gets the name `memory`, and then its row changes.
+//!
 //! A pause has no layer and no next overlay; 5 makes its sandbox paused as well. A rollback makes an overlay, changes
 //! `layer`, `overlay` and `snapshot` of the row, and drops the old one. A removal changes the row to `removing`; rows that
 //! nobody needs (`Store::garbage`) go in one transaction, their files after it (`sweep`).
@@ -28,8 +31,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::rows::{LayerRow, SnapshotState};
-use super::store::{Garbage, Store};
-use crate::storage::memory_file::{self, taken};
+use super::store::{Flatten, Garbage, Store};
+use crate::storage::memory_file::{self, MemoryFileError, taken};
 use crate::storage::overlay::{self, OverlayError};
 use crate::storage::state::Change;
 
@@ -59,6 +62,8 @@ pub enum FaultPoint {
     Committed,
     /// The old overlay's name is gone.
     OverlayDropped,
+    /// The holes of a memory file that is a difference are filled.
+    Filled,
     /// A flattened memory file or merged layer is on the medium.
     Copied,
     /// A row says that something is to be removed, or that it is gone.
@@ -69,7 +74,7 @@ pub enum FaultPoint {
 
 impl FaultPoint {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::RowWritten,
         Self::DirectoryMade,
         Self::FilesMade,
@@ -80,6 +85,7 @@ impl FaultPoint {
         Self::LayerLinked,
         Self::Committed,
         Self::OverlayDropped,
+        Self::Filled,
         Self::Copied,
         Self::RemovalWritten,
         Self::Swept,
@@ -155,9 +161,22 @@ impl Shelves {
         self.snapshot(id).join("state")
     }
 
-    /// Memory file of a snapshot.
+    /// Memory file of a snapshot, flat.
     pub fn memory(&self, id: &str) -> PathBuf {
         self.snapshot(id).join("memory")
+    }
+
+    /// Memory file of a snapshot as long as it is a difference to another's.
+    pub fn difference(&self, id: &str) -> PathBuf {
+        self.snapshot(id).join("difference")
+    }
+
+    /// Memory file of a snapshot, whichever it is, for reading.
+    pub fn open_memory(&self, id: &str) -> io::Result<File> {
+        match File::open(self.difference(id)) {
+            Err(e) if e.kind() == ErrorKind::NotFound => File::open(self.memory(id)),
+            other => other,
+        }
     }
 
     /// What guests that go on from a snapshot change at once. A hint: it may be missing.
@@ -190,15 +209,45 @@ impl Shelves {
         Ok(files)
     }
 
-    /// Step 4, first half: state and memory are on the medium on return. Gives the room that they take.
-    pub fn sync(&self, id: &str, reached: Reached<'_>) -> io::Result<u64> {
-        let (state, memory) = (File::open(self.state(id))?, File::open(self.memory(id))?);
+    /// Step 4, first half: state and memory are on the medium on return; the memory as the difference that it is, where it
+    /// is one. Gives the room that they take.
+    pub fn sync(&self, id: &str, is_difference: bool, reached: Reached<'_>) -> io::Result<u64> {
+        if is_difference {
+            fs::rename(self.memory(id), self.difference(id))?;
+        }
+        let (state, memory) = (File::open(self.state(id))?, self.open_memory(id)?);
         state.sync_all()?;
         memory.sync_all()?;
         sync_dir(&self.snapshot(id))?;
         sync_dir(&self.snapshots)?;
         reached(FaultPoint::FilesSynced)?;
         Ok(taken(&state)?.saturating_add(taken(&memory)?))
+    }
+
+    /// Makes the memory of a snapshot flat: it is on the medium with that name on return, also where it was before. What it
+    /// was a difference to has to stay until no row says so any more. Gives the room that its files take.
+    ///
+    /// # Errors
+    /// Then it is the difference that it was, and takes no more room.
+    pub fn flatten(&self, step: &Flatten, memory_bytes: u64, reached: Reached<'_>) -> Result<u64, MemoryFileError> {
+        let io = |doing| move |cause| MemoryFileError::Io { doing, cause };
+        let id = &step.snapshot;
+        match File::options().read(true).write(true).open(self.difference(id)) {
+            Ok(diff) => {
+                for below in &step.below {
+                    let below = self.open_memory(below).map_err(io("opening what is below the diff"))?;
+                    memory_file::flatten(&diff, &below, memory_bytes)?;
+                    reached(FaultPoint::Filled).map_err(io("copying pages into the diff"))?;
+                }
+                fs::rename(self.difference(id), self.memory(id)).map_err(io("renaming the diff"))?;
+            }
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(io("opening the diff")(e)),
+        }
+        sync_dir(&self.snapshot(id)).map_err(io("syncing its directory"))?;
+        reached(FaultPoint::Copied).map_err(io("syncing its directory"))?;
+        let room = || Ok(taken(&File::open(self.state(id))?)?.saturating_add(taken(&File::open(self.memory(id))?)?));
+        room().map_err(io("measuring the memory file"))
     }
 
     /// Step 4, second half: a sandbox's overlay gets its name as a layer, if it has not got it yet. Gives the room that it
@@ -237,7 +286,7 @@ impl Shelves {
         reached(FaultPoint::Copied)
     }
 
-    /// What is there: state and memory files as `ID/state` and `ID/memory`, with whatever else is beside them, and layers.
+    /// What is there: state and memory files as `ID/state` and `ID/memory` or `ID/difference`, with whatever else is beside them, and layers.
     pub fn list(&self) -> io::Result<Listed> {
         let mut listed = Listed { layers: names(&self.layers)?.into_iter().collect(), ..Listed::default() };
         for id in names(&self.snapshots)? {

@@ -248,6 +248,12 @@ impl Store {
         steps.collect()
     }
 
+    /// What makes one diff flat, whatever else is one. `None` where it is none, or where something below it is missing.
+    pub fn flatten_step(&self, id: &str) -> Option<Flatten> {
+        let below = self.memory_below(id).filter(|below| !below.is_empty())?;
+        Some(Flatten { snapshot: id.to_string(), below })
+    }
+
     /// Runs of layers that nobody needs one by one, where a disk has more than `longest` of them. Disks that are open
     /// meanwhile go on with the files that they have. Do one, change the rows, and ask again: each changes what the others
     /// refer to.

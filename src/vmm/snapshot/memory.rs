@@ -2,7 +2,8 @@
 //!
 //! A flat file has everything. A diff has, as data, each page that a restored guest changed since (zeroes among them);
 //! its holes stand for the memory file that the guest was restored from. Which pages those are the kernel tells by the
-//! worker's page map (pagemap(7), PAGEMAP_SCAN), whose descriptor comes from the supervisor.
+//! worker's page map (pagemap(7), PAGEMAP_SCAN), whose descriptor comes from the supervisor. A diff has to be made flat
+//! before a guest is restored from it: one that is not much shorter than the whole is not worth that.
 
 use std::fs::File;
 use std::io;
@@ -62,25 +63,30 @@ pub struct Plan {
 
 impl Plan {
     /// Looks which pages there are. Without a page map everything is written, which is right and slower. With `diff`, only
-    /// what differs from the file that the guest was restored from.
+    /// what differs from the file that the guest was restored from, where that is at most half of the whole.
     pub fn new(memory: &GuestMemory, page_map: Option<&File>, diff: bool) -> io::Result<Self> {
-        let is_diff = diff && memory.is_restored() && page_map.is_some();
-        let (mut ranges, mut offset) = (Vec::new(), 0);
+        let can_differ = diff && memory.is_restored() && page_map.is_some();
+        let (mut whole, mut differing, mut offset) = (Vec::new(), Vec::new(), 0);
         for region in memory.regions() {
-            let mut found = match page_map {
+            let own = match page_map {
                 Some(page_map) => own_pages(region, page_map)?,
                 None => vec![(0, region.size)],
             };
             let inside = |at: u64| at.clamp(offset, offset + region.size) - offset;
             let data = memory.file_data().iter().map(|(start, end)| (inside(*start), inside(*end)));
             let data: Vec<(u64, u64)> = data.filter(|(start, end)| start < end).collect();
-            found.extend(if is_diff { given_up(memory, region, &data) } else { data });
-            ranges.extend(
-                merged(found).into_iter().map(|(start, end)| (region.guest_addr + start, offset + start, end - start)),
-            );
+            let placed = |found: Vec<(u64, u64)>| {
+                let place = |(start, end)| (region.guest_addr + start, offset + start, end - start);
+                merged(found).into_iter().map(place).collect::<Vec<_>>()
+            };
+            if can_differ {
+                differing.extend(placed([own.clone(), given_up(memory, region, &data)].concat()));
+            }
+            whole.extend(placed([own, data].concat()));
             offset += region.size;
         }
-        Ok(Self { ranges, is_diff })
+        let (whole, differing) = (Self { ranges: whole, is_diff: false }, Self { ranges: differing, is_diff: true });
+        Ok(if can_differ && differing.bytes() <= whole.bytes() / 2 { differing } else { whole })
     }
 
     /// Octets that `write` looks at.
@@ -285,5 +291,22 @@ mod tests {
         let flat = file(len);
         plan.write(&memory, &flat, &mut Plan::buffer()).unwrap();
         assert!(!plan.is_diff && contents(&flat) == whole, "a flat file needs no other");
+    }
+
+    #[test]
+    fn what_has_changed_for_the_most_part_is_written_as_a_whole() {
+        if !has_scan() {
+            return;
+        }
+        let len = 64 * PAGE;
+        let below = file(len);
+        below.write_all_at(&vec![7; 40 * PAGE as usize], 0).unwrap();
+        let memory = GuestMemory::restored(&below, len).unwrap();
+        for (pages, is_diff) in [(0, true), (20, true), (21, false), (40, false)] {
+            memory.write(0, &vec![8; pages * PAGE as usize]).unwrap();
+            let plan = Plan::new(&memory, Some(&page_map()), true).unwrap();
+            assert_eq!(plan.is_diff, is_diff, "{pages} pages of 40");
+            assert_eq!(plan.bytes(), if is_diff { pages as u64 } else { 40 } * PAGE);
+        }
     }
 }

@@ -1,17 +1,20 @@
 //! How fast sandboxes start from a snapshot of their template, and how fast they are forked.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use qemu_tests::bench::median;
 use qemu_tests::connection::Connection;
-use warren::wire::Request;
+use warren::wire::{Fields, Request};
 
 use super::{CONTROL, MEMORY_MIB, ask, exec, exec_time, milliseconds, print};
 
 const STARTS: usize = 11;
 const FORKS: u64 = 10;
+/// What a guest writes before it is taken, in MiB.
+const DIRTY_MIB: u64 = 4;
 /// The pools are full again by then.
 const AFTERWARDS: Duration = Duration::from_millis(500);
 
@@ -84,5 +87,67 @@ pub fn measure() -> io::Result<()> {
     let condition =
         format!("one processor: a running sandbox's snapshot, and {FORKS} that go on from it, all configured");
     print("fork_10_ms", time, "ms", &condition);
+    for fork in forks.iter().filter_map(|fork| fork.get("id")) {
+        ask(&mut control, Request::new("r", "sandbox.remove").arg(fork).set("force", true))?;
+    }
+    kept(&mut control, &parent)
+}
+
+/// Octets that the first of these files takes that is there.
+fn room(paths: &[String]) -> u64 {
+    paths.iter().find_map(|path| std::fs::metadata(path).ok()).map_or(0, |meta| meta.blocks() * 512)
+}
+
+/// What snapshots and pauses of a sandbox that went on from its template's snapshot write, and how long they take.
+fn kept(control: &mut Connection, id: &str) -> io::Result<()> {
+    let dirty = |control: &mut Connection| {
+        let script = format!("dd if=/dev/urandom of=/dev/shm/dirty bs=1M count={DIRTY_MIB} 2>/dev/null");
+        exec_time(control, exec(Some(id), &["sh", "-c", &script]))
+    };
+    let timed = |control: &mut Connection, request: Request| -> io::Result<(f64, Fields)> {
+        let begin = Instant::now();
+        let (_, fields) = ask(control, request)?;
+        Ok((milliseconds(begin.elapsed()), fields))
+    };
+    let with = format!("base, 1 vCPU, {MEMORY_MIB} MiB, {DIRTY_MIB} MiB written before");
+    for round in ["", "again_"] {
+        std::thread::sleep(AFTERWARDS);
+        dirty(control)?;
+        let (time, fields) = timed(control, Request::new("s", "snapshot.create").arg(id))?;
+        let snapshot = fields.get("id").unwrap_or_default();
+        let memory = ["difference", "memory"].map(|name| format!("/data/snapshots/{snapshot}/{name}"));
+        let bytes = room(&memory) as f64;
+        let of = if round.is_empty() { "of one that went on from a snapshot" } else { "of the same" };
+        print(&format!("snapshot_{round}ms"), time, "ms", &format!("snapshot.create sent to its ok, {of}; {with}"));
+        print(
+            &format!("snapshot_{round}bytes_written"),
+            bytes,
+            "octets",
+            &format!("memory that is there by then; {with}"),
+        );
+        println!("#");
+    }
+    for round in ["", "again_", "third_"] {
+        std::thread::sleep(AFTERWARDS);
+        dirty(control)?;
+        let (time, _) = timed(control, Request::new("p", "sandbox.pause").arg(id))?;
+        let bytes = room(&["difference", "memory"].map(|name| format!("/data/sandboxes/{id}/paused/{name}"))) as f64;
+        let of = if round.is_empty() { "of one that went on from a snapshot" } else { "of one that was paused before" };
+        print(&format!("pause_{round}ms"), time, "ms", &format!("sandbox.pause sent to its ok, {of}; {with}"));
+        print(
+            &format!("pause_{round}bytes_written"),
+            bytes,
+            "octets",
+            &format!("memory that is there by then; {with}"),
+        );
+        let (time, _) = timed(control, Request::new("u", "sandbox.resume").arg(id))?;
+        print(
+            &format!("resume_{round}ms"),
+            time,
+            "ms",
+            &format!("sandbox.resume sent to its ok, right after that; {with}"),
+        );
+        println!("#");
+    }
     Ok(())
 }
