@@ -19,6 +19,7 @@ pub mod internet;
 pub mod load;
 pub mod machine;
 pub mod node;
+pub mod packages;
 pub mod process;
 pub mod qmp;
 pub mod rig;

@@ -36,6 +36,15 @@ pub fn node_with_code() -> Turn {
     node_from(|| boot().template_disk(&Artefact::CodeDisk.path()))
 }
 
+/// The same with both disks of templates and a configuration of its own.
+pub fn node_with_code_and(configuration: &str) -> Turn {
+    node_from(|| {
+        let boot =
+            Boot::kernel().template_disk(&Artefact::TemplateDisk.path()).template_disk(&Artefact::CodeDisk.path());
+        boot.file("/etc/warren/warren.toml", 0o644, configuration.as_bytes().to_vec())
+    })
+}
+
 /// The same for a file of tests that have the node fail at given points (`fault`): all of them have to ask here.
 pub fn node_with_faults() -> Turn {
     node_from(|| Boot::kernel().parameter(&format!("WARREN_FAULTS={}", crate::fault::FILE)))

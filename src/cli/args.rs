@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use clap_complete::Shell;
 
-use super::code::args::{CodeArgs, ContextVerb};
+use super::code::args::{CodeArgs, ContextVerb, Dependencies};
 use super::history::HistoryArgs;
 use super::shape::{LimitArgs, NetworkArgs, Shape, TimeLimitArgs};
 use super::show::{AuditArgs, PsArgs};
@@ -484,6 +484,9 @@ pub struct RunArgs {
     /// The template of a sandbox for code [default: the smallest that has the language]
     #[arg(long = "template", value_name = "TEMPLATE", requires = "lang")]
     pub template_option: Option<String>,
+    /// Packages that the code asks for
+    #[command(flatten)]
+    pub dependencies: Dependencies,
     /// A directory for the pictures and documents that the code shows
     #[arg(long, value_name = "DIR", requires = "lang")]
     pub save: Option<PathBuf>,

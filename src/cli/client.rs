@@ -118,8 +118,19 @@ impl Client {
     pub fn connect(path: &Path) -> Result<Self, Error> {
         let failed = |e: io::Error| local(CONNECT_FAILED, format!("no node answers at {}: {e}", path.display()));
         let stream = UnixStream::connect(path).map_err(failed)?;
-        stream.set_nonblocking(true).map_err(failed)?;
+        Self::of(stream).map_err(failed)
+    }
+
+    /// On a connection that is there already.
+    pub fn of(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
         Ok(Self { link: Link::new(stream), next_tag: 1, calls: HashMap::new(), lost: None, interrupt: None })
+    }
+
+    /// Reads what has come, and fails where the connection is of no more use.
+    pub fn check(&mut self) -> Result<(), Error> {
+        self.pump();
+        self.lost.clone().map_or(Ok(()), Err)
     }
 
     /// Tries again and again until a node at this socket answers `hello`, at most for `time`.

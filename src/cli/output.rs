@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value};
 
-use crate::wire::{Error, Fields};
+use crate::wire::{Code, Error, Fields};
 
 /// Writes text to standard output. A reader that has gone is `Err` with `BrokenPipe`, never a panic.
 pub fn print(text: impl AsRef<[u8]>) -> io::Result<()> {
@@ -25,6 +25,11 @@ pub fn print_error(error: &Error) {
     let console = error.fields.bytes("console").map(String::from_utf8_lossy).unwrap_or_default();
     for line in console.lines() {
         complain(&format!("  console: {}", line.trim_end()));
+    }
+    // What else says something was shown while it ran.
+    let said = error.fields.bytes("output").filter(|_| error.is(Code::InstallFailed) || error.is(Code::Timeout));
+    for line in said.map(String::from_utf8_lossy).unwrap_or_default().lines() {
+        complain(&format!("  {}", line.trim_end()));
     }
 }
 

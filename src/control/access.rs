@@ -12,6 +12,8 @@ use crate::wire::Fields;
 
 /// Groups of one peer that are looked at.
 const MAX_GROUPS: usize = 256;
+/// What a thread of the node is called; no peer of a socket is.
+const NODE: &str = "node";
 /// Owner of what root and the bridge make.
 pub const ROOT: &str = "root";
 
@@ -114,6 +116,16 @@ impl Identity {
     /// Whoever is behind the bridge: it holds the machine that the node runs on.
     pub fn port() -> Self {
         Self { role: Role::Admin, owner: ROOT.to_string(), peer: "port".to_string() }
+    }
+
+    /// A thread of the node, which does in a builder or a sandbox what a client has asked for.
+    pub fn node() -> Self {
+        Self { role: Role::Admin, owner: ROOT.to_string(), peer: NODE.to_string() }
+    }
+
+    /// Whether it is one.
+    pub fn is_node(&self) -> bool {
+        self.peer == NODE
     }
 
     /// By the first rule that fits. Without one, root and the user that the node runs as are admins, the node's sentinel

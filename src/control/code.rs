@@ -2,7 +2,7 @@
 
 use super::command::Command;
 use crate::sandbox::spec::Defaults;
-use crate::storage::languages::is_language_name;
+use crate::storage::languages::{IndexKind, is_language_name};
 use crate::wire::{Args, Code, Error, Request};
 
 /// Longest run, in milliseconds: a day.
@@ -21,8 +21,10 @@ pub struct Bounds {
     pub memory_mib: Option<u64>,
     /// Whether it has its sandbox's network.
     pub network: bool,
-    /// Whether packages were asked for.
-    pub dependencies: bool,
+    /// Packages that it is to have, as they were asked for.
+    pub dependencies: Vec<String>,
+    /// The index that they are thought to come from; whatever the language's is when not said.
+    pub index: Option<IndexKind>,
 }
 
 /// `code.run`, checked.
@@ -59,12 +61,21 @@ fn bounds(args: &mut Args) -> Result<Bounds, Error> {
         Some("on") => true,
         Some(other) => return Err(bad("network", &format!("network={other} is neither on nor off"))),
     };
+    let index = match args.text("index")?.as_deref() {
+        None => None,
+        Some("pip") => Some(IndexKind::Pip),
+        Some("npm") => Some(IndexKind::Npm),
+        Some(other) => return Err(bad("index", &format!("index={other} is neither pip nor npm"))),
+    };
+    let dependencies = args.all("dependency").into_iter().map(String::from_utf8).collect::<Result<Vec<_>, _>>();
+    let dependencies = dependencies.map_err(|_| bad("dependency", "the name of a package is not UTF-8"))?;
     Ok(Bounds {
         env: args.all("env"),
         user: args.text("user")?,
         memory_mib: args.number("memory_mib", MEMORY_MIB)?,
         network,
-        dependencies: !args.all("dependency").is_empty(),
+        dependencies,
+        index,
     })
 }
 

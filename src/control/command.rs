@@ -456,11 +456,11 @@ verbs! {
     "exec.signal", "SANDBOX exec=N signal=NAME|NUMBER", "signal a program's process group", exec_signal;
     "exec.resize", "SANDBOX exec=N cols=N rows=N", "new size of a program's terminal", exec_resize;
     "code.run",
-    "SANDBOX language=NAME|context=N [env=K=V]* [user=USER] [memory_mib=16..32768] [network=on|off] [dependency=NAME]* [timeout_ms=1..86400000] [detach=true]",
+    "SANDBOX language=NAME|context=N [env=K=V]* [user=USER] [memory_mib=16..32768] [network=on|off] [dependency=NAME[==VERSION]|NAME[@VERSION]]* [index=pip|npm] [timeout_ms=1..86400000] [detach=true]",
     "run code; channels source, stdout, stderr, result", code::run;
     "code.list", "SANDBOX", "the code runs of a sandbox", code::list;
     "code.context.create",
-    "SANDBOX language=NAME [env=K=V]* [user=USER] [memory_mib=16..32768] [network=on|off] [dependency=NAME]*",
+    "SANDBOX language=NAME [env=K=V]* [user=USER] [memory_mib=16..32768] [network=on|off] [dependency=NAME[==VERSION]|NAME[@VERSION]]* [index=pip|npm]",
     "start an interpreter that keeps its state between runs", code::create;
     "code.context.list", "SANDBOX", "the contexts of a sandbox", code::contexts;
     "code.context.interrupt", "SANDBOX context=N", "interrupt what a context runs", code::context;

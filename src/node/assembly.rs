@@ -240,7 +240,8 @@ fn start_loop(node: &mut Node) -> Result<(), String> {
 fn stop_background(node: &mut Node) -> Result<Progress, String> {
     node.ask(|supervisor| {
         let under_way = supervisor.background.under_way().into_iter();
-        let waits: Vec<&str> = under_way.filter(|name| !["verify", "templates", "externals"].contains(name)).collect();
+        let waits: Vec<&str> =
+            under_way.filter(|name| !["verify", "templates", "externals", "packages"].contains(name)).collect();
         Ok(if waits.is_empty() { Progress::Done } else { Progress::Waits(waits.join(", ")) })
     })
 }

@@ -178,6 +178,8 @@ fn fields(template: &Template) -> Fields {
         .with("user", manifest.defaults.user)
         .with("cwd", &manifest.defaults.cwd);
     let fields = manifest.languages.keys().fold(fields, |fields, language| fields.with("language", language));
+    let installing = manifest.languages.iter().filter(|(_, language)| language.packages.is_some());
+    let fields = installing.fold(fields, |fields, (language, _)| fields.with("installs", language));
     let fields = manifest.defaults.env.iter().fold(fields, |fields, entry| fields.with("env", entry));
     let fields = manifest.build.start.iter().fold(fields, |fields, word| fields.with("start", word));
     let more = [("ready", &manifest.build.ready), ("key", &manifest.build.key)];

@@ -2,10 +2,12 @@
 //!
 //! A run is a program to the node (`sandbox/exec.rs`): it has a number, its output is kept, and it outlives a supervisor.
 
+use super::packages::What;
 use super::supervisor::Supervisor;
 use crate::control::code::{Bounds, RunAsk};
 use crate::sandbox::exec::{CodeRun, Exec};
 use crate::sandbox::id::SandboxId;
+use crate::storage::languages::Language;
 use crate::wire::{Code, Error, Fields, Message, Request};
 
 impl Supervisor {
@@ -16,6 +18,11 @@ impl Supervisor {
         let mut request = Request::new("", "code.run");
         if let Some(ms) = timeout_ms {
             request = request.set("timeout_ms", ms);
+        }
+        if let (Some(name), false) = (language.clone(), bounds.dependencies.is_empty()) {
+            self.check_bounds(&id, &name, &bounds)?;
+            let ask = RunAsk { language, context, bounds, timeout_ms, detach };
+            return self.ask_packages(key, tag, &id, &name, What::Run(Box::new(ask)));
         }
         let language = match (language, context) {
             (Some(language), _) => {
@@ -40,10 +47,15 @@ impl Supervisor {
         tag: &str,
         sandbox: &str,
         language: &str,
-        bounds: &Bounds,
+        bounds: Bounds,
     ) -> Result<(), Error> {
         let id = self.find_running(key, sandbox)?.id.clone();
-        let request = self.with_language(Request::new("", "code.context.create"), &id, language, bounds)?;
+        if !bounds.dependencies.is_empty() {
+            self.check_bounds(&id, language, &bounds)?;
+            let what = What::Context { language: language.to_string(), bounds };
+            return self.ask_packages(key, tag, &id, language, what);
+        }
+        let request = self.with_language(Request::new("", "code.context.create"), &id, language, &bounds)?;
         self.relay(key, tag, sandbox, request)
     }
 
@@ -59,6 +71,25 @@ impl Supervisor {
         Ok(())
     }
 
+    /// How a language of a sandbox's template is started, where what is asked for can be.
+    fn check_bounds(&self, id: &SandboxId, language: &str, bounds: &Bounds) -> Result<&Language, Error> {
+        let Some(sandbox) = self.sandboxes.get(id) else {
+            return Err(Error::new(Code::NotFound, format!("no sandbox {id}")));
+        };
+        if bounds.network && sandbox.spec.network.is_none() {
+            let message = format!("sandbox {id} has no network, and a run cannot have more than its sandbox");
+            return Err(Error::new(Code::NetworkOff, message).with("argument", "network"));
+        }
+        let template = &sandbox.spec.template;
+        let languages = &self.catalogue.get(template)?.manifest.languages;
+        languages.get(language).ok_or_else(|| {
+            let known: Vec<&str> = languages.keys().map(String::as_str).collect();
+            let known = if known.is_empty() { "none".to_string() } else { known.join(", ") };
+            let message = format!("template {template} has no language {language}; it has {known}");
+            Error::new(Code::NotFound, message).with("language", language)
+        })
+    }
+
     /// Adds what the agent needs to start a language of the sandbox's template within bounds.
     fn with_language(
         &self,
@@ -67,25 +98,7 @@ impl Supervisor {
         language: &str,
         bounds: &Bounds,
     ) -> Result<Request, Error> {
-        let Some(sandbox) = self.sandboxes.get(id) else {
-            return Err(Error::new(Code::NotFound, format!("no sandbox {id}")));
-        };
-        if bounds.dependencies {
-            let message = "dependencies need an index, and the node's configuration names none";
-            return Err(Error::new(Code::NoIndex, message).with("argument", "dependency"));
-        }
-        if bounds.network && sandbox.spec.network.is_none() {
-            let message = format!("sandbox {id} has no network, and a run cannot have more than its sandbox");
-            return Err(Error::new(Code::NetworkOff, message).with("argument", "network"));
-        }
-        let template = &sandbox.spec.template;
-        let languages = &self.catalogue.get(template)?.manifest.languages;
-        let Some(how) = languages.get(language) else {
-            let known: Vec<&str> = languages.keys().map(String::as_str).collect();
-            let known = if known.is_empty() { "none".to_string() } else { known.join(", ") };
-            let message = format!("template {template} has no language {language}; it has {known}");
-            return Err(Error::new(Code::NotFound, message).with("language", language));
-        };
+        let how = self.check_bounds(id, language, bounds)?;
         request = request.set("language", language);
         request = how.start.iter().fold(request, |request, word| request.set("start", word));
         request = how.once.iter().fold(request, |request, word| request.set("once", word));

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 pub use tables::{
-    Control, Disks, Health, History, Jail, Level, Log, MAX_DNS, Network, Node, Paths, Pool, Sandbox, Snapshots,
-    Templates, Warm,
+    Control, Disks, Health, History, Jail, Level, Log, MAX_DNS, Network, Node, Packages, Paths, Pool, Sandbox,
+    Snapshots, Templates, Warm,
 };
 use toml::de::{DeTable, DeValue};
 
@@ -47,6 +47,8 @@ pub struct Config {
     pub history: History,
     /// `[templates]`
     pub templates: Templates,
+    /// `[packages]`
+    pub packages: Packages,
     /// `[jail]`
     pub jail: Jail,
     /// `[disks]`
@@ -136,6 +138,7 @@ impl Config {
         self.snapshots.validate()?;
         self.history.validate()?;
         self.templates.validate()?;
+        self.packages.validate()?;
         self.jail.validate()?;
         self.disks.validate()?;
         self.network.settings(&self.paths.run)?;

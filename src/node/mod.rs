@@ -31,6 +31,7 @@ pub mod logging;
 mod logs;
 mod merging;
 mod network;
+mod packages;
 mod pause;
 mod pools;
 mod recording;

@@ -24,6 +24,13 @@ use crate::wire::{Code, Decoded, Error, Fields, Filled, Message, PROTOCOL_VERSIO
 pub enum Job {
     /// It waits for a sandbox to reach something; the sandbox has the rest.
     Wait(SandboxId),
+    /// It waits for packages to be in its sandbox.
+    Packages {
+        /// Which of those that wait.
+        ticket: u64,
+        /// What its client has sent meanwhile.
+        early: super::packages::Early,
+    },
     /// It watches a program.
     Exec {
         /// Where.
@@ -194,16 +201,7 @@ impl Supervisor {
                 }
             }
             Message::Data { tag, channel, payload } => self.take_data(key, &tag, &channel, payload),
-            Message::End { tag, channel } => {
-                let job = self.clients.get_mut(&key).and_then(|client| client.jobs.get_mut(&tag));
-                match job {
-                    Some(Job::Restore { upload, .. } | Job::Import(upload)) => upload.end(),
-                    _ => {
-                        self.pass_to_agent(key, &tag, |route| Message::end(route, &channel));
-                        self.source_ended(key, &tag, &channel);
-                    }
-                }
-            }
+            Message::End { tag, channel } => self.take_end(key, &tag, &channel),
             Message::Credit { tag, channel, octets } => self.take_credit(key, &tag, &channel, octets),
             Message::Ok { tag, .. } | Message::Err { tag, .. } | Message::Item { tag, .. } => {
                 let error = Error::new(Code::BadLine, "a client sends requests, not answers");
@@ -356,7 +354,7 @@ impl Supervisor {
             Command::CodeRun { sandbox, ask } => self.run_code(key, tag, &sandbox, *ask)?,
             Command::CodeList(sandbox) => self.list_code(key, tag, &sandbox)?,
             Command::CodeContextCreate { sandbox, language, bounds } => {
-                self.create_context(key, tag, &sandbox, &language, &bounds)?;
+                self.create_context(key, tag, &sandbox, &language, bounds)?;
             }
             Command::ExecAttach { sandbox, exec } => self.attach_exec(key, tag, &sandbox, exec)?,
             Command::ExecControl { sandbox, request } | Command::File { sandbox, request } => {
@@ -456,7 +454,18 @@ impl Supervisor {
         Ok(())
     }
 
-    fn take_data(&mut self, key: u64, tag: &str, channel: &str, payload: Vec<u8>) {
+    pub(super) fn take_end(&mut self, key: u64, tag: &str, channel: &str) {
+        match self.clients.get_mut(&key).and_then(|client| client.jobs.get_mut(tag)) {
+            Some(Job::Restore { upload, .. } | Job::Import(upload)) => upload.end(),
+            Some(Job::Packages { early, .. }) => early.end(),
+            _ => {
+                self.pass_to_agent(key, tag, |route| Message::end(route, channel));
+                self.source_ended(key, tag, channel);
+            }
+        }
+    }
+
+    pub(super) fn take_data(&mut self, key: u64, tag: &str, channel: &str, payload: Vec<u8>) {
         let Some(job) = self.clients.get_mut(&key).and_then(|client| client.jobs.get_mut(tag)) else {
             // The request may have ended while this was on its way.
             return;
@@ -466,6 +475,7 @@ impl Supervisor {
             Job::Restore { upload, .. } | Job::Import(upload) if channel == CHANNEL => {
                 upload.take(std::mem::take(&mut payload))
             }
+            Job::Packages { early, .. } if channel == "source" => early.take(std::mem::take(&mut payload)),
             Job::Relay { up, .. } if channel == "content" => up.take(channel, payload.len()),
             Job::Exec { sandbox, number } if matches!(channel, "stdin" | "source") => {
                 match self.sandboxes.get_mut(sandbox).and_then(|sandbox| sandbox.execs.get_mut(number)) {
@@ -554,6 +564,7 @@ impl Supervisor {
             Job::Drain => self.forget_drain(key, tag),
             Job::Fork { .. } => self.forget_fork(key, tag),
             Job::Build(id) => self.end_build(&id),
+            Job::Packages { ticket, .. } => self.forget_packages(ticket),
             Job::Warm => self.forget_warm(key, tag),
             // Whoever makes or takes a copy of the database or of a snapshot sees that nobody waits for it.
             Job::Logs(_)

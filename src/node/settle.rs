@@ -135,6 +135,7 @@ impl Supervisor {
             | Job::Warm
             | Job::Build(_)
             | Job::Fork { .. }
+            | Job::Packages { .. }
             | Job::Reading(_) => false,
         };
         if !ended && let Some(client) = self.clients.get_mut(&key) {

@@ -30,6 +30,7 @@ use super::instance::Sandbox;
 use super::ledger::Ledger;
 use super::listener::Listener;
 use super::network::NetworkChange;
+use super::packages::Packages;
 use super::pools::{Pools, Shape};
 use super::requests::Job;
 use super::snapshots::{RETENTION, Snapshots};
@@ -177,6 +178,10 @@ pub(super) enum Done {
     TemplateChanged { client: u64, tag: String, result: Result<Changed, Error> },
     /// A template that a client sends is there, or is none.
     TemplateArrived { client: u64, tag: String, result: Result<Template, Error> },
+    /// A request waits for packages that have to be installed.
+    Installing { client: u64, tag: String },
+    /// The packages of a request are in its sandbox, or cannot be.
+    Packages { ticket: u64, result: Result<(), Error> },
     /// What a resumed sandbox was paused as is out of the way, or cannot be.
     Unpaused { sandbox: SandboxId, result: io::Result<()> },
     /// The kernel was asked what there is of sandboxes, and of snapshots.
@@ -228,6 +233,8 @@ pub struct Supervisor {
     pub(super) catalogue: Catalogue,
     /// Templates that are being built, by their first builders.
     pub(super) builds: BTreeMap<SandboxId, Build>,
+    /// Packages of code runs.
+    pub(super) packages: Packages,
     pub(super) timers: Timers<Timer>,
     pub(super) background: Background<Done>,
     pub(super) database: Database,
@@ -339,6 +346,7 @@ impl Supervisor {
             sandboxes: BTreeMap::new(),
             catalogue,
             builds: BTreeMap::new(),
+            packages: Packages::new(&config),
             timers: Timers::default(),
             background: Background::new(waker),
             database,
@@ -376,6 +384,7 @@ impl Supervisor {
     }
 
     pub(super) fn take_up(&mut self, snapshot: &Snapshot) {
+        self.sweep_packages();
         let fresh_boot = super::adopt::mark_boot(&self.config.paths.run);
         let sandboxes = self.recover_snapshots(snapshot);
         self.timers.after(RETENTION, Timer::Retention);
@@ -394,7 +403,9 @@ impl Supervisor {
             return;
         }
         match Port::open(&path) {
-            Ok(port) => self.add_client(Client::port(port, PORT_REQUESTS)),
+            Ok(port) => {
+                self.add_client(Client::port(port, PORT_REQUESTS));
+            }
             Err(e) => {
                 // What the supervisor before had begun may still have it open, for as long as its end takes.
                 if self.port_looks < PORT_LOOKS {
@@ -511,7 +522,8 @@ impl Supervisor {
         }
     }
 
-    fn add_client(&mut self, mut client: Client<Job>) {
+    /// Takes up a connection; its key.
+    pub(super) fn add_client(&mut self, mut client: Client<Job>) -> u64 {
         let key = self.next_client;
         self.next_client += 1;
         match self.watch(client.descriptor(), Source::Client(key)) {
@@ -521,6 +533,7 @@ impl Supervisor {
             }
             Err(e) => log::error!("a client cannot be watched: {e}"),
         }
+        key
     }
 
     /// Registers a descriptor, edge-triggered, both ways.
@@ -597,6 +610,8 @@ impl Supervisor {
                 }
                 Done::TemplateChanged { client, tag, result } => self.template_changed(client, &tag, result),
                 Done::TemplateArrived { client, tag, result } => self.template_arrived(client, &tag, result),
+                Done::Installing { client, tag } => self.installing(client, &tag),
+                Done::Packages { ticket, result } => self.packages_there(ticket, result),
                 Done::Unpaused { sandbox, result } => self.unpaused(&sandbox, result),
                 Done::Counted(census, listed) => self.counted(census, listed),
                 Done::Moved(key) => drop(self.touched_clients.insert(key)),

@@ -16,6 +16,7 @@ pub mod ledger;
 pub mod lifecycle;
 pub mod limits;
 pub mod network;
+pub mod packages;
 pub mod restart;
 pub mod spawn;
 pub mod spec;

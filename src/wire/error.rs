@@ -76,7 +76,7 @@ codes! {
     ExecFailed = "EXEC_FAILED",
     /// The code of a run has more octets than `max`.
     SourceTooLarge = "SOURCE_TOO_LARGE",
-    /// A code run took longer than `timeout_ms` and was ended.
+    /// A code run, or the installation of its packages, took longer than `timeout_ms` and was ended.
     Timeout = "TIMEOUT",
     /// A code run used more memory than `memory_mib` and was ended.
     OutOfMemory = "OUT_OF_MEMORY",
@@ -86,6 +86,10 @@ codes! {
     TooManyProcesses = "TOO_MANY_PROCESSES",
     /// Dependencies were asked for and the node's configuration names no index to take them from.
     NoIndex = "NO_INDEX",
+    /// Packages were asked for, and the sandbox's template does not say how its language installs any.
+    NoInstaller = "NO_INSTALLER",
+    /// Packages could not be installed; `output` is the end of what the installer said.
+    InstallFailed = "INSTALL_FAILED",
     /// A file operation failed in the sandbox; `errno` is in the fields.
     FileFailed = "FILE_FAILED",
     /// The node has no memory, disk or descriptors left for this.

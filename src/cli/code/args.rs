@@ -20,6 +20,36 @@ pub struct CodeBounds {
     /// User, as a name or number, and group
     #[arg(short, long, value_name = "USER[:GROUP]")]
     pub user: Option<String>,
+    /// Packages
+    #[command(flatten)]
+    pub dependencies: Dependencies,
+}
+
+/// Packages that code asks for.
+#[derive(Debug, Default, Args)]
+pub struct Dependencies {
+    /// A Python package, installed once from the node's index (packages.pip_index) and kept; may be given again
+    #[arg(long, value_name = "NAME[==VERSION]", action = ArgAction::Append, conflicts_with = "npm")]
+    pub pip: Vec<String>,
+    /// A Node.js package, installed once from the node's registry (packages.npm_registry) and kept; may be given again
+    #[arg(long, value_name = "NAME[@VERSION]", action = ArgAction::Append)]
+    pub npm: Vec<String>,
+}
+
+impl Dependencies {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.pip.is_empty() && self.npm.is_empty()
+    }
+
+    /// The request with these.
+    pub fn add_to(&self, request: Request) -> Request {
+        if self.is_empty() {
+            return request;
+        }
+        let (index, names) = if self.npm.is_empty() { ("pip", &self.pip) } else { ("npm", &self.npm) };
+        names.iter().fold(request.set("index", index), |request, name| request.set("dependency", name))
+    }
 }
 
 impl CodeBounds {
@@ -27,7 +57,8 @@ impl CodeBounds {
     pub fn add_to(&self, request: Request) -> Request {
         let request = self.memory.iter().fold(request, |request, mib| request.set("memory_mib", mib));
         let request = self.network.iter().fold(request, |request, network| request.set("network", network));
-        self.user.iter().fold(request, |request, user| request.set("user", user))
+        let request = self.user.iter().fold(request, |request, user| request.set("user", user));
+        self.dependencies.add_to(request)
     }
 }
 
@@ -38,7 +69,7 @@ pub struct CodeArgs {
     #[arg(long, visible_alias = "language", value_name = "LANGUAGE", required_unless_present = "context")]
     pub lang: Option<String>,
     /// The context to run in
-    #[arg(short, long, value_name = "N", conflicts_with_all = ["lang", "memory", "network", "user", "env"])]
+    #[arg(short, long, value_name = "N", conflicts_with_all = ["lang", "memory", "network", "user", "env", "pip", "npm"])]
     pub context: Option<u64>,
     /// What it may use
     #[command(flatten)]

@@ -15,11 +15,11 @@ use super::Failure;
 use super::args::{Cli, RunArgs};
 use super::client::{Call, Client, Event, INTERRUPTED, LOCAL_IO, local};
 use super::exec::{OWN_FAILURE, take_signals};
-use super::output::{complain, json_object, print, print_json, printable, table};
+use super::output::{StatusLine, complain, json_object, print, print_json, printable, table};
 use super::run::{id_of, make, remove};
 use super::signals::{Signals, exit_code};
 use super::values::resolve_env;
-use crate::wire::{Error, FRAME, Fields, Request};
+use crate::wire::{Code, Error, FRAME, Fields, Request};
 
 /// What a client keeps of a run's streams for one document, in octets.
 const KEPT: usize = 64 * 1024 * 1024;
@@ -33,7 +33,7 @@ pub(super) fn run(cli: &Cli, args: &RunArgs, language: &str) -> Result<u8, Failu
     let mut client = Client::connect(&cli.socket()).map_err(Failure::Exec)?;
     let template = match &args.template_option {
         Some(template) => template.clone(),
-        None => smallest(&mut client, language).map_err(Failure::Exec)?,
+        None => smallest(&mut client, language, !args.dependencies.is_empty()).map_err(Failure::Exec)?,
     };
     let interrupt = signals.duplicate().map_err(|e| local(LOCAL_IO, e.to_string())).map_err(Failure::Exec)?;
     client.interrupt_on(Some(interrupt));
@@ -44,6 +44,7 @@ pub(super) fn run(cli: &Cli, args: &RunArgs, language: &str) -> Result<u8, Failu
     };
     let id = id_of(&fields).map_err(Failure::Exec)?;
     let mut request = Request::new("", "code.run").arg(&id).set("language", language);
+    request = args.dependencies.add_to(request);
     if args.shape.network.network.as_deref() == Some("on") {
         request = request.set("network", "on");
     }
@@ -133,13 +134,22 @@ fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     result.map(|_| source).map_err(failed)
 }
 
-/// The template with the smallest image that has a language.
-fn smallest(client: &mut Client, language: &str) -> Result<String, Error> {
+/// The template with the smallest image that has a language, and can install packages of it where it has to.
+fn smallest(client: &mut Client, language: &str, installs: bool) -> Result<String, Error> {
     let rows = client.call(Request::new("", "template.list"))?.items;
-    let has = |row: &&Fields| row.0.iter().any(|(key, value)| key == "language" && value == language.as_bytes());
-    let of = rows.iter().filter(has).min_by_key(|row| row.number("size_bytes")).and_then(|row| row.get("name"));
-    of.map(str::to_string)
-        .ok_or_else(|| local("NOT_FOUND", format!("no template of this node has the language {language}")))
+    let says = |row: &&Fields, said: &str| row.0.iter().any(|(key, v)| key == said && v == language.as_bytes());
+    let of = |said: &str| {
+        let fit = rows.iter().filter(|row| says(row, said));
+        fit.min_by_key(|row| row.number("size_bytes")).and_then(|row| row.get("name")).map(str::to_string)
+    };
+    let none = |code: Code, what: String| Error::new(code, what).with("language", language);
+    match of("language") {
+        None => Err(none(Code::NotFound, format!("no template of this node has the language {language}"))),
+        Some(_) if installs => of("installs").ok_or_else(|| {
+            none(Code::NoInstaller, format!("no template of this node says how packages of {language} are installed"))
+        }),
+        Some(name) => Ok(name),
+    }
 }
 
 /// One run and who watches it.
@@ -156,7 +166,7 @@ impl Session<'_> {
         let (mut lines, mut sent) = (Lines::default(), 0);
         let mut shown = Shown { save: save.map(Path::to_path_buf), ..Shown::default() };
         let mut document = as_json.then(Document::default);
-        let mut interrupted = None;
+        let (mut interrupted, mut status) = (None, StatusLine::new());
         let result = loop {
             sent += self.feed(&call, source, sent);
             let event = match self.client.next(&call, None) {
@@ -186,7 +196,11 @@ impl Session<'_> {
                     self.client.consumed(&call, &channel, payload.len());
                 }
                 Event::Done(result) => break result,
-                Event::Item(_) | Event::End { .. } => {}
+                Event::Item(fields) if fields.get("state") == Some("installing") => {
+                    status.show("packages: installing");
+                }
+                Event::Item(_) => status.clear(),
+                Event::End { .. } => {}
             }
         };
         if let Some(document) = document {

@@ -1,13 +1,18 @@
 //! `internet`: what is beyond the node's uplink, for tests with real guests: a network namespace with hosts of public and
 //! of private addresses, all of which echo on TCP 80 and UDP 53. Prints `ready`, and runs until it is killed.
 //!
-//! TCP 9 of 93.0.0.2 tells what came: a line `HOST PROTOCOL COUNT` each, where COUNT is octets or datagrams.
+//! TCP 8000 of the first host is a web server of the files below /run/index, by their names as they are asked for, and of
+//! `index.html` for directories. While there is a file /run/index/hold nothing is answered.
+//!
+//! TCP 9 of 93.0.0.2 tells what came: a line `HOST PROTOCOL COUNT` each, where COUNT is octets, datagrams or requests.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use qemu_tests::rig::outside;
 use qemu_tests::rig::switch_on;
@@ -16,6 +21,9 @@ const ROUTER: Ipv4Addr = Ipv4Addr::new(93, 0, 0, 2);
 /// Public and private ones.
 const HOSTS: [Ipv4Addr; 4] =
     [Ipv4Addr::new(1, 2, 3, 4), Ipv4Addr::new(5, 6, 7, 8), Ipv4Addr::new(10, 0, 0, 5), Ipv4Addr::new(192, 168, 1, 1)];
+
+/// What the web server has.
+const INDEX: &str = "/run/index";
 
 type Counts = Arc<Mutex<BTreeMap<(IpAddr, &'static str), u64>>>;
 
@@ -67,6 +75,13 @@ fn serve() {
             }
         });
     }
+    let (own, web) = (Arc::clone(&counts), TcpListener::bind((HOSTS[0], 8000)).expect("the port is free"));
+    std::thread::spawn(move || {
+        for stream in web.incoming().flatten() {
+            let own = Arc::clone(&own);
+            std::thread::spawn(move || answer(stream, &own));
+        }
+    });
     println!("ready");
     for stream in told.incoming().flatten() {
         let counts = counts.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -85,4 +100,31 @@ fn echo(mut stream: TcpStream, counts: &Counts) {
             return;
         }
     }
+}
+
+/// One request, and the file that is asked for.
+fn answer(mut stream: TcpStream, counts: &Counts) {
+    let (mut request, mut octet) = (Vec::new(), [0]);
+    while !request.ends_with(b"\r\n\r\n") {
+        match stream.read(&mut octet) {
+            Ok(1) => request.push(octet[0]),
+            _ => return,
+        }
+    }
+    count(counts, HOSTS[0].into(), "http", 1);
+    let held = Path::new(INDEX).join("hold");
+    while held.exists() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let line = String::from_utf8_lossy(&request).lines().next().unwrap_or_default().to_string();
+    let name = line.split(' ').nth(1).unwrap_or("/").trim_matches('/').to_string();
+    let path = Path::new(INDEX).join(&name);
+    let path = if path.is_dir() { path.join("index.html") } else { path };
+    let found = std::fs::read(&path).ok().filter(|_| !name.contains(".."));
+    let kind = if path.ends_with("index.html") { "text/html" } else { "application/octet-stream" };
+    let (status, content) = found.map_or(("404 Not Found", Vec::new()), |content| ("200 OK", content));
+    let length = content.len();
+    let head =
+        format!("HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
+    let _ = stream.write_all(&[head.as_bytes(), &content].concat());
 }

@@ -74,10 +74,24 @@ let count = 0;
 let interrupt = null;
 const interrupted = () => Object.assign(new Error('interrupted'), { name: 'Interrupted', interrupted: true });
 
+// NODE_PATH holds for `require` alone; directories in it that Warren has made have a module that imports from within.
+async function load(name) {
+  if (name.startsWith('.')) return import(path.resolve(name));
+  try {
+    return await import(name);
+  } catch (error) {
+    if (error.code !== 'ERR_MODULE_NOT_FOUND') throw error;
+    const places = (process.env.NODE_PATH || '').split(':').filter(Boolean).map((place) => path.join(place, '.import.mjs'));
+    const place = places.find((place) => fs.existsSync(place));
+    if (!place) throw error;
+    return (await import(place)).load(name);
+  }
+}
+
 async function evaluate(source) {
   count += 1;
   const filename = `<run ${count}>`;
-  const options = { filename, importModuleDynamically: (name) => import(name.startsWith('.') ? path.resolve(name) : name) };
+  const options = { filename, importModuleDynamically: load };
   let script;
   try {
     script = new vm.Script(source, options);

@@ -1,0 +1,85 @@
+"""Warren's installer for Python packages (docs/code.md): `install` runs in a builder, `unpack` in the sandbox of a run.
+
+    pip.py WHEEL install INDEX NAME...   has the pip in WHEEL install; what it says goes to standard error, the files to
+                                         standard output, as a tar archive
+    pip.py WHEEL unpack DIRECTORY        makes the directory of such an archive on standard input, whole or not at all
+
+Nothing of a package runs here: wheels are unpacked, sources are not taken."""
+
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+
+WORK = "/var/tmp/warren-packages"
+
+
+def plain(member):
+    """Files and directories that anybody may read and nobody but root may change."""
+    if not (member.isreg() or member.isdir()):
+        return None
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+    return member
+
+
+def install(wheel, index, names):
+    target, temporary = WORK + "/target", WORK + "/tmp"
+    for directory in (target, temporary):
+        os.makedirs(directory)
+    command = [sys.executable, "-I", wheel + "/pip", "install", "--isolated", "--no-input", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--root-user-action", "ignore", "--no-color", "--progress-bar", "off"]
+    command += ["--only-binary", ":all:", "--index-url", index, "--target", target]
+    if index.startswith("http://"):
+        command += ["--trusted-host", index[len("http://"):].split("/")[0]]
+    environment = dict(os.environ, TMPDIR=temporary, HOME=WORK)
+    status = subprocess.run(command + ["--"] + names, stdout=sys.stderr, env=environment).returncode
+    if status != 0:
+        return status if status > 0 else 128 - status
+    with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+        for name in sorted(os.listdir(target)):
+            archive.add(os.path.join(target, name), name, filter=plain)
+    return 0
+
+
+def unpack(directory):
+    os.umask(0o022)
+    os.makedirs(os.path.dirname(directory), exist_ok=True)
+    # Of runs that ask for the same at once, one unpacks.
+    with open(directory + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        new = directory + ".new"
+        shutil.rmtree(new, ignore_errors=True)
+        os.mkdir(new)
+        with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as archive:
+            for member in archive:
+                if plain(member) is None or member.name.startswith("/") or ".." in member.name.split("/"):
+                    raise ValueError("%r is no file of a package" % member.name)
+                archive.extract(member, new)
+        # Who sends it ends this program, and not the input, where it finds the archive damaged.
+        while sys.stdin.buffer.read(65536):
+            pass
+        if os.path.isdir(directory):
+            shutil.rmtree(new)
+        else:
+            os.rename(new, directory)
+    return 0
+
+
+def main(wheel, verb, *arguments):
+    try:
+        if verb == "install":
+            return install(wheel, arguments[0], list(arguments[1:]))
+        return unpack(*arguments)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print("NO_CAPACITY: the sandbox's disk is full", file=sys.stderr)
+        return 1
+
+
+sys.exit(main(*sys.argv[1:]))
