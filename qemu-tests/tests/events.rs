@@ -1,6 +1,8 @@
-//! Events of sandboxes and executions, and lists of sandboxes by what they have in common.
+//! Events of sandboxes, executions and templates, and lists of sandboxes by what they have in common.
 
 use qemu_tests::fault::next_supervisor;
+use qemu_tests::files::TempDir;
+use qemu_tests::templates::{build, fails, remove, small};
 use qemu_tests::{Call, Code, Fields, Request, shared};
 
 fn watch(node: &qemu_tests::Node) -> Call {
@@ -52,6 +54,36 @@ fn events_come_in_order_are_filtered_and_go_on_after_a_restart() {
     sandbox.remove().expect("removed");
     let rows = until(&mut live, "sandbox.removed");
     assert!(rows[0].number("seq").is_some_and(|seq| seq > first + 3), "numbers go on: {rows:?}");
+}
+
+#[test]
+fn what_becomes_of_templates_is_told() {
+    let node = shared::node();
+    let place = TempDir::new().unwrap();
+    let recipe = |text: &str| std::fs::write(place.path().join("Dockerfile"), text).unwrap();
+    let path = place.path().display().to_string();
+    let mut live = node.control().start(Request::new("", "events.watch").set("follow", true).set("kind", "template"));
+    recipe("FROM base\nRUN exit 3\n");
+    fails(&node, &small("told", &["--no-cache"], &path), "BUILD_FAILED");
+    recipe("FROM base\nRUN echo x > /x\n");
+    build(&node, &small("told", &["--no-cache"], &path));
+    node.control().ok(Request::new("", "template.tag").arg("told").set("name", "told:again"));
+    remove(&node, "told");
+    remove(&node, "told:again");
+    let rows: Vec<Fields> = (0..5).map(|_| live.item()).collect();
+    let expected = ["build_failed", "built", "tagged", "removed", "removed"].map(|kind| format!("template.{kind}"));
+    assert_eq!(kinds(&rows), expected);
+    let templates: Vec<_> = rows.iter().map(|row| row.get("template").expect("a name")).collect();
+    assert_eq!(templates, ["told", "told", "told:again", "told", "told:again"]);
+    assert!(rows.iter().all(|row| row.get("owner") == Some("root") && row.get("sandbox").is_none()), "{rows:?}");
+    assert!(rows[1].get("detail").is_some_and(|detail| detail.len() == 64) && rows[2].get("detail") == Some("told"));
+    // They are kept as others are.
+    let killed = node.supervisor();
+    node.sh(&format!("kill -9 {killed}"));
+    next_supervisor(&node, killed);
+    let after = rows[0].number("seq").expect("a number") - 1;
+    let again = node.control().ok(Request::new("", "events.watch").set("after", after).set("kind", "template")).items;
+    assert_eq!(again, rows);
 }
 
 #[test]

@@ -22,7 +22,7 @@ pub struct EventsArgs {
     /// Only of this sandbox; one that is gone by its whole id
     #[arg(long)]
     pub sandbox: Option<String>,
-    /// Only of this kind: sandbox, exec, or one such as sandbox.error
+    /// Only of this kind: sandbox, exec, template, or one such as sandbox.error
     #[arg(long)]
     pub kind: Option<String>,
     /// Only this owner's
@@ -58,6 +58,8 @@ pub fn events(client: &mut Client, args: &EventsArgs, json: bool) -> Result<u8, 
     }
     rows(client, request, json, |row| {
         let [seq, kind, sandbox, exec, detail] = ["seq", "kind", "sandbox", "exec", "detail"].map(|key| text(row, key));
+        // A template's event is about no sandbox.
+        let sandbox = row.get("template").map_or(sandbox, str::to_string);
         let when = row.number("time_ms").map(ago).unwrap_or_default();
         format!("{seq:>6}  {when:<16} {kind:<20} {sandbox:<12} {exec:>4}  {detail}")
     })

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::checkpoint::Want;
+use super::events::BUILD_FAILED;
 use super::instance::{Awaited, Waiter};
 use super::requests::Job;
 use super::supervisor::{Done, Supervisor};
@@ -40,6 +41,8 @@ pub(super) struct Build {
     stage: Stage,
     /// A thread that makes its image ends early.
     stop: Arc<AtomicBool>,
+    /// A thread of the node has it for another purpose: no template comes of it.
+    is_node: bool,
     /// What was made of the builder's disk, without a name.
     made: Option<Template>,
 }
@@ -157,6 +160,7 @@ impl Supervisor {
             sandbox: id.clone(),
             stage: Stage::Starting,
             stop: Arc::default(),
+            is_node,
             made: None,
         };
         self.builds.insert(id.clone(), build);
@@ -404,11 +408,16 @@ impl Supervisor {
                 let name = template.manifest.name.clone();
                 self.rename_snapshots(&staged, &name);
                 let fields = template_fields(&template);
+                let (owner, digest) = (build.map(|build| build.owner), template.manifest.sha256_hex());
                 self.take_template(template, true);
                 log::info!("template {name} was built");
+                self.tell_template("template.built", &name, &owner.unwrap_or_default(), &digest);
                 self.finish(client, &Message::ok(tag, fields));
             }
             Err(error) => {
+                if let Some(build) = &build {
+                    self.tell_template(BUILD_FAILED, &build.name, &build.owner, &error.to_string());
+                }
                 if let Some(template) = build.and_then(|build| build.made) {
                     self.discard_folder(template.folder);
                 }
@@ -466,8 +475,11 @@ impl Supervisor {
     // ---- Ends ----
 
     /// A builder could not start, or a client has no more use for a build: nothing of it stays.
-    pub(super) fn end_build(&mut self, root: &SandboxId) {
+    pub(super) fn end_build(&mut self, root: &SandboxId, why: &str) {
         let Some(build) = self.builds.remove(root) else { return };
+        if build.stage != Stage::Publishing && !build.is_node {
+            self.tell_template(BUILD_FAILED, &build.name, &build.owner, why);
+        }
         build.stop.store(true, Ordering::Relaxed);
         let staged = template_file::staged_name(root.as_str());
         self.catalogue.forget(&staged);
@@ -488,7 +500,7 @@ impl Supervisor {
     pub(super) fn builder_failed(&mut self, id: &SandboxId, error: &Error) {
         let Ok((root, build)) = self.build_of(id) else { return };
         let (client, tag) = (build.client, build.tag.clone());
-        self.end_build(&root);
+        self.end_build(&root, &error.to_string());
         // Who waits for a trial was told by another answer.
         if self.clients.get_mut(&client).is_some_and(|client| client.jobs.remove(&tag).is_some()) {
             self.finish(client, &Message::err(&tag, error.clone()));

@@ -116,8 +116,15 @@ impl Catalogue {
     }
 
     /// The template disks were looked at; what they brought was hashed on its way.
-    pub fn imported(&mut self, events: Vec<TemplateEvent>, database: &mut Database, now_ms: u64) {
+    /// Name and digest of those that are new.
+    pub fn imported(
+        &mut self,
+        events: Vec<TemplateEvent>,
+        database: &mut Database,
+        now_ms: u64,
+    ) -> Vec<(String, String)> {
         self.importing = false;
+        let mut arrived = Vec::new();
         for event in events {
             match event {
                 TemplateEvent::Imported { template } => {
@@ -131,6 +138,7 @@ impl Catalogue {
                         path: template.folder.display().to_string(),
                     }));
                     let verified = seal(&template);
+                    arrived.push((template.manifest.name.clone(), template.manifest.sha256_hex()));
                     self.add(template, verified);
                 }
                 TemplateEvent::Failed { device, name, error } => {
@@ -139,6 +147,7 @@ impl Catalogue {
                 TemplateEvent::Progress { .. } | TemplateEvent::Skipped { .. } | TemplateEvent::Finished => {}
             }
         }
+        arrived
     }
 
     /// Names of the templates that came with the node.

@@ -1,4 +1,4 @@
-//! EventLog: what became of sandboxes and executions, watched by clients. A client that reads slowly is told how many it
+//! EventLog: what became of sandboxes, executions and templates, watched by clients. A client that reads slowly is told how many it
 //! missed, and holds up nobody.
 
 use std::collections::VecDeque;
@@ -15,6 +15,9 @@ use crate::wire::{Error, Fields, Message};
 
 /// Longest detail, in characters.
 const DETAIL: usize = 256;
+
+/// A template was not built.
+pub(super) const BUILD_FAILED: &str = "template.build_failed";
 
 /// The newest events.
 #[derive(Debug)]
@@ -51,7 +54,9 @@ impl EventReader {
     fn wants(&self, row: &EventRow) -> bool {
         let is = |wanted: &Option<String>, value: &str| wanted.as_ref().is_none_or(|wanted| wanted == value);
         let kind = |kind: &String| row.kind == *kind || row.kind.strip_prefix(kind).is_some_and(|r| r.starts_with('.'));
-        is(&self.owner, &row.owner)
+        // Templates are everybody's; how a build fails is not.
+        let shared = !row.template.is_empty() && row.kind != BUILD_FAILED;
+        (shared || is(&self.owner, &row.owner))
             && is(&self.query.owner, &row.owner)
             && is(&self.query.sandbox, &row.sandbox)
             && self.query.kind.as_ref().is_none_or(kind)
@@ -84,7 +89,9 @@ impl EventReader {
 
 fn fields(row: &EventRow) -> Fields {
     let fields = Fields::new().with("seq", row.seq).with("time_ms", row.time_ms).with("kind", &row.kind);
-    let fields = fields.with("owner", &row.owner).with("sandbox", &row.sandbox);
+    let about = [("owner", &row.owner), ("sandbox", &row.sandbox), ("template", &row.template)];
+    let about = about.into_iter().filter(|(_, value)| !value.is_empty());
+    let fields = about.fold(fields, |fields, (key, value)| fields.with(key, value));
     let fields = row.exec.iter().fold(fields, |fields, exec| fields.with("exec", exec));
     if row.detail.is_empty() { fields } else { fields.with("detail", &row.detail) }
 }
@@ -93,15 +100,24 @@ impl Supervisor {
     /// Something happened.
     pub(super) fn tell(&mut self, kind: &str, id: &SandboxId, exec: Option<u64>, detail: &str) {
         let Some(sandbox) = self.sandboxes.get(id).filter(|sandbox| sandbox.parked.is_none()) else { return };
-        let row = EventRow {
-            seq: self.events.next,
-            time_ms: now_ms(),
-            kind: kind.to_string(),
-            owner: sandbox.owner.clone(),
-            sandbox: id.to_string(),
-            exec,
-            detail: detail.chars().take(DETAIL).collect(),
-        };
+        let (owner, sandbox) = (sandbox.owner.clone(), id.to_string());
+        self.add_event(EventRow { owner, sandbox, exec, ..EventRow::default() }, kind, detail);
+    }
+
+    /// Something became of a template; `owner` asked for it.
+    pub(super) fn tell_template(&mut self, kind: &str, template: &str, owner: &str, detail: &str) {
+        let (owner, template) = (owner.to_string(), template.to_string());
+        self.add_event(EventRow { owner, template, ..EventRow::default() }, kind, detail);
+    }
+
+    /// Whoever a client is, as the owner of what it asks for.
+    pub(super) fn owner_of_client(&self, key: u64) -> String {
+        self.clients.get(&key).map(|client| client.identity().owner.clone()).unwrap_or_default()
+    }
+
+    fn add_event(&mut self, row: EventRow, kind: &str, detail: &str) {
+        let (kind, detail) = (kind.to_string(), detail.chars().take(DETAIL).collect());
+        let row = EventRow { seq: self.events.next, time_ms: now_ms(), kind, detail, ..row };
         self.events.next += 1;
         self.events.rows.push_back(row.clone());
         if self.events.rows.len() as u64 > AT_HAND {

@@ -563,7 +563,7 @@ impl Supervisor {
             Job::NetworkChange(ticket) => self.forget_network_change(ticket),
             Job::Drain => self.forget_drain(key, tag),
             Job::Fork { .. } => self.forget_fork(key, tag),
-            Job::Build(id) => self.end_build(&id),
+            Job::Build(id) => self.end_build(&id, "its client ended it"),
             Job::Packages { ticket, .. } => self.forget_packages(ticket),
             Job::Warm => self.forget_warm(key, tag),
             // Whoever makes or takes a copy of the database or of a snapshot sees that nobody waits for it.

@@ -222,7 +222,10 @@ impl Supervisor {
 
     /// The template disks were looked at.
     pub(super) fn imported(&mut self, events: Vec<TemplateEvent>) {
-        self.catalogue.imported(events, &mut self.database, now_ms());
+        let arrived = self.catalogue.imported(events, &mut self.database, now_ms());
+        for (name, digest) in arrived {
+            self.tell_template("template.imported", &name, "", &digest);
+        }
         self.drop_template_snapshots();
         for id in self.scheduled(|_| true) {
             if let Err(error) = self.schedule(&id) {

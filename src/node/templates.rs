@@ -99,22 +99,27 @@ impl Supervisor {
 
     /// A template is another than before.
     pub(super) fn template_changed(&mut self, key: u64, tag: &str, result: Result<Changed, Error>) {
+        let owner = self.owner_of_client(key);
         let name = match result {
             Ok(Changed::Tagged { of, template }) => {
                 let name = template.manifest.name.clone();
                 self.catalogue.reseal();
                 let whole = self.catalogue.shares_whole(&of, &template);
                 self.take_template(template, whole);
+                self.tell_template("template.tagged", &name, &owner, &of);
                 name
             }
             Ok(Changed::Arrived(template)) => {
                 let name = template.manifest.name.clone();
+                let digest = template.manifest.sha256_hex();
                 self.take_template(template, true);
+                self.tell_template("template.imported", &name, &owner, &digest);
                 name
             }
             Ok(Changed::Removed(name)) => {
                 self.database.submit(Change::RemoveTemplate { name: name.clone() });
                 self.catalogue.reseal();
+                self.tell_template("template.removed", &name, &owner, "");
                 name
             }
             Err(error) => return self.finish(key, &Message::err(tag, error)),

@@ -1,4 +1,4 @@
-//! Events of the node: what became of sandboxes and executions, in order. The newest are kept in the state database, so
+//! Events of the node: what became of sandboxes, executions and templates, in order. The newest are kept in the state database, so
 //! that who watches them can go on after the supervisor was restarted.
 
 use rusqlite::{Connection, params};
@@ -22,10 +22,12 @@ pub struct EventRow {
     pub time_ms: u64,
     /// `sandbox.running`, `exec.ended` and so on.
     pub kind: String,
-    /// Whose sandbox it is.
+    /// Whose sandbox it is, or who asked for what became of a template; empty where that was the node.
     pub owner: String,
-    /// Which.
+    /// Which; empty for a template's.
     pub sandbox: String,
+    /// The template that it is about; empty for a sandbox's.
+    pub template: String,
     /// The execution in it.
     pub exec: Option<u64>,
     /// More, for people.
@@ -44,12 +46,17 @@ pub(super) const MIGRATION: &str = "
     ) STRICT;
 ";
 
+/// Templates have events as well.
+pub(super) const TEMPLATES: &str = "
+    ALTER TABLE events ADD COLUMN template TEXT NOT NULL DEFAULT '';
+";
+
 /// Writes an event.
 pub(super) fn put(connection: &Connection, row: &EventRow) -> Result<(), StateError> {
     connection
         .prepare(
-            "INSERT OR REPLACE INTO events (seq, time_ms, kind, owner, sandbox, exec, detail)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            "INSERT OR REPLACE INTO events (seq, time_ms, kind, owner, sandbox, exec, detail, template)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
         )?
         .execute(params![
             signed(row.seq),
@@ -59,6 +66,7 @@ pub(super) fn put(connection: &Connection, row: &EventRow) -> Result<(), StateEr
             row.sandbox,
             row.exec.map(signed),
             row.detail,
+            row.template,
         ])?;
     if row.seq > KEPT && row.seq.is_multiple_of(SWEEP) {
         connection.execute("DELETE FROM events WHERE seq <= ?1", [signed(row.seq - KEPT)])?;
@@ -68,8 +76,9 @@ pub(super) fn put(connection: &Connection, row: &EventRow) -> Result<(), StateEr
 
 /// The newest, oldest first.
 pub(super) fn newest(connection: &Connection) -> Result<Vec<EventRow>, StateError> {
-    let mut statement = connection
-        .prepare("SELECT seq, time_ms, kind, owner, sandbox, exec, detail FROM events ORDER BY seq DESC LIMIT ?1")?;
+    let mut statement = connection.prepare(
+        "SELECT seq, time_ms, kind, owner, sandbox, exec, detail, template FROM events ORDER BY seq DESC LIMIT ?1",
+    )?;
     let rows = statement.query_map([signed(AT_HAND)], |row| {
         Ok(EventRow {
             seq: unsigned(row, 0)?,
@@ -79,6 +88,7 @@ pub(super) fn newest(connection: &Connection) -> Result<Vec<EventRow>, StateErro
             sandbox: row.get(4)?,
             exec: maybe_unsigned(row, 5)?,
             detail: row.get(6)?,
+            template: row.get(7)?,
         })
     })?;
     let mut rows: Vec<EventRow> = rows.collect::<rusqlite::Result<_>>()?;

@@ -112,6 +112,7 @@ const MIGRATIONS: &[&str] = &[
     "
     ALTER TABLE sandboxes ADD COLUMN read_only INTEGER NOT NULL DEFAULT 0;
 ",
+    events::TEMPLATES,
 ];
 
 /// Rows that a table may bring at start: more than a node can ever have made is not read.
