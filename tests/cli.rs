@@ -437,6 +437,20 @@ fn cp_takes_standard_streams() {
     assert_eq!(finish(&mut child), 0);
     assert_eq!(node.content("/x"), Some((0o644, Some(b"piped".to_vec()))));
     assert_eq!(stdout(&run(&node, &["cp", "sb:/x", "-"])), "piped");
+    // Of a directory it is an archive, and an archive is taken where a directory is.
+    node.put("/d", 0o755, None);
+    node.put("/d/file", 0o600, Some(b"content"));
+    let archive = run(&node, &["cp", "sb:/d", "-"]).stdout;
+    assert_eq!(archive.len() % 512, 0);
+    node.put("/e", 0o755, None);
+    let mut child = warren(&node).args(["cp", "-", "sb:/e"]).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(&archive).unwrap();
+    assert_eq!(finish(&mut child), 0);
+    assert_eq!(node.content("/e/d/file"), Some((0o600, Some(b"content".to_vec()))));
+    let mut child =
+        warren(&node).args(["cp", "-", "sb:/e"]).stdin(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(&archive[..700]).unwrap();
+    assert_ne!(finish(&mut child), 0, "it ends within a file");
     let output = run(&node, &["cp", "sb:/absent", "-"]);
     assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(1), "error: NOT_FOUND: there is no /absent\n"));
 }

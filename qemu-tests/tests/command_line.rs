@@ -114,6 +114,59 @@ fn a_large_file_goes_in_and_out_unchanged_with_little_memory_on_each_side() {
 }
 
 #[test]
+fn a_directory_goes_in_and_out_as_a_tar_archive_and_so_do_links() {
+    let node = shared::node_with_templates();
+    let sandbox = node.sandbox(&[]);
+    let place = qemu_tests::files::TempDir::new().expect("a directory can be made");
+    let long = "n".repeat(150);
+    let script = format!(
+        "cd {0}; mkdir -p tree/{long}/deep out hostile; echo one > tree/one; chmod 755 tree/one; : > tree/empty; \
+         head -c 100000 /dev/urandom > tree/{long}/deep/large; ln -s one tree/link; ln -s /etc/passwd tree/{long}/passwd; \
+         tar -cf tree.tar tree; tar -cPf hostile.tar --transform s,^tree/one,../../escaped, tree/one tree/empty",
+        place.path().display()
+    );
+    let shell = |script: &str| {
+        let output = Command::new("bash").args(["-euc", script]).output().expect("bash starts");
+        assert!(output.status.success(), "{script}: {}", stderr(&output));
+    };
+    shell(&script);
+    let file = |name: &str| place.path().join(name).display().to_string();
+    let warren_with = |input: Option<&str>, output: Option<&str>, arguments: &[&str]| {
+        let mut command = Command::new(Artefact::Warren.path());
+        command.arg("--socket").arg(node.socket()).args(arguments).stdin(std::process::Stdio::null());
+        if let Some(input) = input {
+            command.stdin(std::fs::File::open(input).expect("it was made"));
+        }
+        if let Some(output) = output {
+            command.stdout(std::fs::File::create(output).expect("there is room"));
+        }
+        command.stderr(std::process::Stdio::piped()).spawn().and_then(|child| child.wait_with_output()).expect("warren")
+    };
+    let target = format!("{}:/workspace", sandbox.id);
+    let sent = warren_with(Some(&file("tree.tar")), None, &["cp", "-", &target]);
+    assert!(sent.status.success(), "{}", stderr(&sent));
+    let seen = sandbox.sh("cd /workspace/tree; readlink link; stat -c '%a %s' one empty; ls -la . | wc -l");
+    assert_eq!(seen, "one\n755 4\n644 0\n7\n");
+    let received = warren_with(None, Some(&file("back.tar")), &["cp", &format!("{target}/tree"), "-"]);
+    assert!(received.status.success(), "{}", stderr(&received));
+    shell(&format!("cd {0}/out; tar -xf ../back.tar; diff -r --no-dereference ../tree tree", place.path().display()));
+
+    // The same tree without an archive, links as well.
+    let copied = warren(&node, &["cp", &file("tree"), &format!("{}:/workspace/copy", sandbox.id)]);
+    assert!(copied.status.success(), "{}", stderr(&copied));
+    assert_eq!(sandbox.sh("readlink /workspace/copy/link; cat /workspace/copy/link"), "one\none\n");
+
+    // What leads out of the directory is left out, and said; the rest is there.
+    let refused = warren_with(Some(&file("hostile.tar")), None, &["cp", "-", &format!("{target}/h/")]);
+    assert_eq!(refused.status.code(), Some(1), "{}", stderr(&refused));
+    assert!(stderr(&refused).contains("leads out"), "{}", stderr(&refused));
+    assert_eq!(sandbox.sh("ls /workspace/h/tree; ls / /workspace | grep -c escaped || true"), "empty\n0\n");
+    let cut = warren_with(Some(&file("tree.tar")), None, &["cp", "-", &format!("{target}/x")]);
+    assert!(cut.status.success(), "no directory there: the archive itself is the file");
+    assert_eq!(sandbox.sh("head -c 5 /workspace/x"), "tree/");
+}
+
+#[test]
 fn a_program_in_the_background_is_listed_attached_to_and_signalled() {
     let node = shared::node_with_templates();
     let sandbox = node.sandbox(&[("name", "background")]);

@@ -217,7 +217,8 @@ pub enum Verb {
     },
     /// Copy files between here and a sandbox: one side is SANDBOX:PATH
     ///
-    /// Directories are copied with everything in them. `-` is standard input or output, for a single file.
+    /// Directories are copied with everything in them. `-` is standard input or output: a single file, or, where the
+    /// other side is a directory, a tar archive of it.
     Cp {
         /// PATH, SANDBOX:PATH or -
         #[arg(value_name = "SOURCE")]

@@ -3,6 +3,8 @@
 //! What a sandbox says about its files is hostile: a name must be one name, links are made when everything else is
 //! done so that no later file can be written through one, and modes lose setuid, setgid and sticky bits here.
 
+mod tar;
+
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
@@ -59,15 +61,28 @@ pub fn cp(connect: &dyn Fn() -> Result<Client, Error>, source: &OsStr, target: &
     let copier = |id: &str| connect().map(|client| Copier::new(client, id));
     match (source, target) {
         (Place::Standard, Place::Sandbox { id, path }) => {
-            copier(&id)?.send_stream(&mut io::stdin().lock(), &path, None)?;
-            Ok(0)
+            let mut copier = copier(&id)?;
+            match tar::is_directory(&mut copier, &path)? {
+                true => tar::send(&mut copier, &mut io::stdin().lock(), &path)?,
+                false => copier.send_stream(&mut io::stdin().lock(), &path, None)?,
+            }
+            copier.conclude()
         }
         (Place::Here(from), Place::Sandbox { id, path }) => {
             let mut copier = copier(&id)?;
             copier.send(&from, &path)?;
             copier.conclude()
         }
-        (Place::Sandbox { id, path }, Place::Standard) => receive_to_stdout(copier(&id)?, &path),
+        (Place::Sandbox { id, path }, Place::Standard) => {
+            let mut copier = copier(&id)?;
+            match copier.stat(&path)?.filter(|found| found.get("kind") == Some("dir")) {
+                Some(directory) => {
+                    tar::receive(&mut copier, &path, &directory)?;
+                    copier.conclude()
+                }
+                None => receive_to_stdout(copier, &path),
+            }
+        }
         (Place::Sandbox { id, path }, Place::Here(to)) => {
             // Taken over so that a half written file goes away before we do.
             let signals = Signals::take(&ENDING).map_err(|e| broken("signalfd", &e))?;
@@ -202,15 +217,12 @@ impl Copier {
     }
 
     fn send_tree(&mut self, from: &Path, to: &[u8]) -> Result<(), Error> {
+        let mut links = Vec::new();
         let mut left = vec![(from.to_path_buf(), to.to_vec(), 0)];
         while let Some((from, to, depth)) = left.pop() {
             let failed = |e: io::Error| broken(from.display(), &e);
             let mode = fs::metadata(&from).map_err(failed)?.permissions().mode() & 0o7777;
-            let request = self.request("file.mkdir", &to).set("mode", format!("{mode:04o}")).set("parents", true);
-            match self.client.call(request) {
-                Err(error) if !error.is(Code::AlreadyExists) => return Err(error),
-                _ => {}
-            }
+            self.make_directory(&to, mode)?;
             let mut entries: Vec<_> = fs::read_dir(&from).map_err(failed)?.collect::<Result<_, _>>().map_err(failed)?;
             entries.sort_by_key(fs::DirEntry::file_name);
             for entry in entries {
@@ -220,19 +232,31 @@ impl Copier {
                     self.send_file(&path, &target)?;
                 } else if kind.is_dir() && depth < MAX_DEPTH {
                     left.push((path, target, depth + 1));
+                } else if kind.is_symlink() {
+                    links.push((target, fs::read_link(&path).map_err(failed)?));
                 } else {
-                    let why = if kind.is_symlink() {
-                        "links cannot be made in a sandbox yet"
-                    } else if kind.is_dir() {
-                        "too deep"
-                    } else {
-                        "neither a file nor a directory"
-                    };
-                    self.leave_out(path.display(), why);
+                    self.leave_out(
+                        path.display(),
+                        if kind.is_dir() { "too deep" } else { "neither a file nor a directory" },
+                    );
                 }
             }
         }
-        Ok(())
+        links.into_iter().try_for_each(|(path, target)| self.make_link(&path, target.as_os_str().as_bytes()))
+    }
+
+    /// One that is there stays as it is.
+    fn make_directory(&mut self, path: &[u8], mode: u32) -> Result<(), Error> {
+        let request = self.request("file.mkdir", path).set("mode", format!("{mode:04o}")).set("parents", true);
+        match self.client.call(request) {
+            Err(error) if !error.is(Code::AlreadyExists) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn make_link(&mut self, path: &[u8], target: &[u8]) -> Result<(), Error> {
+        let request = self.request("file.link", path).set_bytes("target", target);
+        self.client.call(request).map(drop)
     }
 
     fn send_file(&mut self, from: &Path, to: &[u8]) -> Result<(), Error> {

@@ -480,6 +480,7 @@ verbs! {
     "file.watch", "SANDBOX path=PATH [recursive=true]", "what changes at a path, an item a change", file;
     "file.mkdir", "SANDBOX path=PATH [mode=OCTAL] [parents=true] [user=USER]", "make a directory", file;
     "file.move", "SANDBOX from=PATH to=PATH", "rename a file", file;
+    "file.link", "SANDBOX path=PATH target=PATH [user=USER]", "make a symbolic link", file;
     "file.remove", "SANDBOX path=PATH [recursive=true]", "remove a file or directory", file;
 }
 
@@ -671,6 +672,7 @@ const FILE_KEYS: &[(&str, &[&str])] = &[
     ("file.watch", &["path", "recursive"]),
     ("file.mkdir", &["path", "mode", "parents", "user"]),
     ("file.move", &["from", "to"]),
+    ("file.link", &["path", "target", "user"]),
     ("file.remove", &["path", "recursive"]),
 ];
 
@@ -681,7 +683,7 @@ fn file(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
     for key in keys {
         match args.bytes(key)? {
             Some(value) => request.args.push(Arg::Named((*key).to_string(), value)),
-            None if matches!(*key, "path" | "from" | "to") => return Err(missing(key)),
+            None if matches!(*key, "path" | "from" | "to" | "target") => return Err(missing(key)),
             None => {}
         }
     }

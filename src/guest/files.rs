@@ -123,6 +123,26 @@ pub(super) fn relocate(from: &Path, to: &Path) -> Result<Fields, Error> {
     Ok(Fields::new())
 }
 
+/// `file.link`: a symbolic link, in the place of a file or link that is there.
+pub(super) fn link(path: &Path, target: &OsStr, owner: Owner) -> Result<Fields, Error> {
+    let cannot = |e: io::Error| failed("make link", path, &e);
+    // Under a name of its own first, so that the old one goes when the new one is there.
+    let mut name = path.file_name().ok_or_else(|| cannot(ErrorKind::InvalidInput.into()))?.to_os_string();
+    name.push(format!(".link-{}", std::process::id()));
+    let temporary = path.with_file_name(name);
+    let _ = fs::remove_file(&temporary);
+    std::os::unix::fs::symlink(target, &temporary).map_err(cannot)?;
+    let own = || match nix::unistd::geteuid().is_root() {
+        true => std::os::unix::fs::lchown(&temporary, Some(owner.uid), Some(owner.gid)),
+        false => Ok(()),
+    };
+    let done = own().and_then(|()| fs::rename(&temporary, path)).map_err(cannot);
+    if done.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    done.map(|()| Fields::new())
+}
+
 /// `file.read`: sends `length` octets from `offset` on, or what there is of them.
 pub(super) fn read(desk: &Desk, path: &Path, offset: u64, length: u64) -> Result<Fields, Error> {
     let cannot = |e: io::Error| failed("read", path, &e);

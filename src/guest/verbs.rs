@@ -17,6 +17,9 @@ use super::tasks::{Desk, Flow};
 use super::{remove, system, watch};
 use crate::wire::{Args, Code, Error, Fields, Message, Request};
 
+/// Longest path with its NUL (<linux/limits.h>).
+const PATH_MAX: usize = 4096;
+
 /// Programs that run at once.
 const RUNNING_MAX: usize = 1024;
 /// What is kept of a program's arguments for lists, in octets.
@@ -113,6 +116,7 @@ impl Agent {
             "file.watch" => self.file_watch(link, &tag, args),
             "file.mkdir" => self.file_mkdir(link, &tag, args),
             "file.move" => self.file_move(link, &tag, args),
+            "file.link" => self.file_link(link, &tag, args),
             "file.remove" => self.file_remove(link, &tag, args),
             other => Err(Error::new(Code::UnknownVerb, format!("{other} is not a verb of the agent"))),
         }
@@ -404,6 +408,19 @@ impl Agent {
         let to = self.path_of(&mut args, "to")?;
         args.finish()?;
         self.task(link, tag, Flow::Answer, move |_| files::relocate(&from, &to))
+    }
+
+    fn file_link(&mut self, link: u64, tag: &str, mut args: Args) -> Result<Begun, Error> {
+        let path = self.path_of(&mut args, "path")?;
+        let target = args.bytes("target")?.unwrap_or_default();
+        let user = args.text("user")?;
+        args.finish()?;
+        if target.is_empty() || target.len() >= PATH_MAX || target.contains(&0) {
+            let message = format!("a link's target has 1 to {} octets and no NUL", PATH_MAX - 1);
+            return Err(Error::new(Code::BadArgument, message).with("argument", "target"));
+        }
+        let owner = self.settings.owner(user.as_deref())?;
+        self.task(link, tag, Flow::Answer, move |_| files::link(&path, OsStr::from_bytes(&target), owner))
     }
 
     fn file_watch(&mut self, link: u64, tag: &str, mut args: Args) -> Result<Begun, Error> {
