@@ -173,6 +173,27 @@ fn output_comes_while_the_code_runs() {
 }
 
 #[test]
+fn a_detached_run_goes_on_when_its_source_is_there_and_is_attached_to_later() {
+    let node = node();
+    let sandbox = sandbox(&node, "python");
+    let source = b"import time; print('begun', flush=True); time.sleep(1); print('done'); 6 * 7";
+    let call = begin(&sandbox, language(&sandbox, "python").set("detach", true), source);
+    let exec = call.finish_ok().field("exec").to_string();
+    let attached = Ran::of(sandbox.start(sandbox.request("exec.attach").set("exec", &exec)));
+    assert_eq!((attached.text("stdout").as_str(), attached.exit()), ("begun\ndone\n", "0"));
+    assert!(attached.text("result").contains("42"), "{}", attached.text("result"));
+    // Whoever goes away before all of the source is there takes the run along.
+    let cut = sandbox.start(language(&sandbox, "python").set("detach", true));
+    assert!(cut.writer().write("source", b"print("));
+    cut.cancel();
+    assert!(cut.finish().expect_err("it was cancelled").is(Code::Cancelled));
+    timing::wait_for("its end", || {
+        let rows = sandbox.client().ok(sandbox.request("code.list")).items;
+        rows.iter().all(|row| row.get("state") != Some("pending")).then_some(())
+    });
+}
+
+#[test]
 fn an_exception_comes_as_name_value_and_traceback() {
     let node = node();
     let sandbox = sandbox(&node, "python");

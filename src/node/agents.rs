@@ -363,9 +363,14 @@ impl Supervisor {
         run: Option<CodeRun>,
     ) -> Result<(), Error> {
         let id = self.find_running(key, given)?.id.clone();
-        let watched = (!detach).then_some((key, tag));
+        // The source of a code run comes over its request, which lasts until that is there.
+        let feeds = run.is_some();
+        let watched = (!detach || feeds).then_some((key, tag));
         let Some(number) = self.begin_exec(&id, argv, request, run, watched) else { return Ok(()) };
-        if detach {
+        if let Some(exec) = self.sandboxes.get_mut(&id).and_then(|sandbox| sandbox.execs.get_mut(&number)) {
+            exec.detaches = detach && feeds;
+        }
+        if detach && !feeds {
             self.answer(key, &Message::ok(tag, Fields::new().with("exec", number)));
         } else {
             self.add_job(key, tag, Job::Exec { sandbox: id, number });

@@ -82,6 +82,12 @@ impl Supervisor {
         let (sandbox, number) = (sandbox.clone(), *number);
         if channel == "source" {
             self.keep_source(&sandbox, number);
+            let exec = self.sandboxes.get_mut(&sandbox).and_then(|sandbox| sandbox.execs.get_mut(&number));
+            if let Some(exec) = exec.filter(|exec| exec.detaches) {
+                exec.detaches = false;
+                exec.viewers.retain(|viewer| viewer.client != key || viewer.tag != tag);
+                self.finish(key, &Message::ok(tag, Fields::new().with("exec", number)));
+            }
         }
     }
 

@@ -124,6 +124,8 @@ pub struct Exec {
     pub source: Source,
     /// What it spends its time on.
     pub trace: Trace,
+    /// Its owner goes once its source is there, and it runs on.
+    pub detaches: bool,
     outputs: [Output; 3],
 }
 
@@ -145,6 +147,7 @@ impl Exec {
             ended_ms: None,
             source: Source::default(),
             trace: Trace::since(Instant::now()),
+            detaches: false,
             outputs: [output(), output(), Output { ended: true, ..output() }],
         }
     }
