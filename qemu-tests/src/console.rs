@@ -61,6 +61,16 @@ pub fn splats(console: &str, allowed: &[String]) -> Vec<String> {
         .collect()
 }
 
+/// Flags that a processor can have: all but bits 3, 5, 15 and 22 to 31, which are 0, and bit 1, which is 1 (Intel SDM volume 1, 3.4.3).
+const FLAGS: u32 = 0x003f_7fd7;
+
+/// Whether the kernel died with flags that no processor can have: those of an emulation that went wrong.
+pub fn has_impossible_flags(console: &str) -> bool {
+    let said = console.split("EFLAGS: ").skip(1).filter_map(|rest| rest.get(..8));
+    let mut flags = said.filter_map(|hex| u32::from_str_radix(hex, 16).ok());
+    flags.any(|flags| flags & !FLAGS != 0 || flags & 2 == 0)
+}
+
 /// The file that QEMU writes the console to, and how far it has been judged.
 #[derive(Debug)]
 pub struct Console {
@@ -107,6 +117,15 @@ mod tests {
         let boot =
             "[    0.000000] Linux version 6.12\n[    1.2] EXT4-fs (vda): mounted filesystem\nwarren: node ready\n";
         assert_eq!(splats(boot, &[]), Vec::<String>::new());
+    }
+
+    #[test]
+    fn flags_of_a_processor_are_told_from_others() {
+        assert!(has_impossible_flags("RSP: 0018:ffffab128001bb90 EFLAGS: 8086a3c2\nRAX: 0"));
+        assert!(has_impossible_flags("EFLAGS: 00000246\nEFLAGS: 00000240"));
+        for possible in ["", "EFLAGS: 00010246", "EFLAGS: 00000002", "EFLAGS: x", "EFLAGS: "] {
+            assert!(!has_impossible_flags(possible), "{possible}");
+        }
     }
 
     #[test]

@@ -43,6 +43,8 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
 
+use nix::sys::signal::{SigHandler, Signal};
+
 use agent::{Agent, Door};
 use connection::{greeting, hello};
 use port::Port;
@@ -93,6 +95,11 @@ fn serve_sandbox() -> ExitCode {
 }
 
 fn serve_path(path: &Path) -> std::io::Result<()> {
+    // Who starts it in the background may ignore these (POSIX, "Asynchronous AND Lists"), and programs would inherit that.
+    for signal in [Signal::SIGINT, Signal::SIGQUIT] {
+        // SAFETY: the default is no handler of ours.
+        unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl)? };
+    }
     // As PID 1 would, so that what programs leave behind is reaped here.
     nix::sys::prctl::set_child_subreaper(true)?;
     let is_device = std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_char_device());
