@@ -111,14 +111,10 @@ impl Filter {
     }
 }
 
-/// What the kernel takes: it points into `code`.
-pub fn program(code: &[sock_filter]) -> Option<libc::sock_fprog> {
-    Some(libc::sock_fprog { len: u16::try_from(code.len()).ok()?, filter: code.as_ptr().cast_mut() })
-}
-
 /// Puts a filter in force on the calling thread, for good. It must not be able to gain privileges.
 pub fn apply(code: &[sock_filter]) -> io::Result<()> {
-    let program = program(code).ok_or(io::ErrorKind::InvalidInput)?;
+    let len = u16::try_from(code.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let program = libc::sock_fprog { len, filter: code.as_ptr().cast_mut() };
     // SAFETY: the kernel copies `len` instructions from a live slice of that length.
     let done = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

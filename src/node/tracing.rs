@@ -47,9 +47,14 @@ pub(super) struct FailedCreate {
 }
 
 impl Supervisor {
+    /// When what is being done was asked for.
+    pub(super) fn asked(&self) -> Instant {
+        self.taken.unwrap_or_else(Instant::now)
+    }
+
     /// The trace of what the request being taken asks for.
     pub(super) fn new_trace(&self) -> Trace {
-        let mut trace = Trace::since(self.taken.unwrap_or_else(Instant::now));
+        let mut trace = Trace::since(self.asked());
         trace.begin_at_once(VALIDATE);
         trace
     }

@@ -117,9 +117,8 @@ impl Supervisor {
         let Some(at) = self.warm.pools.iter().position(|warm| is_like(&warm.spec, &spec, disk_mib)) else {
             return Ok(Some(spec));
         };
-        let trace = self.new_trace();
         self.check_new(&spec, owner)?;
-        let ask = Ask { asked: trace.asked(), key, tag: tag.to_string(), spec, owner: owner.to_string(), progress };
+        let ask = Ask { asked: self.asked(), key, tag: tag.to_string(), spec, owner: owner.to_string(), progress };
         let now = Instant::now();
         (self.warm.refill, self.warm.look) = (Some(now + REFILL), true);
         while let Some(item) = self.warm.pools[at].pool.take(now) {

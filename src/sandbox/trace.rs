@@ -47,11 +47,6 @@ impl Trace {
         Self { asked: Instant::now(), spans: serde_json::from_str(text).unwrap_or_default(), closed: true }
     }
 
-    /// When it was asked for.
-    pub fn asked(&self) -> Instant {
-        self.asked
-    }
-
     fn now_us(&self) -> u64 {
         u64::try_from(self.asked.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
