@@ -146,7 +146,7 @@ config-check: deps
 test: lint config-check peers build $(B)/code.img $(B)/qemu.img $(B)/images
 	@code=0
 	cargo test --locked -q --no-fail-fast || code=$$?
-	cargo test -p qemu-tests --locked -q --no-fail-fast -- --test-threads=1 || code=$$?
+	qemu-tests/run || code=$$?
 	if [ $$code = 0 ]; then echo "test: all passed"; else echo "test: some failed, see above"; exit $$code; fi
 
 # For hours: the tests of recovery and snapshots with many kills, cycles, copies and power cuts.

@@ -100,6 +100,56 @@ print('fork', os.WEXITSTATUS(os.waitpid(os.fork() or os._exit(7), 0)[1]))
     assert_eq!(sandbox.client().ok(privileged).text("stdout"), "secret\n");
 }
 
+/// As of a template whose image names no user: uid 0, but nobody has asked for root.
+#[test]
+fn uid_0_that_was_not_asked_for_has_power_over_the_sandboxs_files_and_no_more() {
+    let turn = shared::node_with_templates();
+    let sandbox = turn.sandbox(&[("template", "python")]);
+    sandbox.sh("printf 'toor:x:0:0::/root:/bin/sh\\n' >> /etc/passwd; touch /etc/theirs; chown 7:7 /etc/theirs; chmod 600 /etc/theirs");
+    const NONE: &str = "0000000000000000";
+    const KEPT: &str = "00000000000424fb";
+    let toor = status(&sandbox, &[("user", "toor")]);
+    assert_eq!(toor, ["0\t0\t0\t0", NONE, KEPT, KEPT, KEPT, NONE, "1", "2"]);
+    let said = |script: &str| {
+        let reply = sandbox.client().ok(sandbox.exec_request(&["sh", "-c", script]).set("user", "toor"));
+        (reply.field("exit").to_string(), reply.text("stdout"), reply.text("stderr"))
+    };
+    for possible in [
+        "echo mine >> /etc/theirs && chown 1000 /etc/theirs && chmod 4755 /etc/theirs",
+        "mkdir /var/lib/thing && rmdir /var/lib/thing",
+        "echo x > /dev/null && head -c 1 /dev/urandom > /dev/shm/octet && rm /dev/shm/octet",
+        "python3 -c 'import socket; socket.create_server((\"127.0.0.1\", 80))'",
+        "python3 -c 'import os; os.setgroups([]); os.setgid(1000); os.setuid(1000); open(\"/workspace/ours\", \"w\")'",
+    ] {
+        let (exit, _, stderr) = said(possible);
+        assert_eq!((exit.as_str(), stderr.as_str()), ("0", ""), "{possible}");
+    }
+    for (impossible, why) in [
+        ("mount -t tmpfs none /mnt", ""),
+        ("mknod /tmp/disk b 254 0", "not permitted"),
+        ("echo 1 > /proc/sys/vm/overcommit_memory", "Read-only"),
+        ("echo b > /proc/sysrq-trigger", "Read-only"),
+        ("mkdir /sys/fs/cgroup/mine", "Read-only"),
+        ("echo max > /sys/fs/cgroup/users/memory.max", "Read-only"),
+        ("echo mem > /sys/power/state", ""),
+        ("cat /proc/1/environ", "denied"),
+        ("ls /dev/vda", "No such"),
+        ("mount -o remount,rw /sys", ""),
+    ] {
+        let (exit, _, stderr) = said(impossible);
+        assert!(exit != "0" && stderr.contains(why), "{impossible}: {exit} {stderr}");
+    }
+    assert_eq!(said("ls /dev").1.split_whitespace().collect::<Vec<_>>().join(" "), DEVICES);
+    // It is among users' programs: neither the agent's number nor root's programs are there to be killed.
+    let (root, _) = in_background(&sandbox, &[("user", "root")]);
+    said("kill -9 -1");
+    assert!(sandbox.sh("cat /proc/*/cmdline | tr '\\0' ' '").contains("sleep 1000"));
+    drop(root);
+    assert_eq!(status(&sandbox, &[("user", "toor"), ("privileged", "true")])[6..], ["0", "0"]);
+}
+
+const DEVICES: &str = "fd full null ptmx pts random shm stderr stdin stdout tty urandom zero";
+
 #[test]
 fn who_asks_otherwise_gets_otherwise() {
     let turn = shared::node_with_templates();

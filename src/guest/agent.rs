@@ -360,6 +360,8 @@ impl Agent {
 
     /// Sees to it that there is a realm for users' programs.
     pub(super) fn prepare_realm(&mut self) -> Result<(), Error> {
+        // It is made of what is mounted by then.
+        self.do_chores();
         if self.realm.is_none() {
             self.realm = Some(Realm::make().map_err(|errno| realm_error("make namespaces for programs", errno))?);
         }
@@ -375,9 +377,11 @@ impl Agent {
         realm.protect_root().map_err(|errno| realm_error("make the root read-only", errno))
     }
 
-    /// Whether a program of that user is kept to the realm, which is then there: in a sandbox all but root's.
-    pub(super) fn confines(&mut self, identity: Option<&exec::Identity>) -> Result<bool, Error> {
-        let confines = self.pid1 && identity.is_some_and(|identity| identity.uid != 0);
+    /// Whether a program of that user, whom a request named or not, is kept to the realm, which is then there: in a sandbox all
+    /// but those of whom a request asked to be root's.
+    pub(super) fn confines(&mut self, identity: Option<&exec::Identity>, named: Option<&str>) -> Result<bool, Error> {
+        let root = |identity: &exec::Identity| identity.uid == 0 && named.is_some_and(exec::names_root);
+        let confines = self.pid1 && identity.is_some_and(|identity| !root(identity));
         if confines {
             self.prepare_realm()?;
         }

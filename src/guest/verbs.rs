@@ -245,7 +245,7 @@ impl Agent {
         }
 
         let identity = self.settings.identity(user.as_deref())?;
-        let confined = !privileged && self.confines(identity.as_ref())?;
+        let confined = !privileged && self.confines(identity.as_ref(), user.as_deref())?;
         let env = self.settings.environment(identity.as_ref(), terminal, own_env);
         let cwd = match cwd {
             Some(cwd) => files::resolve(&self.settings.cwd, &cwd)?,

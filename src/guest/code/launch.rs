@@ -68,7 +68,7 @@ impl Agent {
         let (result, result_of_child) = pipe2(OFlag::O_CLOEXEC).map_err(|e| no_room("its results", &e))?;
         fcntl(&result, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| no_room("its results", &e))?;
         let program = argv.first().cloned().unwrap_or_default();
-        let confined = self.confines(identity.as_ref())?;
+        let confined = self.confines(identity.as_ref(), start.user.as_deref())?;
         let plan = Plan {
             candidates: strings("start", candidates(&program, variable(&env, b"PATH").unwrap_or_default()))?,
             argv: strings("start", argv)?,

@@ -54,8 +54,7 @@ pub(super) const REFUSALS: &[Refusal] = &[
     Refusal {
         calls: calls! {
             unshare = libc::SYS_unshare, setns = libc::SYS_setns, mount = libc::SYS_mount, umount2 = libc::SYS_umount2,
-            pivot_root = libc::SYS_pivot_root, chroot = libc::SYS_chroot, move_mount = libc::SYS_move_mount,
-            open_tree = libc::SYS_open_tree, fsopen = libc::SYS_fsopen, fsconfig = libc::SYS_fsconfig,
+            pivot_root = libc::SYS_pivot_root, move_mount = libc::SYS_move_mount, open_tree = libc::SYS_open_tree, fsopen = libc::SYS_fsopen, fsconfig = libc::SYS_fsconfig,
             fsmount = libc::SYS_fsmount, fspick = libc::SYS_fspick, mount_setattr = libc::SYS_mount_setattr,
         },
         rule: Rule::Always,

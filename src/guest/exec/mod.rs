@@ -19,6 +19,7 @@ pub(super) use output::{Held, Output};
 pub(super) use realm::Realm;
 pub(super) use spawn::{Birth, Born, Failure, Plan, Size, Spawned, Stage, spawn};
 pub(super) use user::Identity;
+pub(super) use user::names_root;
 pub(crate) use user::resolve;
 
 use super::code::Run;

@@ -1,10 +1,12 @@
 //! Where users' programs live: a pid namespace and a mount namespace of their own, one of each for all of a sandbox. They see
-//! neither the agent nor what root runs, and what they leave behind becomes the child of process 1 in there, the keeper.
+//! neither the agent nor what root runs, and what they leave behind becomes the child of process 1 in there, the keeper. A
+//! program that has uid 0 without having been asked to be root is in there too, so that uid 0 must give it no power over the guest.
 //!
 //! The keeper shares the agent's memory, so that it costs a sandbox a stack and nothing else. It therefore makes system calls
 //! by itself: the C library's would write the agent's `errno`.
 
 use std::arch::asm;
+use std::ffi::CStr;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -147,6 +149,92 @@ unsafe fn call(number: libc::c_long, arguments: [usize; 5]) -> isize {
     result
 }
 
+/// The nodes of the realm's /dev: name, major and minor number (Documentation/admin-guide/devices.txt).
+const DEVICES: [(&CStr, u32, u32); 6] = [
+    (c"/proc/null", 1, 3),
+    (c"/proc/zero", 1, 5),
+    (c"/proc/full", 1, 7),
+    (c"/proc/random", 1, 8),
+    (c"/proc/urandom", 1, 9),
+    (c"/proc/tty", 5, 0),
+];
+/// Its links: what they lead to, and where they are.
+const LINKS: [(&CStr, &CStr); 5] = [
+    (c"pts/ptmx", c"/proc/ptmx"),
+    (c"/proc/self/fd", c"/proc/fd"),
+    (c"/proc/self/fd/0", c"/proc/stdin"),
+    (c"/proc/self/fd/1", c"/proc/stdout"),
+    (c"/proc/self/fd/2", c"/proc/stderr"),
+];
+/// File systems of the agent's that are there too: from where, and where they are.
+const SHARED: [(&CStr, &CStr); 2] = [(c"/dev/pts", c"/proc/pts"), (c"/dev/shm", c"/proc/shm")];
+/// Parts of /proc that change the kernel for everybody, and belong to uid 0 whatever it may do.
+const GOVERNING: [&CStr; 5] = [c"/proc/sys", c"/proc/sysrq-trigger", c"/proc/irq", c"/proc/bus", c"/proc/fs"];
+/// Whole file systems of that kind.
+const READ_ONLY: [&CStr; 2] = [c"/sys/fs/cgroup", c"/sys"];
+
+/// mount(2). Empty strings are none.
+///
+/// # Safety
+/// As `call`.
+unsafe fn attach(source: &CStr, target: &CStr, kind: &CStr, flags: libc::c_ulong, data: &CStr) -> isize {
+    let [source, target, kind, data] = [source, target, kind, data].map(|text| text.as_ptr() as usize);
+    // SAFETY: strings with their NULs, and plain flags.
+    unsafe { call(libc::SYS_mount, [source, target, kind, flags as usize, data]) }
+}
+
+/// Makes the mount namespace of the process what programs are to see. Negative: the number of an error.
+///
+/// # Safety
+/// Only in the keeper, which has it to itself.
+unsafe fn furnish() -> isize {
+    const SEALED: libc::c_ulong = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+    const BIND: libc::c_ulong = libc::MS_BIND | libc::MS_REC;
+    const FREEZE: libc::c_ulong = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY | SEALED;
+    // A file system that is not there needs nothing.
+    let absent = |result: isize| result == -(libc::ENOENT as isize) || result == -(libc::EINVAL as isize);
+    let mut failed = 0;
+    let mut need = |result: isize| {
+        if result < 0 && failed == 0 {
+            failed = result;
+        }
+    };
+    // SAFETY: plain numbers and constant strings.
+    unsafe {
+        need(attach(c"", c"/", c"", libc::MS_REC | libc::MS_SLAVE, c""));
+        for path in READ_ONLY {
+            let frozen = attach(c"", path, c"", FREEZE, c"");
+            need(if absent(frozen) { 0 } else { frozen });
+        }
+        // Its /dev has no disks and nothing else of the machine's. It is made where /proc will be, and moved.
+        call(libc::SYS_umask, [0; 5]);
+        let flags = libc::MS_NOSUID | libc::MS_NOEXEC;
+        need(attach(c"dev", c"/proc", c"tmpfs", flags, c"mode=755,size=64k,nr_inodes=64"));
+        for (path, major, minor) in DEVICES {
+            let mode = libc::S_IFCHR as usize | 0o666;
+            need(call(libc::SYS_mknod, [path.as_ptr() as usize, mode, (major << 8 | minor) as usize, 0, 0]));
+        }
+        for (target, path) in LINKS {
+            need(call(libc::SYS_symlink, [target.as_ptr() as usize, path.as_ptr() as usize, 0, 0, 0]));
+        }
+        for (from, path) in SHARED {
+            need(call(libc::SYS_mkdir, [path.as_ptr() as usize, 0o755, 0, 0, 0]));
+            let shared = attach(from, path, c"", BIND, c"");
+            need(if absent(shared) { 0 } else { shared });
+        }
+        need(attach(c"/proc", c"/dev", c"", libc::MS_MOVE, c""));
+        need(attach(c"proc", c"/proc", c"proc", SEALED, c""));
+        for path in GOVERNING {
+            let bound = attach(path, path, c"", BIND, c"");
+            if !absent(bound) {
+                need(bound);
+                need(attach(c"", path, c"", FREEZE, c""));
+            }
+        }
+    }
+    failed
+}
+
 /// The keeper: makes its file systems, says so, and reaps until it is told to end.
 extern "C" fn keep(ready: *mut libc::c_void) -> libc::c_int {
     let ready = ready as usize;
@@ -163,13 +251,7 @@ extern "C" fn keep(ready: *mut libc::c_void) -> libc::c_int {
         call(libc::SYS_close_range, [0, ready - 1, 0, 0, 0]);
         call(libc::SYS_close_range, [ready + 1, all, 0, 0, 0]);
         call(libc::SYS_prctl, [libc::PR_SET_NAME as usize, c"keeper".as_ptr() as usize, 0, 0, 0]);
-        let slave = (libc::MS_REC | libc::MS_SLAVE) as usize;
-        let sealed = (libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC) as usize;
-        let mut done = call(libc::SYS_mount, [0, c"/".as_ptr() as usize, 0, slave, 0]);
-        if done == 0 {
-            let proc = c"proc".as_ptr() as usize;
-            done = call(libc::SYS_mount, [proc, c"/proc".as_ptr() as usize, proc, sealed, 0]);
-        }
+        let done = furnish();
         let errno = -done as i32;
         call(libc::SYS_write, [ready, &raw const errno as usize, 4, 0, 0]);
         call(libc::SYS_close, [ready, 0, 0, 0, 0]);

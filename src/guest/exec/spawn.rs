@@ -389,8 +389,12 @@ unsafe fn try_to_become(prepared: &Prepared<'_>) -> Result<std::convert::Infalli
         }
         if let Some(confinement) = &prepared.confinement {
             check(Stage::Realm, libc::setns(confinement.mounts, libc::CLONE_NEWNS))?;
-            // Whether it has them all: those that this kernel does not know it refuses.
-            for capability in 0..=CAP_LAST {
+            let kept = match &plan.identity {
+                Some(identity) if identity.uid == 0 => KEPT_OF_UID_0,
+                _ => 0,
+            };
+            // Those that this kernel does not know it refuses.
+            for capability in (0..=CAP_LAST).filter(|capability| kept & (1 << capability) == 0) {
                 libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0);
             }
         }
@@ -438,3 +442,6 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const CAP_SYS_PTRACE: libc::c_ulong = 19;
 /// The last capability that there is room for.
 const CAP_LAST: libc::c_ulong = 63;
+/// What a program in the realm has that runs as uid 0, one bit each: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID,
+/// NET_BIND_SERVICE, NET_RAW and SYS_CHROOT. It is power over the sandbox's files and over programs that are in there too.
+const KEPT_OF_UID_0: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10 | 1 << 13 | 1 << 18;

@@ -28,6 +28,11 @@ pub(crate) fn resolve(user: &str) -> Result<Identity, Error> {
     resolve_in(user, &read_file("/etc/passwd"), &read_file("/etc/group"))
 }
 
+/// Whether that names root and not just somebody whom the sandbox's /etc/passwd, which its programs may write, says to be uid 0.
+pub(crate) fn names_root(user: &str) -> bool {
+    matches!(user.split(':').next(), Some("0" | "root"))
+}
+
 fn resolve_in(user: &str, passwd: &[u8], group: &[u8]) -> Result<Identity, Error> {
     let (user, wanted_group) = match user.split_once(':') {
         Some((user, group)) => (user, Some(group)),
