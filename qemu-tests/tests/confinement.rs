@@ -128,7 +128,7 @@ fn uid_0_that_was_not_asked_for_has_power_over_the_sandboxs_files_and_no_more() 
         ("mount -t tmpfs none /mnt", ""),
         ("mknod /tmp/disk b 254 0", "not permitted"),
         ("echo 1 > /proc/sys/vm/overcommit_memory", "Read-only"),
-        ("echo b > /proc/sysrq-trigger", "Read-only"),
+        ("echo b > /proc/sysrq-trigger", "cannot create"),
         ("mkdir /sys/fs/cgroup/mine", "Read-only"),
         ("echo max > /sys/fs/cgroup/users/memory.max", "Read-only"),
         ("echo mem > /sys/power/state", ""),

@@ -76,6 +76,8 @@ fn what_buildah_has_built_runs() {
     build(&node, &small("buildah", &["--no-cache"], &text(&path)));
     let of = sandbox(&node, "buildah");
     assert_eq!(said(&of, "id -u; pwd; echo $BUILT; cat /data/by; ls /data"), "0\n/srv\nbuildah\nby buildah\nby\n");
+    // Its image names no user.
+    assert_eq!(said(&of, "grep -E 'CapEff|Seccomp:' /proc/self/status"), "CapEff:\t00000000000424fb\nSeccomp:\t2\n");
     drop(of);
     remove(&node, "buildah");
 }
