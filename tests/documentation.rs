@@ -30,6 +30,27 @@ fn every_verb_stands_in_the_protocol_page_and_no_other() {
     assert_eq!(written, known);
 }
 
+/// `key=` in a verb's arguments as a page or the verb's help writes them.
+fn keys(arguments: &str) -> std::collections::BTreeSet<&str> {
+    let is_key = |word: &&str| !word.is_empty() && word.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+    let ends = arguments.match_indices('=').map(|(at, _)| &arguments[..at]);
+    ends.filter_map(|head| head.rsplit(|c: char| !c.is_ascii_lowercase() && c != '_').next()).filter(is_key).collect()
+}
+
+#[test]
+fn every_verb_has_the_arguments_that_its_page_says() {
+    let pages = [PROTOCOL, include_str!("../docs/code.md")];
+    for verb in VERBS {
+        let start = format!("| `{}` | ", verb.name);
+        let rows = pages.iter().flat_map(|page| page.lines()).filter_map(|line| line.strip_prefix(&start));
+        // A verb without arguments has an empty column.
+        let written = rows.map(|row| if row.starts_with('|') { "" } else { row.split(" | ").next().unwrap_or(row) });
+        let mut written = written.filter(|arguments| *arguments != "docs/code.md");
+        let written = written.next().unwrap_or_else(|| panic!("{} has no row with arguments", verb.name));
+        assert_eq!(keys(written), keys(verb.arguments), "{}: {written}", verb.name);
+    }
+}
+
 #[test]
 fn every_direct_dependency_stands_in_its_page_and_no_other() {
     let manifest: toml::Table = include_str!("../Cargo.toml").parse().expect("Cargo.toml");

@@ -182,6 +182,9 @@ fn a_detached_run_goes_on_when_its_source_is_there_and_is_attached_to_later() {
     let attached = Ran::of(sandbox.start(sandbox.request("exec.attach").set("exec", &exec)));
     assert_eq!((attached.text("stdout").as_str(), attached.exit()), ("begun\ndone\n", "0"));
     assert!(attached.text("result").contains("42"), "{}", attached.text("result"));
+    // A person sees what came of it as well.
+    let shown = warren(&node, &["attach", &sandbox.id, &exec]);
+    assert_eq!(String::from_utf8_lossy(&shown.stdout), "begun\ndone\n42\n", "{shown:?}");
     // Whoever goes away before all of the source is there takes the run along.
     let cut = sandbox.start(language(&sandbox, "python").set("detach", true));
     assert!(cut.writer().write("source", b"print("));
@@ -205,6 +208,17 @@ fn an_exception_comes_as_name_value_and_traceback() {
     assert!(traceback.contains("line 2, in f") && !traceback.contains("runner"), "{traceback}");
     assert_eq!(sandbox.client().ok(sandbox.request("code.list")).items[0].get("state"), Some("failed"));
     assert_eq!(python(&sandbox, "1 +").said("error")[0]["name"], "SyntaxError");
+    // Its record says why as well, and of a run in a context what language that is.
+    let context = Context::new(&sandbox, "python");
+    assert_eq!(context.run("{}['gone']").exit(), "1");
+    let recorded = timing::wait_for("the records", || {
+        let rows = node.control().ok(Request::new("", "history.list").set("sandbox", &sandbox.id)).items;
+        let ended = rows.iter().filter(|row| row.get("state") == Some("failed")).count();
+        (ended == 3 && rows.iter().all(|row| row.get("message").is_some())).then_some(rows)
+    });
+    let said = |at: usize| (recorded[at].get("language"), recorded[at].get("message"));
+    assert_eq!(said(0), (Some("python"), Some("KeyError: 'gone'")));
+    assert_eq!(said(2), (Some("python"), Some("ValueError: no 7")));
     assert_eq!(python(&sandbox, "import sys; sys.exit(5)").exit(), "5");
 }
 
@@ -370,6 +384,48 @@ fn each_limit_has_an_error_of_its_own_and_the_sandbox_goes_on() {
     let local = "import socket\ns = socket.create_server(('127.0.0.1', 0))\n\
                  c = socket.create_connection(s.getsockname())\n1";
     assert_eq!(python(&sandbox, local).value(), "1", "its own loopback works");
+}
+
+#[test]
+fn what_is_not_said_is_half_a_minute_512_mebibytes_no_network_and_the_sandboxs_directory() {
+    let node = node();
+    let sandbox = node.sandbox(&[("template", "python"), ("memory_mib", "768"), ("network", "on")]);
+    let endless = begin(&sandbox, sandbox.request("code.run").set("language", "python"), b"while True: pass");
+    let of = |keys: &[(&str, &str)], code: &str| {
+        let request = keys.iter().fold(language(&sandbox, "python"), |request, (key, value)| request.set(key, value));
+        Ran::of(begin(&sandbox, request, code.as_bytes()))
+    };
+    let memory = "group = open('/proc/self/cgroup').read().strip().split('::')[1]\n\
+                  int(open(f'/sys/fs/cgroup{group}/memory.max').read()) >> 20";
+    assert_eq!(of(&[], memory).value(), "512");
+    assert_eq!(of(&[("memory_mib", "64")], memory).value(), "64");
+    let all = of(&[("memory_mib", "max")], memory).value().parse::<u64>().expect("a number");
+    assert!((600..768).contains(&all), "{all} MiB of a sandbox that has 768");
+    assert_eq!(of(&[], "import os; os.getcwd()").value(), "'/workspace'");
+    assert_eq!(of(&[("cwd", "/tmp")], "import os; os.getcwd()").value(), "'/tmp'");
+    assert_eq!(of(&[("env", "COLOUR=blue")], "import os; os.environ['COLOUR']").value(), "'blue'");
+    // The sandbox has a network, and code has it only where that is said.
+    let me = "import json, urllib.request\njson.load(urllib.request.urlopen('http://169.254.169.254/me'))['template']";
+    of(&[], me).refused(Code::NetworkOff);
+    assert_eq!(of(&[("network", "on")], me).value(), "'python'");
+    let interfaces = "import os; sorted(os.listdir('/sys/class/net'))";
+    assert!(of(&[("network", "on")], interfaces).value().contains("eth0"));
+    assert_eq!(Ran::of(endless).refused(Code::Timeout).fields.get("timeout_ms"), Some("30000"));
+}
+
+#[test]
+fn code_that_fills_the_disk_hears_so_and_other_sandboxes_have_room() {
+    let node = node();
+    let shape = [("template", "python"), ("memory_mib", "256"), ("disk_mib", "128")];
+    let (full, neighbour) = (node.sandbox(&shape), node.sandbox(&shape));
+    let filler = "f = open('/workspace/fill', 'wb')\nwhile True: f.write(bytes(1 << 20)); f.flush()";
+    let ran = python(&full, filler);
+    assert_eq!((ran.exit(), ran.said("error")[0]["name"].as_str()), ("1", Some("OSError")));
+    assert!(ran.said("error")[0]["value"].as_str().is_some_and(|text| text.contains("No space left")), "{:?}", ran.end);
+    let write = "open('/workspace/more', 'wb').write(bytes(1 << 20))";
+    assert_eq!(python(&neighbour, write).value(), "1048576");
+    let again = python(&full, "import os; os.remove('/workspace/fill'); open('/workspace/more', 'wb').write(b'1')");
+    assert_eq!(again.value(), "1");
 }
 
 #[test]

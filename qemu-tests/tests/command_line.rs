@@ -1,10 +1,11 @@
 //! `warren` on the command line against a node: what `make run` does.
 
+use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use qemu_tests::artefacts::Artefact;
-use qemu_tests::{Node, shared};
+use qemu_tests::{Node, shared, timing};
 
 fn warren(node: &Node, arguments: &[&str]) -> Output {
     Command::new(Artefact::Warren.path())
@@ -51,6 +52,40 @@ fn a_python_script_is_copied_in_run_and_its_exit_code_passed_through() {
     let removed = warren(&node, &["rm", "--force", &id]);
     assert!(removed.status.success(), "{}", stderr(&removed));
     guard.keep();
+}
+
+#[test]
+fn a_shell_on_a_terminal_has_its_size_and_passes_its_exit_code_on() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let binary = Artefact::Warren.path();
+    let shell =
+        format!("stty rows 33 cols 101; {} --socket {} sh {}", binary.display(), node.socket().display(), sandbox.id);
+    let mut command = Command::new("script");
+    command.args(["-qec", &shell, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut script = command.spawn().expect("script(1) starts");
+    let mut keys = script.stdin.take().expect("it has a standard input");
+    // An interrupt key ends what runs in there, and not the shell.
+    let typed: &[&[u8]] =
+        &[b"tty && stty size && echo $TERM\n", b"sleep 1000; echo interrupted=$?\n", b"\x03", b"exit 7\n"];
+    let mut output = script.stdout.take().expect("it has a standard output");
+    let (mut shown, mut chunk) = (String::new(), [0; 4096]);
+    for (line, answer) in typed.iter().zip(["33 101", "sleep 1000; echo", "", ""]) {
+        keys.write_all(line).expect("it reads");
+        while !shown.contains(answer) {
+            let n = output.read(&mut chunk).expect("it writes");
+            assert!(n > 0, "it ended early: {shown}");
+            shown.push_str(&String::from_utf8_lossy(&chunk[..n]));
+        }
+        if answer.starts_with("sleep") {
+            timing::wait_for("sleep to run", || {
+                sandbox.sh("cat /proc/[0-9]*/comm").lines().any(|name| name == "sleep").then_some(())
+            });
+        }
+    }
+    output.read_to_string(&mut shown).expect("it writes text");
+    assert_eq!(script.wait().expect("it ends").code(), Some(7), "{shown}");
+    assert!(shown.contains("/dev/pts/") && shown.contains("xterm") && shown.contains("interrupted=130"), "{shown}");
 }
 
 #[test]

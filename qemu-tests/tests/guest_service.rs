@@ -158,6 +158,15 @@ fn hostile_requests_are_typed_errors_and_cost_nobody_else_anything() {
     let body = line.repeat(4);
     let answers: Vec<String> = (0..30).map(|_| status(&http(&hostile, &post(&body))).to_string()).collect();
     assert!(answers.iter().any(|answer| answer == "202"), "{answers:?}");
+    // The same at once, from one program.
+    let request = post(&body);
+    let put = hostile.start(hostile.request("file.write").set("path", "/tmp/request"));
+    assert!(put.writer().write("content", &request));
+    put.writer().end("content");
+    put.finish_ok();
+    let flood = "for i in 1 2 3 4 5 6 7 8; do nc 169.254.169.254 80 < /tmp/request & done; wait";
+    let answers = hostile.exec(&["sh", "-c", flood]).text("stdout");
+    assert!(answers.contains("HTTP/1.1 429 ") && answers.contains("Retry-After: 1"), "{answers}");
     let stored = node.sh(&format!("stat -c %s /data/sandboxes/{}/guest.log", id_of(&hostile)));
     assert!(stored.trim().parse::<u64>().expect("a size") <= (1 << 20) + 16, "{stored}");
     assert!(logs(&hostile).iter().all(|row| row["log"]["x"].is_string()));

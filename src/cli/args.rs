@@ -480,7 +480,7 @@ pub struct RunArgs {
     #[arg(long, conflicts_with = "detach")]
     pub rm: bool,
     /// Run the code of FILE in this language, in a sandbox of its own that goes with it
-    #[arg(long, visible_alias = "language", value_name = "LANGUAGE", conflicts_with_all = ["interactive", "tty", "detach", "workdir", "command"])]
+    #[arg(long, visible_alias = "language", value_name = "LANGUAGE", conflicts_with_all = ["interactive", "tty", "detach", "privileged", "command"])]
     pub lang: Option<String>,
     /// The template of a sandbox for code [default: the smallest that has the language]
     #[arg(long = "template", value_name = "TEMPLATE", requires = "lang")]

@@ -12,6 +12,8 @@ use nix::sys::signal::{Signal, raise};
 use nix::unistd::{read, write};
 
 use super::client::{Call, Client, Event, LOCAL_IO, local};
+use super::code::Shown;
+use super::code::result::Lines;
 use super::signals::{ENDING, Signals, exit_code};
 use super::terminal::{self, RawTerminal};
 use crate::wire::{Error, FRAME, Fields, Request};
@@ -115,6 +117,9 @@ pub struct Session<'a> {
     early: Vec<Signal>,
     interrupts: u32,
     raw: Option<RawTerminal>,
+    /// What it says if it is a code run.
+    lines: Lines,
+    shown: Shown,
     /// Set when we ended the command ourselves: the exit code, and until when to wait for the node's last word.
     leaving: Option<(u8, Instant)>,
 }
@@ -145,6 +150,8 @@ impl<'a> Session<'a> {
             early: Vec::new(),
             interrupts: 0,
             raw,
+            lines: Lines::default(),
+            shown: Shown::default(),
             leaving: None,
         };
         session.serve()
@@ -205,12 +212,21 @@ impl<'a> Session<'a> {
         match event {
             Event::Item(fields) => {
                 if let Some(lost) = fields.number("lost").filter(|&lost| lost > 0) {
-                    super::output::complain(&format!("warning: {lost} octets of earlier output are lost"));
+                    let of = fields.get("channel").unwrap_or("earlier output");
+                    super::output::complain(&format!("warning: {lost} octets of {of} are lost here"));
                 }
                 self.number = self.number.or(fields.number("exec"));
                 for signal in std::mem::take(&mut self.early) {
                     self.send_signal(signal);
                 }
+            }
+            Event::Data { channel, payload } if channel == "result" => {
+                if self.leaving.is_none() {
+                    let shown = &mut self.shown;
+                    // What cannot be shown is missed by nobody: its output's reader is gone.
+                    self.lines.take(&payload, |said| drop(shown.show(&said)));
+                }
+                self.client.consumed(&self.call, &channel, payload.len());
             }
             Event::Data { channel, payload } => {
                 match outputs.iter_mut().find(|o| o.channel == channel && !o.broken && self.leaving.is_none()) {

@@ -10,6 +10,27 @@ const TIMEOUT_MAX_MS: u64 = 24 * 3600 * 1000;
 /// Memory of a run or context, in MiB; a sandbox has its own limit below this.
 const MEMORY_MIB: std::ops::RangeInclusive<u64> = 16..=32_768;
 
+/// How much memory a run or context may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// So many MiB.
+    Mib(u64),
+    /// What the sandbox can give.
+    Max,
+}
+
+impl std::fmt::Display for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Mib(mib) => mib.fmt(f),
+            Self::Max => f.write_str(MAX),
+        }
+    }
+}
+
+/// The word for all that a sandbox can give.
+pub const MAX: &str = "max";
+
 /// What a run, or a context, may use.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Bounds {
@@ -17,8 +38,10 @@ pub struct Bounds {
     pub env: Vec<Vec<u8>>,
     /// Whom it runs as; the sandbox's user when not said.
     pub user: Option<String>,
-    /// Its memory; 512, or what the sandbox has, when not said.
-    pub memory_mib: Option<u64>,
+    /// Its memory; 512 MiB, or what the sandbox has, when not said.
+    pub memory: Option<Memory>,
+    /// Where it begins; the sandbox's working directory when not said.
+    pub cwd: Option<Vec<u8>>,
     /// Whether it has its sandbox's network.
     pub network: bool,
     /// Packages that it is to have, as they were asked for.
@@ -69,10 +92,15 @@ fn bounds(args: &mut Args) -> Result<Bounds, Error> {
     };
     let dependencies = args.all("dependency").into_iter().map(String::from_utf8).collect::<Result<Vec<_>, _>>();
     let dependencies = dependencies.map_err(|_| bad("dependency", "the name of a package is not UTF-8"))?;
+    let memory = match args.take_word("memory_mib", MAX) {
+        true => Some(Memory::Max),
+        false => args.number("memory_mib", MEMORY_MIB)?.map(Memory::Mib),
+    };
     Ok(Bounds {
         env: args.all("env"),
         user: args.text("user")?,
-        memory_mib: args.number("memory_mib", MEMORY_MIB)?,
+        memory,
+        cwd: args.bytes("cwd")?,
         network,
         dependencies,
         index,
@@ -96,7 +124,7 @@ pub(super) fn run(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error
         (None, Some(_)) if bounds != Bounds::default() => {
             return Err(bad(
                 "context",
-                "env, user, memory, network and dependencies are a context's from its creation on",
+                "env, cwd, user, memory, network and dependencies are a context's from its creation on",
             ));
         }
         _ => {}
@@ -153,6 +181,11 @@ mod tests {
         assert!(of(run().set("language", "python").set("network", "yes")).unwrap_err().is(Code::BadArgument));
         assert!(of(run().set("language", "python").set("memory_mib", 1)).unwrap_err().is(Code::OutOfRange));
         assert!(of(run().set("context", 1).set("timeout_ms", 100)).is_ok());
+        let with = |memory: &str| match of(run().set("language", "python").set("memory_mib", memory)) {
+            Ok(Command::CodeRun { ask, .. }) => ask.bounds.memory,
+            _ => None,
+        };
+        assert_eq!((with("64"), with("max"), with("maximal")), (Some(Memory::Mib(64)), Some(Memory::Max), None));
     }
 
     #[test]

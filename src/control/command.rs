@@ -378,7 +378,7 @@ verbs! {
         done(args, Command::TemplateImport { name })
     };
     "sandbox.create",
-    "[template=base] [name=NAME] [owner=OWNER] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [net_mbps=N] [restart=never|on-failure[:N]] [read_only=true] [env=K=V]* [label=K=V]* [progress=true] [cold=true]",
+    "[template=base] [name=NAME] [owner=OWNER] [vcpus=1..16] [cpu_quota=N] [memory_mib=64..32768] [disk_mib=N] [disk=NAME:new:MIB|NAME:file|device:WHAT[:ro]]* [disk_iops=N] [disk_mbps=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [net_mbps=N] [restart=never|on-failure[:N]] [read_only=true] [ttl=LIMIT] [idle_timeout=LIMIT] [max_lifetime=LIMIT] [env=K=V]* [label=K=V]* [progress=true] [cold=true]",
     "create a sandbox and wait until it answers", sandbox_create;
     "sandbox.list",
     "[state=STATE] [owner=OWNER] [template=NAME] [label=K[=V]]* [executing=true|false] [created_since_ms=TIME] [created_until_ms=TIME] [used_since_ms=TIME] [used_until_ms=TIME] [after=ID] [limit=N]",
@@ -456,11 +456,11 @@ verbs! {
     "exec.signal", "SANDBOX exec=N signal=NAME|NUMBER", "signal a program's process group", exec_signal;
     "exec.resize", "SANDBOX exec=N cols=N rows=N", "new size of a program's terminal", exec_resize;
     "code.run",
-    "SANDBOX language=NAME|context=N [env=K=V]* [user=USER] [memory_mib=16..32768] [network=on|off] [dependency=NAME[==VERSION]|NAME[@VERSION]]* [index=pip|npm] [timeout_ms=1..86400000] [detach=true]",
+    "SANDBOX language=NAME|context=N [env=K=V]* [cwd=PATH] [user=USER] [memory_mib=16..32768|max] [network=on|off] [dependency=NAME[==VERSION]|NAME[@VERSION]]* [index=pip|npm] [timeout_ms=1..86400000] [detach=true]",
     "run code; channels source, stdout, stderr, result", code::run;
     "code.list", "SANDBOX", "the code runs of a sandbox", code::list;
     "code.context.create",
-    "SANDBOX language=NAME [env=K=V]* [user=USER] [memory_mib=16..32768] [network=on|off] [dependency=NAME[==VERSION]|NAME[@VERSION]]* [index=pip|npm]",
+    "SANDBOX language=NAME [env=K=V]* [cwd=PATH] [user=USER] [memory_mib=16..32768|max] [network=on|off] [dependency=NAME[==VERSION]|NAME[@VERSION]]* [index=pip|npm]",
     "start an interpreter that keeps its state between runs", code::create;
     "code.context.list", "SANDBOX", "the contexts of a sandbox", code::contexts;
     "code.context.interrupt", "SANDBOX context=N", "interrupt what a context runs", code::context;
@@ -624,11 +624,9 @@ fn exec_start(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error>
             request = request.set_bytes(key, &value);
         }
     }
-    for key in ["stdin", "tty", "privileged"] {
-        if args.flag(key)? {
-            request = request.set(key, true);
-        }
-    }
+    let stdin = args.flag("stdin")?;
+    let flags = [("stdin", stdin), ("tty", args.flag("tty")?), ("privileged", args.flag("privileged")?)];
+    request = flags.iter().filter(|(_, on)| *on).fold(request, |request, (key, _)| request.set(key, true));
     for (key, limits) in
         [("cols", 1..=MAX_TERMINAL), ("rows", 1..=MAX_TERMINAL), ("timeout_ms", 1..=u64::MAX / 2_000_000)]
     {
@@ -637,6 +635,10 @@ fn exec_start(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error>
         }
     }
     let detach = args.flag("detach")?;
+    if detach && stdin {
+        let message = "detach=true leaves nobody to feed the program: it has no standard input";
+        return Err(Error::new(Code::BadArgument, message).with("argument", "stdin"));
+    }
     done(args, Command::ExecStart { sandbox, argv, request, detach })
 }
 

@@ -20,6 +20,8 @@ use crate::wire::{Args, Code, Error, Fields, Message, Request};
 /// Longest path with its NUL (<linux/limits.h>).
 const PATH_MAX: usize = 4096;
 
+/// A terminal's columns and rows, each: `struct winsize` has 16 bits.
+const TERMINAL: std::ops::RangeInclusive<u64> = 1..=65_535;
 /// Programs that run at once.
 const RUNNING_MAX: usize = 1024;
 /// What is kept of a program's arguments for lists, in octets.
@@ -217,8 +219,8 @@ impl Agent {
         let cwd = args.bytes("cwd")?;
         let user = args.text("user")?;
         let terminal = args.flag("tty")?;
-        let cols = args.number("cols", 1..=9999)?;
-        let rows = args.number("rows", 1..=9999)?;
+        let cols = args.number("cols", TERMINAL)?;
+        let rows = args.number("rows", TERMINAL)?;
         let stdin = args.flag("stdin")?;
         let privileged = args.flag("privileged")?;
         let timeout = args.number("timeout_ms", 1..=TIMEOUT_MAX_MS)?;
@@ -337,8 +339,8 @@ impl Agent {
     }
 
     fn exec_resize(&mut self, mut args: Args) -> Result<Begun, Error> {
-        let cols = args.number("cols", 1..=9999)?;
-        let rows = args.number("rows", 1..=9999)?;
+        let cols = args.number("cols", TERMINAL)?;
+        let rows = args.number("rows", TERMINAL)?;
         let id = self.exec_of(&mut args)?;
         args.finish()?;
         let (Some(cols), Some(rows)) = (cols, rows) else {
@@ -465,7 +467,7 @@ fn mode(args: &mut Args) -> Result<Option<u32>, Error> {
     }
 }
 
-/// Both were checked to be at most 9999.
+/// Both were checked to be of `TERMINAL`.
 fn size(cols: u64, rows: u64) -> Size {
     Size { cols: u16::try_from(cols).unwrap_or(u16::MAX), rows: u16::try_from(rows).unwrap_or(u16::MAX) }
 }

@@ -14,6 +14,7 @@ use crate::sandbox::flow::QUEUE_HIGH;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::worker::{self, LEARN};
+use crate::storage::languages::is_language_name;
 use crate::storage::state::Change;
 use crate::wire::{Code, Decoded, Error, Fields, Filled, Message, Request};
 
@@ -22,7 +23,7 @@ pub(super) const GREETING: &str = "hello";
 pub(super) const START_MACHINE: &str = "start";
 const WATCH: &str = "watch";
 
-/// Finished programs that are kept with their output, a sandbox.
+/// Finished programs that are kept with their output, a sandbox. Those of which somebody was told how they ended go first.
 const FINISHED_KEPT: usize = 256;
 
 impl Supervisor {
@@ -287,6 +288,12 @@ impl Supervisor {
                 let fields = match &mut exec.code {
                     Some(run) => {
                         run.running = fields.get("state") == Some("running");
+                        // Of a run in a context its agent tells it.
+                        if let Some(language) = fields.get("language").filter(|name| is_language_name(name))
+                            && run.language.is_empty()
+                        {
+                            run.language = language.to_string();
+                        }
                         exec.trace.next(if run.running { RUN } else { QUEUE });
                         Fields::new()
                             .with("exec", number)
@@ -337,8 +344,9 @@ impl Supervisor {
             worker.routes.insert(tag, Route::Unheeded);
         }
         let finished = sandbox.execs.values().filter(|exec| exec.outcome.is_some() && exec.viewers.is_empty());
-        let surplus: Vec<u64> = finished.map(|exec| exec.number).collect();
-        for number in surplus.iter().take(surplus.len().saturating_sub(FINISHED_KEPT)) {
+        let mut finished: Vec<(bool, u64)> = finished.map(|exec| (!exec.collected, exec.number)).collect();
+        finished.sort_unstable();
+        for (_, number) in finished.iter().take(finished.len().saturating_sub(FINISHED_KEPT)) {
             if let Some(mut exec) = sandbox.execs.remove(number) {
                 exec.forget(&sandbox.home);
                 self.database.submit(Change::RemoveExecution { sandbox_id: id.to_string(), exec_id: *number });

@@ -106,8 +106,11 @@ impl Supervisor {
         if let Some(user) = &bounds.user {
             request = request.set("user", user);
         }
-        if let Some(mib) = bounds.memory_mib {
-            request = request.set("memory_mib", mib);
+        if let Some(memory) = bounds.memory {
+            request = request.set("memory_mib", memory);
+        }
+        if let Some(cwd) = &bounds.cwd {
+            request = request.set_bytes("cwd", cwd);
         }
         Ok(request.set("network", if bounds.network { "on" } else { "off" }))
     }

@@ -11,7 +11,7 @@ use crate::control::access::Role;
 use crate::sandbox::exec::{Exec, OUTPUTS, Sink, Source, shell_line};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::trace::Trace;
-use crate::storage::history::{HistoryQuery, Note, Record, RecordQuery, RecordRow};
+use crate::storage::history::{HistoryQuery, MESSAGE_CHARS, Note, Record, RecordQuery, RecordRow};
 use crate::storage::state::{Change, Query, Reading, StateError, Ticket};
 use crate::wire::{Code, Error, FRAME, Fields, Message};
 
@@ -244,7 +244,7 @@ fn row_of(record: u64, id: &SandboxId, owner: &str, exec: &Exec, keeps_command: 
         exit: narrow("exit"),
         signal: narrow("signal"),
         code: error.map(|error| error.code.clone()).or(timed_out.then(|| Code::Timeout.as_str().to_string())),
-        message: error.map(|error| error.message.chars().take(1024).collect()),
+        message: error.map(|error| error.message.chars().take(MESSAGE_CHARS).collect()),
         cpu_ms: number("cpu_ms"),
         peak_kib: number("peak_kib"),
         trace: if exec.outcome.is_some() { exec.trace.text() } else { String::new() },

@@ -126,6 +126,8 @@ pub struct Exec {
     pub trace: Trace,
     /// Its owner goes once its source is there, and it runs on.
     pub detaches: bool,
+    /// Somebody was told how it ended.
+    pub collected: bool,
     outputs: [Output; 3],
 }
 
@@ -148,6 +150,7 @@ impl Exec {
             source: Source::default(),
             trace: Trace::since(Instant::now()),
             detaches: false,
+            collected: false,
             outputs: [output(), output(), Output { ended: true, ..output() }],
         }
     }
@@ -258,8 +261,13 @@ impl Exec {
         let viewer = &mut viewers[at];
         for (index, output) in outputs.iter().enumerate() {
             while viewer.seen[index] < output.total() && viewer.credit[index] > 0 && sink.queued() < QUEUE_HIGH {
-                // An attach that began at the start of a full ring may be overtaken once.
-                viewer.seen[index] = viewer.seen[index].max(output.oldest());
+                // Who only watches holds nobody up, and may be overtaken.
+                let lost = output.oldest().saturating_sub(viewer.seen[index]);
+                if lost > 0 {
+                    viewer.seen[index] += lost;
+                    let fields = Fields::new().with("channel", OUTPUTS[index]).with("lost", lost);
+                    sink.send(&Message::item(&viewer.tag, fields));
+                }
                 let length = usize::try_from(viewer.credit[index]).unwrap_or(FRAME).min(FRAME);
                 let mut chunk = vec![0u8; length];
                 let Some(Ok(n)) = output.ring.as_ref().map(|ring| ring.read_at(viewer.seen[index], &mut chunk)) else {
@@ -280,16 +288,19 @@ impl Exec {
             Ok(fields) => Message::ok(&viewer.tag, fields.clone()),
             Err(error) => Message::err(&viewer.tag, error.clone()),
         });
+        self.collected = true;
         true
     }
 
-    /// Credit to give the agent for an output now: no viewer is ever more than a window behind what may come.
+    /// Credit to give the agent for an output now: its owner is never more than a window behind what may come. Who watches it
+    /// besides is not waited for.
     pub fn grant(&mut self, index: usize) -> Option<u64> {
         let output = &mut self.outputs[index];
         if output.ended {
             return None;
         }
-        let seen = self.viewers.iter().map(|v| v.seen[index]).min().unwrap_or_else(|| output.total());
+        let seen =
+            self.viewers.iter().filter(|v| v.owner).map(|v| v.seen[index]).min().unwrap_or_else(|| output.total());
         let target = seen + INITIAL_CREDIT;
         let more = target.saturating_sub(output.granted);
         if more < INITIAL_CREDIT / 4 {
@@ -391,6 +402,7 @@ mod tests {
 
     struct Reader {
         got: Vec<u8>,
+        lost: u64,
         done: Option<Message>,
         queued: usize,
     }
@@ -399,6 +411,7 @@ mod tests {
         fn send(&mut self, message: &Message) {
             match message {
                 Message::Data { payload, .. } => self.got.extend_from_slice(payload),
+                Message::Item { fields, .. } => self.lost += fields.number("lost").unwrap_or(0),
                 Message::Ok { .. } | Message::Err { .. } => self.done = Some(message.clone()),
                 _ => {}
             }
@@ -421,7 +434,7 @@ mod tests {
         let (dir, home) = home("slow");
         let mut exec = Exec::new(1, vec![b"yes".to_vec()], 0);
         exec.watch(7, "a", true);
-        let mut reader = Reader { got: Vec::new(), done: None, queued: 0 };
+        let mut reader = Reader { got: Vec::new(), lost: 0, done: None, queued: 0 };
         let mut sent = 0u64;
         let mut allowed = INITIAL_CREDIT;
         for round in 0..100u64 {
@@ -464,10 +477,37 @@ mod tests {
             exec.grant(0);
         }
         assert_eq!(exec.watch(7, "a", false), total - capacity);
-        let mut reader = Reader { got: Vec::new(), done: None, queued: 0 };
+        let mut reader = Reader { got: Vec::new(), lost: 0, done: None, queued: 0 };
         exec.credit(7, "a", 0, u64::MAX);
         assert!(!exec.pump(0, &mut reader));
         assert_eq!(reader.got.len() as u64, capacity);
+        exec.forget(&home);
+        std::fs::remove_dir_all(&dir).expect("clean up");
+    }
+
+    #[test]
+    fn a_slow_watcher_holds_nobody_up_and_is_told_what_it_lost_of_which_channel() {
+        let (dir, home) = home("watcher");
+        let capacity = 512 * 1024;
+        let mut exec = Exec::new(1, vec![b"yes".to_vec()], 0);
+        exec.watch(7, "slow", false);
+        let mut reader = Reader { got: Vec::new(), lost: 0, done: None, queued: 0 };
+        exec.take(&home, capacity, 0, &[b'x'; 1000]).expect("within credit");
+        exec.credit(7, "slow", 0, 0);
+        exec.pump(0, &mut reader);
+        assert_eq!(reader.got.len(), 1000);
+        let mut total = 1000;
+        for _ in 0..100 {
+            exec.take(&home, capacity, 0, &[b'y'; 16 * 1024]).expect("granted as it comes");
+            total += 16 * 1024;
+            exec.grant(0);
+        }
+        exec.finish(Ok(Fields::new().with("exit", 0)));
+        assert!(!exec.collected);
+        exec.credit(7, "slow", 0, u64::MAX);
+        assert!(exec.pump(0, &mut reader) && exec.collected);
+        assert_eq!(reader.lost, total - 1000 - capacity);
+        assert_eq!(reader.got.len() as u64, 1000 + capacity);
         exec.forget(&home);
         std::fs::remove_dir_all(&dir).expect("clean up");
     }

@@ -16,6 +16,8 @@ const SWEEP: u64 = 2000;
 const RESULTS_READ: u64 = 1024 * 1024;
 /// Longest list of files that is kept, in octets of JSON.
 const MAX_ARTIFACTS: usize = 64 * 1024;
+/// Characters that are kept of why an execution failed.
+pub const MESSAGE_CHARS: usize = 1024;
 
 /// One execution. Times are Unix time in milliseconds.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -243,7 +245,7 @@ fn put(connection: &Connection, row: &RecordRow) -> rusqlite::Result<usize> {
                                   ended_ms, exit, signal, code, message, cpu_ms, peak_kib, trace)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)
              ON CONFLICT (id) DO UPDATE SET
-                 state = excluded.state, ended_ms = excluded.ended_ms, exit = excluded.exit,
+                 language = coalesce(language, excluded.language), state = excluded.state, ended_ms = excluded.ended_ms, exit = excluded.exit,
                  signal = excluded.signal, code = excluded.code, message = excluded.message,
                  cpu_ms = excluded.cpu_ms, peak_kib = excluded.peak_kib, trace = excluded.trace",
         )?
@@ -272,7 +274,8 @@ fn put(connection: &Connection, row: &RecordRow) -> rusqlite::Result<usize> {
 /// A program that wrote nothing to an output has no file of it, and neither has one that is forgotten already.
 fn put_outputs(connection: &Connection, id: u64, files: &[PathBuf; 3], limit: u64) -> Result<usize, StateError> {
     let [stdout, stderr] = [&files[0], &files[1]].map(|file| Ring::tail(file, limit).unwrap_or_default());
-    let artifacts = artifacts_of(&Ring::tail(&files[2], RESULTS_READ).unwrap_or_default().0);
+    let results = Ring::tail(&files[2], RESULTS_READ).unwrap_or_default().0;
+    let (artifacts, message) = (artifacts_of(&results), exception_of(&results));
     let artifacts = if artifacts.is_empty() {
         None
     } else {
@@ -281,10 +284,19 @@ fn put_outputs(connection: &Connection, id: u64, files: &[PathBuf; 3], limit: u6
     let kept = |octets: Vec<u8>| (limit > 0).then_some(octets);
     let changed = connection
         .prepare(
-            "UPDATE history SET stdout = ?2, stdout_bytes = ?3, stderr = ?4, stderr_bytes = ?5, artifacts = ?6
+            "UPDATE history SET stdout = ?2, stdout_bytes = ?3, stderr = ?4, stderr_bytes = ?5, artifacts = ?6,
+                 message = CASE state WHEN 'failed' THEN coalesce(message, ?7) ELSE message END
               WHERE id = ?1",
         )?
-        .execute(params![signed(id), kept(stdout.0), signed(stdout.1), kept(stderr.0), signed(stderr.1), artifacts])?;
+        .execute(params![
+            signed(id),
+            kept(stdout.0),
+            signed(stdout.1),
+            kept(stderr.0),
+            signed(stderr.1),
+            artifacts,
+            message
+        ])?;
     Ok(changed)
 }
 
@@ -301,6 +313,22 @@ fn artifacts_of(results: &[u8]) -> Vec<Artifact> {
             room > 0
         })
         .collect()
+}
+
+/// The last exception among results, as its name and text. It comes from within a sandbox too.
+fn exception_of(results: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Exception {
+        name: String,
+        value: String,
+    }
+    // What is displayed may be long, and is none.
+    let says_error = |line: &&[u8]| line.get(..20).unwrap_or(line).windows(7).any(|octets| octets == b"\"error\"");
+    let mut lines = results.rsplit(|octet| *octet == b'\n').filter(says_error);
+    let exception = lines.find_map(|line| serde_json::from_slice::<Exception>(line).ok())?;
+    let text =
+        if exception.value.is_empty() { exception.name } else { format!("{}: {}", exception.name, exception.value) };
+    Some(text.chars().take(MESSAGE_CHARS).collect())
 }
 
 fn sweep(connection: &Connection, before_ms: Option<u64>, keep: Option<u64>) -> rusqlite::Result<usize> {

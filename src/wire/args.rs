@@ -86,6 +86,14 @@ impl Args {
         }
     }
 
+    /// Whether a key is given once and with this very value, which is taken then.
+    pub fn take_word(&mut self, key: &str, word: &str) -> bool {
+        let mut of_key = self.named.iter().enumerate().filter(|(_, (k, _))| k == key);
+        let (first, second) = (of_key.next(), of_key.next());
+        let found = first.filter(|(_, (_, value))| second.is_none() && value == word.as_bytes()).map(|(at, _)| at);
+        found.map(|at| self.named.remove(at)).is_some()
+    }
+
     /// The value of a key as `true` or `false`; `false` when not given.
     pub fn flag(&mut self, key: &str) -> Result<bool, Error> {
         match self.text(key)?.as_deref() {

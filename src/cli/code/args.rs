@@ -6,20 +6,24 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Subcommand};
 
 use crate::cli::values::{parse_duration, parse_mib};
+use crate::control::code::{MAX, Memory};
 use crate::wire::Request;
 
 /// What code may use.
 #[derive(Debug, Default, Args)]
 pub struct CodeBounds {
-    /// Memory, such as 256M or 1G; a bare number is MiB [default: 512M, or what the sandbox has]
-    #[arg(short, long, value_name = "SIZE", value_parser = parse_mib)]
-    pub memory: Option<u64>,
+    /// Memory, such as 256M or 1G; a bare number is MiB, max all that the sandbox can give [default: 512M, or what there is]
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_memory)]
+    pub memory: Option<Memory>,
     /// Whether it has its sandbox's network [default: off]
     #[arg(long, value_name = "on|off", value_parser = ["on", "off"])]
     pub network: Option<String>,
     /// User, as a name or number, and group
     #[arg(short, long, value_name = "USER[:GROUP]")]
     pub user: Option<String>,
+    /// Working directory [default: the sandbox's]
+    #[arg(short, long, value_name = "PATH")]
+    pub workdir: Option<String>,
     /// Packages
     #[command(flatten)]
     pub dependencies: Dependencies,
@@ -52,12 +56,17 @@ impl Dependencies {
     }
 }
 
+fn parse_memory(text: &str) -> Result<Memory, String> {
+    if text == MAX { Ok(Memory::Max) } else { parse_mib(text).map(Memory::Mib) }
+}
+
 impl CodeBounds {
     /// The request with these.
     pub fn add_to(&self, request: Request) -> Request {
-        let request = self.memory.iter().fold(request, |request, mib| request.set("memory_mib", mib));
+        let request = self.memory.iter().fold(request, |request, memory| request.set("memory_mib", memory));
         let request = self.network.iter().fold(request, |request, network| request.set("network", network));
         let request = self.user.iter().fold(request, |request, user| request.set("user", user));
+        let request = self.workdir.iter().fold(request, |request, path| request.set("cwd", path));
         self.dependencies.add_to(request)
     }
 }
@@ -69,7 +78,7 @@ pub struct CodeArgs {
     #[arg(long, visible_alias = "language", value_name = "LANGUAGE", required_unless_present = "context")]
     pub lang: Option<String>,
     /// The context to run in
-    #[arg(short, long, value_name = "N", conflicts_with_all = ["lang", "memory", "network", "user", "env", "pip", "npm"])]
+    #[arg(short, long, value_name = "N", conflicts_with_all = ["lang", "memory", "network", "user", "workdir", "env", "pip", "npm"])]
     pub context: Option<u64>,
     /// What it may use
     #[command(flatten)]
@@ -77,6 +86,9 @@ pub struct CodeArgs {
     /// An environment variable; without =VALUE it is taken from here
     #[arg(short, long, value_name = "NAME[=VALUE]", action = ArgAction::Append)]
     pub env: Vec<String>,
+    /// Print its number once its source is there, and leave it running: `warren attach` shows what came of it
+    #[arg(short, long, conflicts_with = "save")]
+    pub detach: bool,
     /// End it after this time, such as 500ms, 30s, 5m [default: 30s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,

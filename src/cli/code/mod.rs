@@ -19,6 +19,7 @@ use super::output::{StatusLine, complain, json_object, print, print_json, printa
 use super::run::{id_of, make, remove};
 use super::signals::{Signals, exit_code};
 use super::values::resolve_env;
+use crate::control::code::Memory;
 use crate::wire::{Code, Error, FRAME, Fields, Request};
 
 /// What a client keeps of a run's streams for one document, in octets.
@@ -47,6 +48,13 @@ pub(super) fn run(cli: &Cli, args: &RunArgs, language: &str) -> Result<u8, Failu
     request = args.dependencies.add_to(request);
     if args.shape.network.network.as_deref() == Some("on") {
         request = request.set("network", "on");
+    }
+    if args.shape.memory.is_some() {
+        // The sandbox is there for it alone.
+        request = request.set("memory_mib", Memory::Max);
+    }
+    if let Some(workdir) = &args.how.workdir {
+        request = request.set("cwd", workdir);
     }
     if let Some(user) = &args.how.user {
         request = request.set("user", user);
@@ -79,6 +87,9 @@ pub(super) fn code(cli: &Cli, args: &CodeArgs) -> Result<u8, Failure> {
     }
     for entry in resolve_env(&args.env) {
         request = request.set_bytes("env", &entry);
+    }
+    if args.detach {
+        request = request.set("detach", true);
     }
     let session = Session { client: &mut client, signals: &signals, sandbox: &args.id, context: args.context };
     session.run(request, &source, args.save.as_deref(), cli.json)
@@ -208,6 +219,12 @@ impl Session<'_> {
             print_json(&document)?;
         }
         match result {
+            // It runs on.
+            Ok(fields) if fields.get("exit").is_none() && !as_json => {
+                print(format!("{}\n", fields.get("exec").unwrap_or_default()))?;
+                Ok(0)
+            }
+            Ok(fields) if fields.get("exit").is_none() => Ok(0),
             Ok(fields) => Ok(fields.number("exit").and_then(|code| u8::try_from(code).ok()).unwrap_or(1)),
             Err(_) if interrupted.is_some() => Ok(interrupted.unwrap_or(OWN_FAILURE)),
             Err(error) => Err(Failure::Exec(error)),
@@ -245,14 +262,14 @@ impl Session<'_> {
 }
 
 /// Shows results as they come, for people.
-#[derive(Default)]
-struct Shown {
+#[derive(Debug, Default)]
+pub(super) struct Shown {
     save: Option<PathBuf>,
     saved: usize,
 }
 
 impl Shown {
-    fn show(&mut self, said: &Said) -> io::Result<()> {
+    pub(super) fn show(&mut self, said: &Said) -> io::Result<()> {
         match said {
             Said::Value { forms } | Said::Display { forms } => {
                 if let Some(text) = forms.get("text/plain") {

@@ -20,6 +20,8 @@ pub(crate) struct Start {
     pub runner: bool,
     pub env: Vec<Vec<u8>>,
     pub user: Option<String>,
+    /// Where it begins; `None`: where programs do.
+    pub cwd: Option<Vec<u8>>,
     /// In MiB; `None`: the default, or what there is.
     pub memory_mib: Option<u64>,
     /// Whether it has the sandbox's network.

@@ -57,8 +57,11 @@ impl Agent {
 
         let identity = self.settings.identity(start.user.as_deref())?;
         let env = self.settings.environment(identity.as_ref(), false, start.env.clone());
-        let cwd = self.settings.cwd.clone();
-        if let (true, Err(_)) = (self.pid1, fs::metadata(&cwd)) {
+        let cwd = match &start.cwd {
+            Some(cwd) => files::resolve(&self.settings.cwd, cwd)?,
+            None => self.settings.cwd.clone(),
+        };
+        if let (true, None, Err(_)) = (self.pid1, &start.cwd, fs::metadata(&cwd)) {
             // A run may have taken it away; the next one is to work again.
             let owner = self.settings.owner(start.user.as_deref())?;
             let _ = files::make_directory(&cwd, 0o755, owner, true);

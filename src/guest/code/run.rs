@@ -83,7 +83,7 @@ impl Run {
             return None;
         }
         self.announced = Some(state);
-        Some(Fields::new().with("state", state))
+        Some(Fields::new().with("state", state).with("language", &self.language))
     }
 
     /// Takes a piece of the source.
@@ -160,7 +160,7 @@ impl Run {
             return refused(Code::OutOfMemory, format!("the run used more than {mib} MiB"), "memory_mib", mib);
         }
         if exit != 0 && used.network > 0 {
-            let message = "the run failed, and needed a network, which it does not have".to_string();
+            let message = "the run failed, and needed a network, which it has only with network=on".to_string();
             return refused(Code::NetworkOff, message, "refused", used.network);
         }
         if exit != 0 && used.tasks > 0 {

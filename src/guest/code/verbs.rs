@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::context::{Context, Start};
-use super::launch::{check_words, memory};
+use super::launch::{check_words, memory, memory_limit_mib};
 use super::run::{How, Run, SOURCE_MAX, Stage};
 use crate::guest::agent::{Agent, EXEC_MAX};
 use crate::guest::connection::{Connection, Job, Slot};
@@ -222,9 +222,13 @@ fn start(args: &mut Args) -> Result<Start, Error> {
         return Err(Error::new(Code::BadArgument, "env is not of the form NAME=value").with("argument", "env"));
     }
     let user = args.text("user")?;
-    let memory_mib = memory(args.number("memory_mib", 16..=1 << 20)?)?;
+    let cwd = args.bytes("cwd")?;
+    let memory_mib = match args.take_word("memory_mib", "max") {
+        true => memory_limit_mib(),
+        false => memory(args.number("memory_mib", 16..=1 << 20)?)?,
+    };
     let network = args.text("network")?.as_deref() == Some("on");
-    Ok(Start { language, argv, runner: is_runner, env, user, memory_mib: Some(memory_mib), network })
+    Ok(Start { language, argv, runner: is_runner, env, user, cwd, memory_mib: Some(memory_mib), network })
 }
 
 /// A context as a row.
