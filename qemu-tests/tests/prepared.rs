@@ -34,6 +34,30 @@ fn own_kib(node: &Node) -> Vec<u64> {
 }
 
 #[test]
+fn a_template_of_the_same_image_has_no_part_in_anothers_sandboxes() {
+    let node = Boot::kernel().start();
+    let of_base = take_snapshot(&node);
+    node.control().ok(Request::new("", "template.tag").arg("base").arg("other"));
+    let other = Request::new("", "template.snapshot").arg("other").set("memory_mib", 128).set("network", "on");
+    let of_other = node.control().ok(other).field("id").to_string();
+    // Each has its own: neither took the other's away.
+    let kept = |template: &str| {
+        let rows = node.control().ok(Request::new("", "snapshot.list")).items;
+        let mut of = rows.iter().filter(|row| row.get("template") == Some(template));
+        of.next().and_then(|row| row.get("id")).map(str::to_string)
+    };
+    assert_eq!((kept("base"), kept("other")), (Some(of_base.clone()), Some(of_other.clone())));
+    node.control().ok(Request::new("", "snapshot.remove").arg(&of_base));
+    let sandbox = node.sandbox(&SHAPE);
+    let spans = node.control().ok(sandbox.request("sandbox.trace")).items;
+    assert!(
+        spans.iter().any(|span| span.get("span") == Some("boot")),
+        "it goes on from nothing of the other's: {spans:?}"
+    );
+    sandbox.remove().expect("a sandbox can be removed");
+}
+
+#[test]
 fn a_sandbox_of_a_template_takes_a_worker_that_prepared_its_snapshot() {
     let node = Boot::kernel().start();
     let snapshot = take_snapshot(&node);

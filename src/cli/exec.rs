@@ -24,6 +24,8 @@ const CANCEL_TIME: Duration = Duration::from_secs(2);
 pub const BROKEN_PIPE: u8 = 141;
 /// Warren's own failure, as docker has it: the command's exit codes stay apart from it.
 pub const OWN_FAILURE: u8 = 125;
+/// The channel of what comes of a code run.
+const RESULT: &str = "result";
 /// So many interrupts in a row end a command that does not care for them.
 const PATIENCE: u32 = 3;
 
@@ -117,7 +119,8 @@ pub struct Session<'a> {
     early: Vec<Signal>,
     interrupts: u32,
     raw: Option<RawTerminal>,
-    /// What it says if it is a code run.
+    /// What came of it if it is a code run, and was not shown yet.
+    results: Vec<u8>,
     lines: Lines,
     shown: Shown,
     /// Set when we ended the command ourselves: the exit code, and until when to wait for the node's last word.
@@ -150,6 +153,7 @@ impl<'a> Session<'a> {
             early: Vec::new(),
             interrupts: 0,
             raw,
+            results: Vec::new(),
             lines: Lines::default(),
             shown: Shown::default(),
             leaving: None,
@@ -172,6 +176,10 @@ impl<'a> Session<'a> {
                     Ok(None) => break,
                     Err(error) => done = Some(Err(error)),
                 }
+            }
+            // After the output that came before it.
+            if outputs[0].waiting.is_empty() {
+                self.show_results();
             }
             if let Some((code, until)) = self.leaving {
                 if done.is_some() || Instant::now() >= until {
@@ -207,6 +215,19 @@ impl<'a> Session<'a> {
         }
     }
 
+    fn show_results(&mut self) {
+        let results = std::mem::take(&mut self.results);
+        if results.is_empty() {
+            return;
+        }
+        if self.leaving.is_none() {
+            let shown = &mut self.shown;
+            // What cannot be shown is missed by nobody: its output's reader is gone.
+            self.lines.take(&results, |said| drop(shown.show(&said)));
+        }
+        self.client.consumed(&self.call, RESULT, results.len());
+    }
+
     /// Takes one event in; gives the result when it was the last.
     fn handle(&mut self, event: Event, outputs: &mut [Output<'_>; 2]) -> Option<Result<Fields, Error>> {
         match event {
@@ -220,14 +241,7 @@ impl<'a> Session<'a> {
                     self.send_signal(signal);
                 }
             }
-            Event::Data { channel, payload } if channel == "result" => {
-                if self.leaving.is_none() {
-                    let shown = &mut self.shown;
-                    // What cannot be shown is missed by nobody: its output's reader is gone.
-                    self.lines.take(&payload, |said| drop(shown.show(&said)));
-                }
-                self.client.consumed(&self.call, &channel, payload.len());
-            }
+            Event::Data { channel, payload } if channel == RESULT => self.results.extend(payload),
             Event::Data { channel, payload } => {
                 match outputs.iter_mut().find(|o| o.channel == channel && !o.broken && self.leaving.is_none()) {
                     Some(output) if !payload.is_empty() => output.waiting.push_back((payload, 0)),

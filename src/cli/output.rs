@@ -16,7 +16,27 @@ pub fn print(text: impl AsRef<[u8]>) -> io::Result<()> {
 
 /// Writes one JSON document to standard output.
 pub fn print_json(value: &Value) -> io::Result<()> {
-    print(format!("{value:#}\n"))
+    print(json_text(&format!("{value:#}\n")))
+}
+
+/// Writes a JSON document on one line.
+pub fn print_json_line(value: &Value) -> io::Result<()> {
+    print(json_text(&format!("{value}\n")))
+}
+
+/// JSON lets control characters of the upper half stand as they are, which terminals heed.
+fn json_text(text: &str) -> String {
+    match text.contains(is_heeded) {
+        true => text.chars().fold(String::new(), |text, c| match is_heeded(c) {
+            true => text + &format!("\\u{:04x}", u32::from(c)),
+            false => text + c.encode_utf8(&mut [0; 4]),
+        }),
+        false => text.to_string(),
+    }
+}
+
+fn is_heeded(c: char) -> bool {
+    ('\u{7f}'..='\u{9f}').contains(&c)
 }
 
 /// Writes `error: CODE: sentence` to standard error, and below it the end of the console log where the error has it.
@@ -226,6 +246,14 @@ fn json_value(key: &str, text: String) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_document_has_control_characters_as_they_are() {
+        let value = serde_json::json!({ "reason": "a\u{9b}31m\u{7f}\u{1b}[0mé" });
+        let text = json_text(&value.to_string());
+        assert!(text.contains("a\\u009b31m\\u007f\\u001b[0mé"), "{text}");
+        assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), value);
+    }
 
     #[test]
     fn a_table_lines_up_and_has_no_trailing_spaces() {

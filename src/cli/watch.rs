@@ -6,7 +6,7 @@ use super::Failure;
 use super::args::Cli;
 use super::client::{Client, Event};
 use super::exec::{Mode, Session, take_signals};
-use super::output::{ago, complain, human_bytes, json_object, print, print_json, printable, table};
+use super::output::{ago, complain, human_bytes, json_object, print, print_json, print_json_line, printable, table};
 use super::show::text;
 use crate::wire::{Fields, Request};
 
@@ -85,7 +85,7 @@ fn rows(client: &mut Client, request: Request, json: bool, line: impl Fn(&Fields
                 let count = row.get("lost").or(row.get("count")).unwrap_or("some");
                 complain(&format!("warning: {count} events are lost here"));
             }
-            Event::Item(row) if json => print(format!("{}\n", json_object(&row)))?,
+            Event::Item(row) if json => print_json_line(&json_object(&row))?,
             Event::Item(row) => print(format!("{}\n", printable(line(&row).trim_end())))?,
             Event::Done(result) => {
                 result?;

@@ -24,6 +24,7 @@ use crate::sandbox::worker;
 use crate::storage::snapshots::files;
 use crate::storage::snapshots::{SnapshotKind, SnapshotRow, SnapshotState};
 use crate::storage::state::{Change, SandboxRow};
+use crate::vmm::snapshot::working_set::MAX_BYTES as WORKING_SET_BYTES;
 use crate::wire::{Code, Error, Fields, Message, Request};
 
 /// Octets of randomness that a guest gets which goes on from a snapshot.
@@ -180,6 +181,7 @@ impl Supervisor {
         let base_mib = template.manifest.size_bytes.div_ceil(MIB);
         let disk_mib = spec.disk_mib.unwrap_or(base_mib + self.config.sandbox.default_extra_disk_mib);
         let wanted = SnapshotRow {
+            template: spec.template.clone(),
             template_sha256: template.manifest.sha256_hex(),
             vcpus: spec.vcpus.into(),
             memory_bytes: u64::from(spec.memory_mib) * MIB,
@@ -382,7 +384,8 @@ impl Supervisor {
             let mut octets = Vec::new();
             let (mut set, being_written) = (set, path.with_extension("new"));
             set.rewind()?;
-            set.read_to_end(&mut octets)?;
+            // A worker wrote it, and may have gone on.
+            set.take(WORKING_SET_BYTES as u64).read_to_end(&mut octets)?;
             fs::write(&being_written, octets)?;
             fs::rename(being_written, path)
         };
@@ -580,10 +583,12 @@ fn is_the_snapshots(error: &Error) -> bool {
     [Code::VmFailed, Code::Corrupt, Code::CpuMismatch, Code::GuestTimeout].iter().any(|code| error.is(*code))
 }
 
-/// Whether two snapshots are of machines of one shape.
+/// Whether two snapshots are of one template and of machines of one shape. Another template may have the same image, and a start
+/// command of whoever made it.
 fn is_for(row: &SnapshotRow, other: &SnapshotRow) -> bool {
     let shape = |row: &SnapshotRow| (row.vcpus, row.memory_bytes, row.disk_bytes);
-    row.template_sha256 == other.template_sha256 && shape(row) == shape(other)
+    let template = |row: &SnapshotRow| (row.template.clone(), row.template_sha256.clone());
+    template(row) == template(other) && shape(row) == shape(other)
 }
 
 /// Whether the machine of a snapshot has a network device.

@@ -165,6 +165,8 @@ pub struct Sandbox {
     pub restarting: bool,
     /// How far its pause is, while it is being paused.
     pub pausing: Option<Pausing>,
+    /// When the last pause began.
+    pub pause_began: Option<Instant>,
     /// A thread makes the memory whole that it is paused as, and what is to be taken down when that has ended.
     pub settling: bool,
     /// See `settling`.
@@ -247,6 +249,7 @@ impl Sandbox {
             reason: String::new(),
             restarting: false,
             pausing: None,
+            pause_began: None,
             settling: false,
             after_settling: None,
             snapshotting: None,

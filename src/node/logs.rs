@@ -14,6 +14,7 @@ use crate::sandbox::flow::QUEUE_HIGH;
 use crate::sandbox::guest_log;
 use crate::sandbox::id::SandboxId;
 use crate::storage::ring::Ring;
+use crate::vmm::devices::console::LOG_BYTES;
 use crate::wire::{Code, Error, FRAME, Fields, INITIAL_CREDIT, Message};
 
 /// How often followed logs are looked at: nothing tells when a file grows but a look at it.
@@ -72,7 +73,8 @@ impl Origin {
                     let mut all = Vec::new();
                     let mut whole = &*file;
                     io::Seek::seek(&mut whole, io::SeekFrom::Start(0))?;
-                    io::Read::read_to_end(&mut io::Read::take(whole, *seen), &mut all)?;
+                    // The worker, which writes it, keeps it shorter than that, and is not trusted to.
+                    io::Read::read_to_end(&mut io::Read::take(whole, (*seen).min(2 * LOG_BYTES)), &mut all)?;
                     let place = all.windows(mark.len().max(1)).rposition(|window| window == mark.as_slice());
                     (lost, *offset) = match place {
                         Some(place) => (0, (place + mark.len()) as u64),

@@ -20,7 +20,7 @@ use super::flattening::to_error;
 use super::fork::RollingBack;
 use super::instance::{Awaited, Waiter};
 use super::start::MIB;
-use super::supervisor::{Done, Supervisor};
+use super::supervisor::{Done, Supervisor, Timer};
 use crate::sandbox::home::{Home, Settling};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
@@ -31,6 +31,10 @@ use crate::wire::{Code, Error, Fields, Message, Request};
 
 /// How long the agent has to say that they do.
 pub(super) const FREEZE: Duration = Duration::from_secs(5);
+/// How long a pause may take, with a second for each `SLOWEST_MIB` of memory besides: more than any medium needs.
+const PAUSE: Duration = Duration::from_secs(60);
+const SLOWEST_MIB: u64 = 16;
+
 /// How far a pause is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pausing {
@@ -79,8 +83,30 @@ impl Supervisor {
             return;
         };
         faults::pass(Point::PauseWritten);
-        sandbox.pausing = Some(Pausing::Freezing(Instant::now()));
+        let began = Instant::now();
+        sandbox.pausing = Some(Pausing::Freezing(began));
+        sandbox.pause_began = Some(began);
+        let most = PAUSE + Duration::from_secs(u64::from(sandbox.spec.memory_mib) / SLOWEST_MIB);
+        self.timers.after(most, Timer::Pause(id.clone(), began));
         self.ask_freeze(id);
+    }
+
+    /// A pause has had its time. Until its end no limit of the sandbox holds, so that a worker could run on in it for ever.
+    pub(super) fn pause_expired(&mut self, id: &SandboxId, began: Instant) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        if sandbox.pausing.is_none() || sandbox.pause_began != Some(began) {
+            return;
+        }
+        log::error!(
+            "sandbox {id}: its pause did not come to an end within {} s: it is ended",
+            began.elapsed().as_secs()
+        );
+        if let Some(worker) = &mut sandbox.worker {
+            worker.verdict = Some("pause-timeout: its worker did not write or end in time".to_string());
+        }
+        if let Err(e) = sandbox.home.kill() {
+            log::error!("sandbox {id} cannot be killed: {e}");
+        }
     }
 
     /// The agent has had its time to freeze the guest's programs.

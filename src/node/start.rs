@@ -682,8 +682,7 @@ impl Supervisor {
 
 /// The end of the guest's console, for an error about a guest that did not come up.
 pub(super) fn with_console(error: Error, sandbox: &Sandbox) -> Error {
-    let log = fs::read(sandbox.home.serial_log()).unwrap_or_default();
-    let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(512)..]).into_owned();
+    let tail = String::from_utf8_lossy(&sandbox.home.console_tail(512)).into_owned();
     if tail.is_empty() { error } else { error.with("console", tail) }
 }
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -114,7 +114,7 @@ pub fn begin_capture(
     let request = if below.is_some() { request.set("diff", true) } else { request };
     send_with_descriptors(&stream, request, &descriptors)?;
     drop(theirs);
-    Ok(Capture { fields: read_answer(&stream)?, done })
+    Ok(Capture { fields: read_answer(&stream, CAPTURE)?, done })
 }
 
 /// Whether a process has that file in its memory, by its own list (proc_pid_maps(5)).
@@ -155,9 +155,8 @@ impl Capture {
 /// started with. Blocks.
 pub fn next_overlay(socket: &Path) -> Result<Option<String>, CaptureError> {
     let stream = connect(socket)?;
-    stream.set_read_timeout(Some(CAPTURE))?;
     send_with_descriptors(&stream, Request::new("hello", "hello"), &[])?;
-    Ok(read_answer(&stream)?.get("overlay").map(str::to_string))
+    Ok(read_answer(&stream, GREETING)?.get("overlay").map(str::to_string))
 }
 
 /// Tag of the request below.
@@ -173,8 +172,10 @@ pub fn ask_working_set(link: &impl AsRawFd, pid: i32) -> io::Result<File> {
     Ok(into)
 }
 
-/// The final answer to the one request of a connection.
-fn read_answer(mut stream: &UnixStream) -> Result<Fields, CaptureError> {
+/// The final answer to the one request of a connection, all of which has to come within that time.
+fn read_answer(mut stream: &UnixStream, within: Duration) -> Result<Fields, CaptureError> {
+    let until = Instant::now() + within;
+    let mut left = ANSWER_BYTES;
     let mut decoder = crate::wire::Decoder::new();
     let mut octets = [0; 4096];
     loop {
@@ -184,7 +185,15 @@ fn read_answer(mut stream: &UnixStream) -> Result<Fields, CaptureError> {
             Some(_) => continue,
             None => {}
         }
-        match stream.read(&mut octets)? {
+        let wait = until.saturating_duration_since(Instant::now());
+        if wait.is_zero() || left == 0 {
+            let message = format!("no answer within {} s and {ANSWER_BYTES} octets", within.as_secs());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, message).into());
+        }
+        stream.set_read_timeout(Some(wait))?;
+        let count = stream.read(&mut octets)?;
+        left = left.saturating_sub(count);
+        match count {
             0 => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
             count => decoder.push(&octets[..count]),
         }
@@ -193,6 +202,10 @@ fn read_answer(mut stream: &UnixStream) -> Result<Fields, CaptureError> {
 
 /// How long a worker may take to hold its guest: longer than it gives itself.
 const CAPTURE: Duration = Duration::from_secs(30);
+/// How long it may take to say what it is.
+const GREETING: Duration = Duration::from_secs(5);
+/// Octets of everything that comes before an answer, and of it.
+const ANSWER_BYTES: usize = 256 * 1024;
 
 /// The version of its link that a worker's greeting names. The first said nothing of it.
 ///
@@ -246,6 +259,26 @@ impl LastWords {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_worker_that_says_anything_but_an_answer_is_not_listened_to_for_long() {
+        use std::io::Write;
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        // Nothing, empty lines, and greetings without end.
+        let error = read_answer(&ours, Duration::from_millis(20)).unwrap_err();
+        assert!(matches!(&error, CaptureError::Io(e) if e.kind() != io::ErrorKind::UnexpectedEof), "{error:?}");
+        for noise in [&b"\n"[..], b"hello item state=waiting\n"] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let flood = noise.repeat(512 * 1024 / noise.len());
+            let writer = std::thread::spawn(move || theirs.write_all(&flood));
+            let error = read_answer(&ours, Duration::from_secs(600)).unwrap_err();
+            assert!(matches!(&error, CaptureError::Io(e) if e.kind() == io::ErrorKind::TimedOut), "{error:?}");
+            drop(ours);
+            assert!(writer.join().unwrap().is_err(), "not all of it was read");
+        }
+        theirs.write_all(b"hello ok overlay=one\n").unwrap();
+        assert_eq!(read_answer(&ours, GREETING).unwrap().get("overlay"), Some("one"));
+    }
 
     #[test]
     fn a_process_maps_its_program_and_not_another_file() {

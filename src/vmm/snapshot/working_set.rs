@@ -14,7 +14,7 @@ use super::memory::{file_pages, own_pages};
 use crate::vmm::memory::{GuestMemory, PAGE};
 
 /// Longest file, in octets.
-const MAX_BYTES: usize = 128 << 10;
+pub const MAX_BYTES: usize = 128 << 10;
 /// Most pages that are prepared before a guest runs: 32 MiB.
 const MAX_PAGES: u64 = 8192;
 /// Octets of a run.
