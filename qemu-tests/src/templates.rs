@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use sha2::{Digest, Sha256};
 use warren::archive::Entry;
 use warren::wire::Request;
 
@@ -123,4 +124,27 @@ pub fn image(name: &str) -> Option<PathBuf> {
 /// An entry of an archive.
 pub fn entry(path: &str) -> Entry {
     Entry { path: path.as_bytes().to_vec(), mode: 0o644, ..Entry::default() }
+}
+
+/// Writes an OCI image of these layers, tar archives, the lowest first.
+///
+/// # Panics
+/// When it cannot be written.
+pub fn write_image(directory: &Path, layers: &[Vec<u8>]) {
+    let blobs = directory.join("blobs/sha256");
+    fs::create_dir_all(&blobs).expect("a directory of a test's can be made");
+    let put = |content: &[u8]| {
+        let digest: String = Sha256::digest(content).iter().map(|octet| format!("{octet:02x}")).collect();
+        fs::write(blobs.join(&digest), content).expect("there is room");
+        (format!("{{\"digest\":\"sha256:{digest}\",\"size\":{}}}", content.len()), format!("\"sha256:{digest}\""))
+    };
+    let (layers, ids): (Vec<String>, Vec<String>) = layers.iter().map(|layer| put(layer)).unzip();
+    let config = format!(
+        "{{\"architecture\":\"amd64\",\"os\":\"linux\",\"config\":{{\"Env\":[\"PATH=/bin\"]}},\"rootfs\":{{\"diff_ids\":[{}]}}}}",
+        ids.join(",")
+    );
+    let manifest = format!("{{\"config\":{},\"layers\":[{}]}}", put(config.as_bytes()).0, layers.join(","));
+    let index = format!("{{\"manifests\":[{}]}}", put(manifest.as_bytes()).0);
+    fs::write(directory.join("index.json"), index).expect("there is room");
+    fs::write(directory.join("oci-layout"), "{\"imageLayoutVersion\":\"1.0.0\"}").expect("there is room");
 }

@@ -6,7 +6,11 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use qemu_tests::files::TempDir;
-use qemu_tests::templates::{build, entry, fails, image, remove, said, sandbox, small, start, traces, wait_until_gone};
+use qemu_tests::internet::{HOST, Internet};
+use qemu_tests::packages::{INDEX, URL};
+use qemu_tests::templates::{
+    build, entry, fails, image, remove, said, sandbox, small, start, traces, wait_until_gone, write_image,
+};
 use qemu_tests::{Request, shared, timing};
 use warren::archive::{Entry, Kind, pack};
 
@@ -86,13 +90,64 @@ fn the_steps_of_a_recipe_are_done_in_order_and_kept_for_the_next_build() {
 fn a_recipe_is_built_on_an_image_beside_it() {
     let node = shared::node();
     let Some(layout) = image("layout") else { return };
-    let place = Place::new("FROM ./image\nRUN echo $GREETING > /tmp/greeting\nENV GREETING=bye\n");
+    // What is there stays as it is where COPY has a directory of its name: modes, and links that lead to one.
+    let place = Place::new(
+        "FROM ./image\nRUN echo $GREETING > /tmp/greeting\nENV GREETING=bye\n\
+         USER 0\nRUN mkdir -m 1777 /real && busybox ln -s real /other\nCOPY tree/ /\nUSER app\n",
+    );
+    place.write("tree/other/x", b"copied");
     std::os::unix::fs::symlink(layout, place.0.path().join("image")).unwrap();
     build(&node, &small("on-image", &["--no-cache", "--ref", "app"], &place.path()));
     let of = sandbox(&node, "on-image");
     assert_eq!(said(&of, "cat /tmp/greeting; echo $GREETING; id -u; pwd"), "hello\nbye\n1234\n/data\n");
+    assert_eq!(said(&of, "cat /real/x; readlink /other; stat -c %a /real"), "copiedreal\n1777\n");
     drop(of);
     remove(&node, "on-image");
+}
+
+#[test]
+fn a_step_has_the_network_that_its_build_asks_for_and_reaches_nothing_private() {
+    let node = shared::node();
+    let Some(root) = image("root.tar") else { return };
+    let (before, internet) = (traces(&node), Internet::of(&node));
+    node.sh(&format!("rm -rf {INDEX}; mkdir -p {INDEX} && echo fetched > {INDEX}/file"));
+    // What must not be reached answers whoever gets there.
+    node.sh("nc -ll -p 80 -e echo hello > /dev/null 2>&1 & echo");
+    let fetch = format!("busybox timeout 20 wget -q -O /fetched {URL}/file");
+    let place = Place::new(&format!(
+        "FROM ./image\n\
+         RUN {fetch}\n\
+         RUN for host in {HOST} 10.0.0.5 192.168.1.1 93.0.0.1 $(busybox ip route | busybox awk '/default/ {{print $3}}'); do\\\n\
+         (echo hello | busybox timeout 6 busybox nc -w 6 $host 80 | grep -q hello && echo $host >> /reached) & done; wait; true\n\
+         RUN grep nameserver /etc/resolv.conf > /servers\n"
+    ));
+    // An image that brings name servers of where it was made.
+    let entry = warren::archive::Entry { mode: 0o644, ..entry("etc/resolv.conf") };
+    let servers = pack(&[(entry, &b"nameserver 10.0.0.5\n"[..])]);
+    write_image(&place.0.path().join("image"), &[fs::read(root).unwrap(), servers]);
+    let path = place.path();
+    build(&node, &small("fetched", &["--no-cache", "--network", "on"], &path));
+    let of = sandbox(&node, "fetched");
+    assert_eq!(
+        of.sh("cat /fetched /reached; busybox tail -n 1 /servers"),
+        format!("fetched\n{HOST}\nnameserver 9.9.9.9\n")
+    );
+    drop(of);
+    assert_eq!((internet.count("10.0.0.5", "tcp"), internet.count("192.168.1.1", "tcp")), (0, 0));
+    node.sh("killall nc");
+    remove(&node, "fetched");
+
+    // Without a network, and with one that leads elsewhere only, nothing is fetched.
+    let requests = internet.count(HOST, "http");
+    assert!(requests > 0);
+    let place = Place::new(&format!("FROM base\nRUN {}\n", fetch.replace("timeout 20", "timeout 4")));
+    for network in [&[][..], &["--network", "on", "--deny", HOST]] {
+        let failed =
+            fails(&node, &small("fetched", &[network, &["--no-cache"]].concat(), &place.path()), "BUILD_FAILED");
+        assert!(failed.stderr.contains("step 1 of 1") && failed.stderr.contains("exit code "), "{}", failed.stderr);
+    }
+    assert_eq!(internet.count(HOST, "http"), requests);
+    wait_until_gone(&node, &before);
 }
 
 #[test]
@@ -185,9 +240,23 @@ fn archives_that_mean_harm_are_errors_that_say_what() {
         ("absolute", pack(&[file("ok"), file("/etc/passwd")]), "BAD_ARCHIVE", "path \"/etc/passwd\" is absolute"),
         ("above", pack(&[file("../../etc/passwd")]), "BAD_ARCHIVE", "path \"../../etc/passwd\" leaves the root"),
         ("hard", pack(&[link(Kind::HardLink, "x", "../../etc/shadow")]), "BAD_ARCHIVE", "\"../../etc/shadow\" leaves"),
-        ("cut", whole[..700].to_vec(), "BAD_ARCHIVE", "ends within an entry"),
+        ("cut", pack(&[(entry("a"), &[7; 700])])[..1100].to_vec(), "BAD_ARCHIVE", "ends within an entry"),
         ("flipped", flipped, "BAD_ARCHIVE", "its checksum is wrong"),
         ("xz", b"\xfd7zXZ\0and so on".to_vec(), "BAD_ARCHIVE", "compressed with xz"),
+        ("parent", pack(&[file("f"), file("f/x")]), "BAD_ARCHIVE", "/f is no directory, and something is to be in it"),
+        ("root", pack(&[file("ok"), link(Kind::SymbolicLink, "./", "ok")]), "BAD_ARCHIVE", "the root is to be"),
+        (
+            "nothing",
+            pack(&[link(Kind::HardLink, "x", "none")]),
+            "BAD_ARCHIVE",
+            "/x as a hard link to /none: there is no such file",
+        ),
+        (
+            "attribute",
+            pack(&[(Entry { attributes: vec![(b"user.a".to_vec(), vec![1; 9000])], ..entry("x") }, b"")]),
+            "OUT_OF_RANGE",
+            "/x: attribute user.a of 9000 octets: a file's attributes have room for 4096",
+        ),
     ] {
         let path = place.write(name, &octets);
         let failed = fails(&node, &small("harm", &["--no-cache"], &path.display().to_string()), code);

@@ -2,8 +2,11 @@
 
 use qemu_tests::files::TempDir;
 use qemu_tests::node::Boot;
-use qemu_tests::templates::{build, fails, image, remove, said, sandbox, small, traces, wait_until_gone, warren};
-use qemu_tests::{Code, Request, shared};
+use qemu_tests::templates::{
+    build, entry, fails, image, remove, said, sandbox, small, traces, wait_until_gone, warren, write_image,
+};
+use qemu_tests::{Code, Request, Sandbox, shared};
+use warren::archive::{Entry, Kind, pack};
 
 fn text(path: &std::path::Path) -> String {
     path.display().to_string()
@@ -55,7 +58,8 @@ fn assert_layers(node: &qemu_tests::Node, name: &str) {
 #[test]
 fn an_image_of_several_layers_is_what_they_are_on_top_of_each_other() {
     let node = shared::node();
-    for (file, more) in [("layout", &["--ref", "app"][..]), ("docker.tar", &[]), ("oci.tar", &[])] {
+    // The last has layers of many zstd frames.
+    for (file, more) in [("layout", &["--ref", "app"][..]), ("docker.tar", &[]), ("oci.tar", &[]), ("chunked", &[])] {
         let Some(path) = image(file) else { continue };
         let name = format!("layers:{}", file.replace(".tar", ""));
         let done = build(&node, &small(&name, &[more, &["--no-cache"]].concat(), &text(&path)));
@@ -67,6 +71,127 @@ fn an_image_of_several_layers_is_what_they_are_on_top_of_each_other() {
         assert_layers(&node, &name);
         remove(&node, &name);
     }
+}
+
+/// Extended attributes of a file.
+fn attributes(of: &Sandbox, path: &str) -> String {
+    of.sh(&format!("/run/guest-tool attributes path={path}"))
+}
+
+#[test]
+fn attributes_owners_links_and_changes_of_kind_are_as_umoci_has_written_them() {
+    let node = shared::node();
+    if let Some(path) = image("awkward") {
+        build(&node, &small("awkward", &["--no-cache"], &text(&path)));
+        let of = sandbox(&node, "awkward");
+        of.put_guest_tool();
+        // In the base: kinds, modes, owners, links.
+        assert_eq!(
+            of.sh("cd /t && stat -c '%n %F %a %u:%g' attributes group sticky pipe"),
+            "attributes regular file 644 100000:4000000000\ngroup directory 2755 0:70000\n\
+             sticky directory 1777 0:0\npipe fifo 620 0:0\n"
+        );
+        assert_eq!(of.sh("cd /t && ls -d character block 2>/dev/null || true"), "", "devices are left out");
+        assert_eq!(
+            of.sh("cd /t && stat -c %i first second | busybox uniq | busybox wc -l && cat high low"),
+            "1\nlow\nlow\n"
+        );
+        assert_eq!(of.sh(&format!("cat /t/{}file", "long/".repeat(200))), "deep\n");
+        let capability = format!("security.capability=0100000200200000{}\n", "0".repeat(24));
+        assert_eq!(attributes(&of, "/t/capable"), capability);
+        assert_eq!(attributes(&of, "/t/attributes"), "user.test=76616c7565003d0a\n");
+        assert_eq!(attributes(&of, "/t/group"), "user.directory=78\n");
+        // In the layer above: what became of another kind, and what lies where a link led to.
+        assert_eq!(
+            of.sh("cd /t && stat -c '%n %F' file directory tree link && readlink tree && ls file link elsewhere"),
+            "file directory\ndirectory regular file\ntree symbolic link\nlink directory\n/t/elsewhere\n\
+             elsewhere:\nx\n\nfile:\nwithin\n\nlink:\nown\n"
+        );
+        // In the last: a directory that hides all below.
+        assert_eq!(of.sh("cd /t/opaque && find . -type f"), "./file\n");
+        drop(of);
+        remove(&node, "awkward");
+    }
+}
+
+#[test]
+fn layers_that_no_program_writes_are_applied_within_the_disk() {
+    let node = shared::node();
+    let Some(root) = image("root.tar") else { return };
+    let before = traces(&node);
+    let file = |path: &str, content: &'static str| (entry(path), content.as_bytes());
+    let link = |kind, path: &str, to: &str| (Entry { kind, link: to.into(), mtime: 77, ..entry(path) }, &b""[..]);
+    let directory = |path: &str| (Entry { kind: Kind::Directory, mode: 0o755, mtime: 99, ..entry(path) }, &b""[..]);
+    let of_kind = |kind, path: &str| (Entry { kind, ..entry(path) }, &b""[..]);
+    let low = pack(&[
+        file("d/a", ""),
+        file("d/b/c", ""),
+        file("e/f", ""),
+        file("real/old", ""),
+        file("gone/x", ""),
+        file("file/x", ""),
+        file("moved/1", ""),
+        file("device", ""),
+        file("keep", "kept\n"),
+        link(Kind::SymbolicLink, "link", "real"),
+        link(Kind::SymbolicLink, "absolute", "/real"),
+        link(Kind::SymbolicLink, "above", "../../../../real"),
+        link(Kind::SymbolicLink, "away", "/real"),
+        // Nobody ever writes to it: who opens it waits.
+        of_kind(Kind::Pipe, "etc/hosts"),
+    ]);
+    let high = pack(&[
+        // Parents that are links lead to where they lead within the disk.
+        file("link/1", ""),
+        file("absolute/2", ""),
+        file("above/3", ""),
+        file("link/.wh.old", ""),
+        // A link is taken away, and not what it leads to.
+        file(".wh.away", ""),
+        file("d/.wh.a", ""),
+        // It comes again in this layer, whatever the order.
+        file("d/.wh.b", ""),
+        file("d/b/z", ""),
+        file("e/new", ""),
+        file("e/.wh..wh..opq", ""),
+        file(".wh.gone", ""),
+        // As umoci has it where a directory became a file, or a link to another directory.
+        file("file", ""),
+        file("file/.wh.x", ""),
+        link(Kind::SymbolicLink, "moved", "/real"),
+        file("moved/.wh.1", ""),
+        file("moved/.wh..wh..opq", ""),
+        file("keep/.wh.x", ""),
+        file(".wh.nothing", ""),
+        file(".wh..wh.plnk", ""),
+        link(Kind::HardLink, "lower", "keep"),
+        file("one", "same\n"),
+        link(Kind::HardLink, "two", "one"),
+        of_kind(Kind::Character, "device"),
+        link(Kind::HardLink, "device-too", "device"),
+        directory("dated"),
+        file("dated/x", ""),
+        (Entry { mode: 0o6755, uid: u32::MAX - 1, gid: 65_536, ..entry("owned") }, b""),
+        (Entry { attributes: vec![(b"user.one".to_vec(), vec![7; 2000])], ..entry(&"n".repeat(255)) }, b""),
+    ]);
+    let place = TempDir::new().unwrap();
+    write_image(place.path(), &[std::fs::read(root).unwrap(), low, high]);
+    let done = build(&node, &small("written", &["--no-cache"], &text(place.path())));
+    assert!(done.stderr.contains("2 device nodes were left out"), "{}", done.stderr);
+    let of = sandbox(&node, "written");
+    of.put_guest_tool();
+    assert_eq!(of.sh("ls /real; cd /; find d e -type f | sort"), "1\n2\n3\nd/b/z\ne/new\n");
+    assert_eq!(of.sh("cd /; ls -d gone nothing away device device-too .wh* 2>/dev/null || true"), "");
+    assert_eq!(
+        of.sh("cat /lower /two; stat -c %i /lower /keep /one /two | busybox uniq | busybox wc -l"),
+        "kept\nsame\n2\n"
+    );
+    assert_eq!(of.sh("stat -c '%a %u:%g' /owned"), "6755 4294967294:65536\n");
+    assert_eq!(of.sh("stat -c %Y /dated /link"), "99\n77\n");
+    assert_eq!(attributes(&of, &format!("/{}", "n".repeat(255))), format!("user.one={}\n", "07".repeat(2000)));
+    drop(of);
+    remove(&node, "written");
+    wait_until_gone(&node, &before);
 }
 
 #[test]
@@ -166,6 +291,19 @@ fn sandboxes_start_from_what_was_ready() {
     second.sh("echo other > /tmp/www/index.html");
     assert_eq!((first.sh(ready), second.sh(ready)), ("served\n".to_string(), "other\n".to_string()));
     drop((first, second));
+
+    // A sandbox that cannot start from the snapshot is booted, and has the start command started too.
+    for keys in [&[("cold", "true")][..], &[("read_only", "true"), ("cold", "true")], &[("memory_mib", "160")]] {
+        let of = node.sandbox(&[&[("template", "server")], keys].concat());
+        let served = format!("until {ready}; do sleep 0.2; done 2>/dev/null");
+        assert_eq!(of.sh(&served), "served\n", "{keys:?}");
+    }
+
+    // A start command that fails ends the build at once, and what it said is told.
+    let more = ["--no-cache", "--start", "echo no such config >&2; exit 7", "--ready", "false"];
+    let failed = fails(&node, &small("broken", &more, &path), "BUILD_FAILED");
+    assert!(failed.stderr.contains("the start command ended before there was anything ready: exit code 7"));
+    assert!(failed.stderr.matches("no such config").count() >= 2, "{}", failed.stderr);
 
     // One whose ready command never succeeds is none, and the one before it stays.
     let more = ["--no-cache", "--start", "sleep 1000", "--ready", "echo not yet; false", "--ready-timeout", "5s"];

@@ -129,8 +129,8 @@ pub(super) fn pax_records(mut text: &[u8]) -> Option<Vec<(&[u8], &[u8])>> {
     Some(records)
 }
 
-/// The header, or headers, of an entry that is written. Numbers that do not fit their fields, and long names, go into an
-/// extended header.
+/// The header, or headers, of an entry that is written. Numbers that do not fit their fields, long names and extended
+/// attributes go into an extended header.
 pub fn write_entry(entry: &super::Entry) -> Vec<u8> {
     let mut records = Vec::new();
     let mut record = |key: &str, value: &[u8]| {
@@ -154,6 +154,9 @@ pub fn write_entry(entry: &super::Entry) -> Vec<u8> {
         if value > most {
             record(key, value.to_string().as_bytes());
         }
+    }
+    for (name, value) in &entry.attributes {
+        record(&format!("SCHILY.xattr.{}", String::from_utf8_lossy(name)), value);
     }
     let mut out = Vec::new();
     if !records.is_empty() {

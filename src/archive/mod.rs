@@ -14,7 +14,9 @@ use header::{Raw, pax_records};
 
 /// Longest path, in octets; the kernel takes no longer one.
 pub const MAX_PATH: u64 = 4096;
-/// Longest extended header, in octets: it carries paths and extended attributes.
+/// Largest file, in octets: as large as the kernel takes any to be.
+const MAX_SIZE: u64 = i64::MAX as u64;
+/// Longest extended header, in octets, all together that an entry has: they carry paths and extended attributes.
 pub const MAX_EXTENDED: u64 = 1024 * 1024;
 
 /// One file of an archive.
@@ -148,17 +150,29 @@ impl<R: Read> Archive<R> {
     /// After an error nothing more can be read.
     #[allow(clippy::should_implement_trait)] // it fails, and lends nothing: no iterator
     pub fn next(&mut self) -> Result<Option<Entry>, ArchiveError> {
-        let mut extended = Extended::default();
+        let (mut extended, mut held) = (Extended::default(), 0);
         loop {
-            self.skip()?;
+            let more = self.skip()?;
             let at = self.at;
-            let Some(raw) = self.header()? else { return Ok(None) };
-            let size = raw.number(Raw::SIZE).ok_or(ArchiveError::NotAHeader { at, what: "its size is no number" })?;
+            let Some(raw) = (if more { self.header()? } else { None }) else {
+                // An extended header is of an entry that follows.
+                return if held == 0 { Ok(None) } else { Err(ArchiveError::Truncated { at }) };
+            };
+            let bad = |what| ArchiveError::NotAHeader { at, what };
+            let size = raw.number(Raw::SIZE).filter(|size| *size <= MAX_SIZE).ok_or(bad("its size is no number"))?;
+            if matches!(raw.kind(), b'x' | b'L' | b'K') {
+                // What is kept of them goes with the entry, and is not to grow without end before there is one.
+                held = size.saturating_add(held);
+                if held > MAX_EXTENDED {
+                    let what = if held == size { "an extended header" } else { "extended headers of one entry" };
+                    return Err(ArchiveError::TooLong { at, what, found: held, max: MAX_EXTENDED });
+                }
+            }
             match raw.kind() {
                 b'x' => {
                     let text = self.extension(at, size)?;
-                    let bad = ArchiveError::NotAHeader { at, what: "its records are not of the form of pax" };
-                    extended.take(pax_records(&text).ok_or(bad)?);
+                    let records = pax_records(&text).and_then(|records| extended.take(records));
+                    records.ok_or(bad("its records are not of the form of pax"))?;
                 }
                 // For all entries that follow. Nobody puts anything there that matters here.
                 b'g' => drop(self.extension(at, size)?),
@@ -181,7 +195,10 @@ impl<R: Read> Archive<R> {
             kind => kind,
         };
         let size = if kind == Kind::File { extended.size.unwrap_or(size) } else { 0 };
-        let narrow = |wide: Option<u64>, what| wide.and_then(|id| u32::try_from(id).ok()).ok_or(bad(what));
+        // The kernel has no owner of the highest number: it means that nothing is to change.
+        let narrow = |wide: Option<u64>, what| {
+            wide.and_then(|id| u32::try_from(id).ok()).filter(|id| *id != u32::MAX).ok_or(bad(what))
+        };
         let entry = Entry {
             link: extended.link.unwrap_or_else(|| raw.link()),
             kind,
@@ -239,8 +256,10 @@ impl<R: Read> Archive<R> {
         Ok(text)
     }
 
-    fn skip(&mut self) -> Result<(), ArchiveError> {
-        let mut left = std::mem::take(&mut self.left) + std::mem::take(&mut self.padding);
+    /// Goes to the next header. `false` where all ends behind a whole content: some builders (umoci's insert) fill the last
+    /// block of an archive not up.
+    fn skip(&mut self) -> Result<bool, ArchiveError> {
+        let mut left = std::mem::take(&mut self.left);
         let mut octets = [0; 16 * 1024];
         while left > 0 {
             let step = octets.len().min(usize::try_from(left).unwrap_or(usize::MAX));
@@ -249,7 +268,8 @@ impl<R: Read> Archive<R> {
             }
             left -= step as u64;
         }
-        Ok(())
+        let padding = usize::try_from(std::mem::take(&mut self.padding)).unwrap_or(0).min(BLOCK);
+        Ok(self.fill(&mut octets[..padding])? == padding)
     }
 
     /// Reads until `into` is full or there is no more; how much.
@@ -287,20 +307,30 @@ impl<R: Read> Read for Archive<R> {
 }
 
 impl Extended {
-    fn take(&mut self, records: Vec<(&[u8], &[u8])>) {
+    /// Takes records; `None` where one has a number that is none. An empty value takes back what was said before.
+    fn take(&mut self, records: Vec<(&[u8], &[u8])>) -> Option<()> {
+        fn number<N: std::str::FromStr>(value: &[u8]) -> Option<Option<N>> {
+            if value.is_empty() {
+                return Some(None);
+            }
+            std::str::from_utf8(value).ok()?.parse().ok().map(Some)
+        }
+        let text = |value: &[u8]| (!value.is_empty()).then(|| value.to_vec());
         for (key, value) in records {
-            let number = || std::str::from_utf8(value).ok()?.parse().ok();
             match key {
-                b"path" => self.path = Some(value.to_vec()),
-                b"linkpath" => self.link = Some(value.to_vec()),
-                b"uid" => self.uid = number(),
-                b"gid" => self.gid = number(),
-                b"size" => self.size = number(),
-                // Parts of seconds are left out.
-                b"mtime" => {
-                    let whole = value.split(|&octet| octet == b'.').next().unwrap_or_default();
-                    self.mtime = std::str::from_utf8(whole).ok().and_then(|whole| whole.parse().ok());
+                b"path" => self.path = text(value),
+                b"linkpath" => self.link = text(value),
+                b"uid" => self.uid = number(value)?,
+                b"gid" => self.gid = number(value)?,
+                b"size" => {
+                    let size = number(value)?;
+                    if size.is_some_and(|size| size > MAX_SIZE) {
+                        return None;
+                    }
+                    self.size = size;
                 }
+                // Parts of seconds are left out.
+                b"mtime" => self.mtime = number(value.split(|&octet| octet == b'.').next()?)?,
                 _ if key.starts_with(b"GNU.sparse.") => self.sparse = true,
                 _ => {
                     if let Some(name) = key.strip_prefix(b"SCHILY.xattr.".as_slice()) {
@@ -309,6 +339,7 @@ impl Extended {
                 }
             }
         }
+        Some(())
     }
 }
 

@@ -373,8 +373,8 @@ impl Client {
         use_it(UnixStream::as_fd(self.link.stream()))
     }
 
-    /// Waits until the socket is ready and pumps.
-    fn turn(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
+    /// Waits until the socket is ready and pumps. Fails as `next` does.
+    pub fn turn(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
         let timeout = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
             None => PollTimeout::NONE,
             Some(left) if left.is_zero() => return Err(local(CLIENT_TIMEOUT, "the node did not answer in time")),

@@ -21,6 +21,7 @@ mod runner;
 mod saved;
 mod sentinel_log;
 mod snmp;
+mod unpack;
 mod virtqueue;
 mod vsock;
 mod wire;
@@ -43,6 +44,7 @@ pub use runner::runner;
 pub use saved::saved;
 pub use sentinel_log::sentinel_log;
 pub use snmp::snmp;
+pub use unpack::unpack;
 pub use virtqueue::virtqueue;
 pub use vsock::vsock;
 pub use wire::wire;
@@ -85,7 +87,7 @@ mod tests {
     use std::path::Path;
 
     type Target = (&'static str, fn(&[u8]));
-    const TARGETS: [Target; 21] = [
+    const TARGETS: [Target; 22] = [
         ("block", block),
         ("bundle", bundle),
         ("elf", elf),
@@ -104,6 +106,7 @@ mod tests {
         ("saved", saved),
         ("sentinel_log", sentinel_log),
         ("snmp", snmp),
+        ("unpack", unpack),
         ("virtqueue", virtqueue),
         ("vsock", vsock),
         ("wire", wire),

@@ -27,6 +27,7 @@ pub fn recipe(data: &[u8]) {
                 Err(error) => assert!(error.place.starts_with('D') && !error.message.is_empty()),
             }
         }
+        1 if kind & 0x40 != 0 => archived(rest),
         1 => documents(rest),
         2 => carried(rest),
         _ => {
@@ -78,7 +79,23 @@ fn documents(data: &[u8]) {
         let _ = std::fs::write(directory.join("blobs/sha256").join(&digest), content);
         let _ = std::fs::write(directory.join(name), content);
     }
-    if let Ok(image) = image::of_store(Store::Directory(directory.clone()), None) {
+    assert_image(Store::Directory(directory.clone()));
+    let _ = std::fs::remove_dir_all(&directory);
+}
+
+/// An archive of an image, as it comes.
+fn archived(data: &[u8]) {
+    let path = std::env::temp_dir().join(format!("warren-fuzz-recipe-{}.tar", std::process::id()));
+    if std::fs::write(&path, data).is_ok()
+        && let Ok(store) = Store::of_archive(&path)
+    {
+        assert_image(store);
+    }
+    let _ = std::fs::remove_file(&path);
+}
+
+fn assert_image(store: Store) {
+    if let Ok(image) = image::of_store(store, None) {
         assert!(image.layers.len() <= MAX_LAYERS);
         for layer in &image.layers {
             let Ok(mut open) = layer.open(&image.store) else { continue };
@@ -91,5 +108,4 @@ fn documents(data: &[u8]) {
             }
         }
     }
-    let _ = std::fs::remove_dir_all(&directory);
 }

@@ -34,7 +34,7 @@ mod web;
 
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use code::Lines as RunnerLines;
-pub(crate) use exec::resolve as resolve_user;
+pub(crate) use exec::{FILE_MAX, read_file, resolve as resolve_user};
 
 use std::io::Write;
 use std::os::fd::OwnedFd;

@@ -111,7 +111,7 @@ impl Network {
     /// Writes the name servers down where there are any, in place of a template's own: those are of another network.
     fn name_servers(&self) -> std::io::Result<()> {
         let text: String = self.dns.iter().map(|server| format!("nameserver {server}\n")).collect();
-        if text.is_empty() || std::fs::read(RESOLV_CONF).is_ok_and(|found| found == text.as_bytes()) {
+        if text.is_empty() || super::read_file(RESOLV_CONF) == text.as_bytes() {
             return Ok(());
         }
         // It may be a link to where a service of another system would write it.

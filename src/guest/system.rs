@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, chown};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, chown};
 use std::path::Path;
 use std::time::Duration;
 
@@ -116,12 +116,17 @@ pub(super) fn set_host_name(name: &str) -> Result<(), Error> {
 /// Programs expect to find the address of their own host. A line that is there is left alone, but for the one that was
 /// written here for the previous name.
 fn introduce(name: &str, previous: &[u8]) {
-    let hosts = fs::read("/etc/hosts").unwrap_or_default();
+    let hosts = super::read_file("/etc/hosts");
+    if hosts.len() as u64 >= super::FILE_MAX {
+        return;
+    }
     let Some(text) = introduced(&hosts, name, previous) else { return };
     // On a full disk what was there stays where it can.
     let _ = match text.strip_prefix(hosts.as_slice()) {
         Some(more) => {
-            let file = fs::OpenOptions::new().append(true).create(true).open("/etc/hosts");
+            let mut file = fs::OpenOptions::new();
+            // It may be a FIFO that nobody reads.
+            let file = file.append(true).create(true).custom_flags(libc::O_NONBLOCK).open("/etc/hosts");
             file.and_then(|mut file| file.write_all(more))
         }
         // In place: of a file that is emptied first, ext4 allocates and writes the blocks when it is closed.

@@ -2,13 +2,16 @@
 
 use std::io::{self, Cursor, Read};
 
-use ruzstd::decoding::StreamingDecoder;
 use zlib_rs::{Inflate, InflateFlush, Status};
+
+use super::zstd::Unzstd;
 
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 const XZ: [u8; 6] = [0xfd, b'7', b'z', b'X', b'Z', 0];
 const BZIP2: [u8; 3] = *b"BZh";
+/// Octets of a tar header.
+const HEADER: u64 = 512;
 /// As `deflate` streams are at most.
 const WINDOW_BITS: u8 = 15;
 const CHUNK: usize = 64 * 1024;
@@ -25,10 +28,10 @@ pub(super) struct Plain<R: Read> {
 enum Form<R: Read> {
     As(Begun<R>),
     Gzip(Box<Gunzip<Begun<R>>>),
-    Zstd(Box<StreamingDecoder<Begun<R>, ruzstd::decoding::FrameDecoder>>),
+    Zstd(Box<Unzstd<Begun<R>>>),
 }
 
-fn bad(what: impl Into<String>) -> io::Error {
+pub(super) fn bad(what: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.into())
 }
 
@@ -36,9 +39,11 @@ impl<R: Read> Plain<R> {
     /// Looks at the first octets. Gives at most `most` octets: more is an error.
     pub fn of(mut from: R, most: u64) -> io::Result<Self> {
         let mut begin = Vec::new();
-        from.by_ref().take(6).read_to_end(&mut begin)?;
-        let is = |magic: &[u8]| begin.starts_with(magic);
-        let (gzip, zstd) = (is(&GZIP), is(&ZSTD));
+        from.by_ref().take(HEADER).read_to_end(&mut begin)?;
+        // A file in a tar archive may have any name, also one that begins as something compressed.
+        let is_tar = begin.get(257..262) == Some(b"ustar");
+        let is = |magic: &[u8]| !is_tar && begin.starts_with(magic);
+        let (gzip, zstd) = (is(&GZIP), is(&ZSTD) || !is_tar && is_skipped(&begin));
         for (magic, name) in [(XZ.as_slice(), "xz"), (BZIP2.as_slice(), "bzip2")] {
             if is(magic) {
                 return Err(bad(format!("it is compressed with {name}: gzip and zstd are known")));
@@ -47,10 +52,7 @@ impl<R: Read> Plain<R> {
         let from = Cursor::new(begin).chain(from);
         let form = match (gzip, zstd) {
             (true, _) => Form::Gzip(Box::new(Gunzip::new(from))),
-            (_, true) => {
-                let decoder = StreamingDecoder::new(from).map_err(|e| bad(format!("zstd: {e}")))?;
-                Form::Zstd(Box::new(decoder))
-            }
+            (_, true) => Form::Zstd(Box::new(Unzstd::new(from))),
             _ => Form::As(from),
         };
         Ok(Self { form, given: 0, most })
@@ -70,6 +72,11 @@ impl<R: Read> Read for Plain<R> {
         }
         Ok(got)
     }
+}
+
+/// Whether a zstd frame that is to be skipped begins here.
+fn is_skipped(begin: &[u8]) -> bool {
+    begin.first().is_some_and(|octet| octet & 0xf0 == 0x50) && begin[1..].starts_with(&[0x2a, 0x4d, 0x18])
 }
 
 /// RFC 1952, one member after the other.
@@ -222,6 +229,11 @@ mod tests {
     fn what_is_not_known_is_named() {
         assert!(read(b"BZh91AY", 10).unwrap_err().to_string().contains("bzip2"));
         assert_eq!(read(b"plain", 10).unwrap(), b"plain");
-        assert!(read(&ZSTD, 10).is_err());
+        for name in ["BZhang", "\x1f\u{8b}", "Pieces"] {
+            let entry = crate::archive::Entry { path: name.into(), ..Default::default() };
+            let archive = crate::archive::pack(&[(entry, b"")]);
+            assert_eq!(read(&archive, u64::MAX).unwrap(), archive);
+        }
+        assert!(read(&ZSTD, 10).is_err() && read(b"\x5f\x2a\x4d\x18\0", 10).is_err());
     }
 }

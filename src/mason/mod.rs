@@ -14,9 +14,12 @@
 //! code 0, or 1 with `CODE: sentence` as the last line of standard error.
 
 mod inflate;
+mod names;
 mod place;
 mod tidy;
 mod unpack;
+mod xxh64;
+mod zstd;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -31,6 +34,7 @@ use nix::sys::statvfs::statvfs;
 use crate::archive::{Archive, ArchiveError};
 use crate::recipe::key::Summed;
 use inflate::Plain;
+use names::NameServers;
 use unpack::{Placement, Unpacker};
 
 /// Where the view of the root is: on a file system in memory, which goes with the builder.
@@ -93,8 +97,10 @@ fn run(args: &[OsString]) -> Result<(), Refusal> {
     let owner = |args: &[OsString]| value(args, "--owner").map(numbers).transpose();
     match args.first().and_then(|arg| arg.to_str()) {
         Some("layer") => {
+            let names = NameServers::of_builder()?;
             enter_view()?;
-            layer(has("--whiteouts"), value(args, "--sha256"))
+            layer(has("--whiteouts"), value(args, "--sha256"))?;
+            names.put_back()
         }
         Some("copy") => {
             let target = args.get(1).ok_or_else(misuse)?;
@@ -158,6 +164,34 @@ fn layer(whiteouts: bool, sha256: Option<&str>) -> Result<(), Refusal> {
         return Err(Refusal::new("CORRUPT", message));
     }
     unpacker.finish()
+}
+
+/// What `layer`, and with a target `copy`, does: over the root of whoever calls it. For the fuzz target.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn apply(
+    archive: &[u8],
+    most: u64,
+    whiteouts: bool,
+    target: Option<&[u8]>,
+) -> Result<(), (&'static str, String)> {
+    let placement = target.map(|target| Placement::new(target, whiteouts, (7, 7))).transpose();
+    let done = placement.and_then(|placement| {
+        let whiteouts = whiteouts && placement.is_none();
+        let mut unpacker = Unpacker::new(placement, whiteouts);
+        take(archive, most, &mut unpacker)?;
+        unpacker.finish()
+    });
+    done.map_err(|refusal| (refusal.code, refusal.message))
+}
+
+/// Reads an archive and makes nothing of it. For the fuzz target.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn read_all(archive: &[u8], most: u64) -> Option<()> {
+    let mut archive = Archive::new(Plain::of(archive, most).ok()?);
+    while let Some(entry) = archive.next().ok()? {
+        let _ = place::within(&entry.path, false);
+    }
+    Some(())
 }
 
 /// Unpacks an archive of `most` octets at most; the digest of all of it, unpacked.

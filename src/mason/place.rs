@@ -11,6 +11,19 @@ use super::Refusal;
 /// Directories that are below each other at most.
 const MAX_DEPTH: usize = 512;
 
+/// Octets that a name has at most (NAME_MAX), and a path, without the 0 at its end (PATH_MAX).
+const MAX_NAME: usize = 255;
+const MAX_PATH: usize = 4095;
+
+/// A path that the kernel takes.
+pub(super) fn bounded(path: PathBuf) -> Result<PathBuf, Refusal> {
+    let octets = path.as_os_str().len();
+    if octets > MAX_PATH {
+        return Err(Refusal::new("BAD_ARCHIVE", format!("a path has {octets} octets, the limit is {MAX_PATH}")));
+    }
+    Ok(path)
+}
+
 /// A path that does not leave the root: relative, and without `..`. With `absolute` one that begins with `/`, too.
 pub(super) fn within(path: &[u8], absolute: bool) -> Result<PathBuf, Refusal> {
     let shown = || String::from_utf8_lossy(path).into_owned();
@@ -23,6 +36,10 @@ pub(super) fn within(path: &[u8], absolute: bool) -> Result<PathBuf, Refusal> {
         match part {
             b"" | b"." => {}
             b".." => return Err(Refusal::new("BAD_ARCHIVE", format!("path {:?} leaves the root", shown()))),
+            part if part.len() > MAX_NAME => {
+                let message = format!("a name has {} octets, the limit is {MAX_NAME}", part.len());
+                return Err(Refusal::new("BAD_ARCHIVE", message));
+            }
             part => {
                 clean.push(std::ffi::OsStr::from_bytes(part));
                 depth += 1;
@@ -33,7 +50,7 @@ pub(super) fn within(path: &[u8], absolute: bool) -> Result<PathBuf, Refusal> {
         let message = format!("a path has {depth} directories, the limit is {MAX_DEPTH}");
         return Err(Refusal::new("BAD_ARCHIVE", message));
     }
-    Ok(clean)
+    bounded(clean)
 }
 
 /// Makes a directory, and those above it, that are not there. What is made has this owner.
@@ -48,6 +65,10 @@ pub(super) fn directories(path: &Path, owner: Option<(u32, u32)>) -> Result<(), 
                 }
             }
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists && above.is_dir() => {}
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                let message = format!("{} is no directory, and something is to be in it", above.display());
+                return Err(Refusal::new("BAD_ARCHIVE", message));
+            }
             Err(e) => return Err(failed(&e)),
         }
     }
@@ -88,5 +109,12 @@ mod tests {
         assert_eq!(within(b"/etc/passwd", false).unwrap_err().message, "path \"/etc/passwd\" is absolute");
         assert_eq!(within(b"/etc", true).unwrap(), Path::new("/etc"));
         assert!(within("a/".repeat(600).as_bytes(), false).unwrap_err().message.contains("600"));
+        assert!(within("n".repeat(255).as_bytes(), false).is_ok());
+        let error = within("n".repeat(256).as_bytes(), false).unwrap_err().message;
+        assert_eq!(error, "a name has 256 octets, the limit is 255");
+        let long = vec!["n".repeat(255); 16].join("/");
+        let error = within(long.as_bytes(), false).unwrap_err().message;
+        assert_eq!(error, "a path has 4096 octets, the limit is 4095");
+        assert!(within(&long.as_bytes()[1..], false).is_ok());
     }
 }

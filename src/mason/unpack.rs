@@ -2,21 +2,27 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::ffi::CString;
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, OpenOptions, Permissions};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use nix::sys::stat::Mode;
+use nix::fcntl::AT_FDCWD;
+use nix::sys::stat::{Mode, UtimensatFlags, utimensat};
+use nix::sys::statvfs::statvfs;
+use nix::sys::time::TimeSpec;
 
 use super::{Refusal, place};
 use crate::archive::{Entry, Kind};
 
 /// Entries of one archive at most.
 const MAX_ENTRIES: u64 = 500_000;
+/// Octets that paths of directories may take while their times wait to be set.
+const MAX_WAITING: usize = 32 << 20;
+/// Octets that ext4 has for attributes of a file, beside what stands in its inode: a block.
+const MAX_ATTRIBUTES: u64 = 4096;
 /// A file of this name takes away what lies below, in layers before.
 const WHITEOUT: &[u8] = b".wh.";
 /// All that a directory has of layers before goes.
@@ -63,14 +69,28 @@ pub(super) struct Unpacker {
     entries: u64,
     /// Paths of this archive: whiteouts are for what lies below. By their hashes, to be small.
     made: HashSet<u64>,
+    /// Those that are no directories.
+    leaves: HashSet<u64>,
     /// What directories' times are to be, once nothing changes in them any more.
     times: BTreeMap<PathBuf, i64>,
-    devices: u64,
+    /// Octets in the paths of these.
+    waiting: usize,
+    /// Devices, which are left out, by their paths' hashes.
+    devices: HashSet<u64>,
 }
 
 impl Unpacker {
     pub fn new(placement: Option<Placement>, whiteouts: bool) -> Self {
-        Self { placement, whiteouts, entries: 0, made: HashSet::new(), times: BTreeMap::new(), devices: 0 }
+        Self {
+            placement,
+            whiteouts,
+            entries: 0,
+            made: HashSet::new(),
+            leaves: HashSet::new(),
+            times: BTreeMap::new(),
+            waiting: 0,
+            devices: HashSet::new(),
+        }
     }
 
     /// Makes one entry, with its content.
@@ -85,95 +105,123 @@ impl Unpacker {
             return self.white_out(&path, name).map_err(|e| Refusal::io(path.display(), &e));
         }
         let path = match &self.placement {
-            Some(placement) => placement.of(&path),
+            Some(placement) => place::bounded(placement.of(&path))?,
             None => path,
         };
+        if path.parent().is_none() && entry.kind != Kind::Directory {
+            return Err(Refusal::new("BAD_ARCHIVE", "the root is to be something else than a directory"));
+        }
+        if self.placement.is_some() {
+            // A directory that is there stays as it is, and where a link leads to one, that stays too.
+            if entry.kind == Kind::Directory && path.is_dir() {
+                return Ok(());
+            }
+            if entry.kind != Kind::Directory && fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir()) {
+                let message = format!("{} is a directory: no file replaces it", path.display());
+                return Err(Refusal::new("BUILD_FAILED", message));
+            }
+        }
         if let Some(above) = path.parent() {
             let owner = self.placement.as_ref().map(|placement| placement.owner);
             place::directories(above, owner)?;
         }
         if self.whiteouts {
-            self.made.extend(path.ancestors().map(hash));
-        }
-        let done = match entry.kind {
-            // A node of a device is of no use in a sandbox, whose /dev is its kernel's.
-            Kind::Character | Kind::Block => {
-                self.devices += 1;
-                return Ok(());
-            }
-            Kind::HardLink => {
-                let target = place::within(&entry.link, false)?;
-                place::clear(&path).and_then(|()| fs::hard_link(target, &path))
-            }
-            _ => self.make(entry, &path, content),
-        };
-        done.map_err(|e| Refusal::io(path.display(), &e))
-    }
-
-    fn make(&mut self, entry: &Entry, path: &Path, content: &mut impl Read) -> io::Result<()> {
-        let owner = self.placement.as_ref().map_or((entry.uid, entry.gid), |placement| placement.owner);
-        if entry.kind == Kind::Directory {
-            if fs::symlink_metadata(path).is_ok_and(|meta| !meta.is_dir()) {
-                fs::remove_file(path)?;
-            }
-            match fs::create_dir(path) {
-                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
-                _ => {}
-            }
-            self.times.insert(path.to_path_buf(), entry.mtime);
-        } else {
-            place::clear(path)?;
+            // What is above one that is in there, is in there.
+            path.ancestors().map(hash).find(|above| !self.made.insert(*above));
+            match entry.kind {
+                Kind::Directory => self.leaves.remove(&hash(&path)),
+                _ => self.leaves.insert(hash(&path)),
+            };
         }
         match entry.kind {
-            Kind::SymbolicLink => {
-                symlink(std::ffi::OsStr::from_bytes(&entry.link), path)?;
-                place::own(path, owner)?;
+            // A node of a device is of no use in a sandbox, whose /dev is its kernel's.
+            Kind::Character | Kind::Block => {
+                self.devices.insert(hash(&path));
+                place::clear(&path).map_err(|e| Refusal::io(path.display(), &e))
             }
-            Kind::Pipe => nix::unistd::mkfifo(path, Mode::from_bits_truncate(0o600))?,
-            Kind::File => {
-                let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-                io::copy(content, &mut file)?;
-                place::own(path, owner)?;
-                file.set_permissions(Permissions::from_mode(entry.mode))?;
-                // Of ours no one else has them open, so their times stay.
-                self.attributes(entry, path)?;
-                return file.set_modified(time(entry.mtime));
-            }
-            _ => {}
+            Kind::HardLink => self.link(&place::within(&entry.link, false)?, &path),
+            _ => self.make(entry, &path, content),
         }
-        if entry.kind != Kind::SymbolicLink {
-            place::own(path, owner)?;
-            fs::set_permissions(path, Permissions::from_mode(entry.mode))?;
-        }
-        self.attributes(entry, path)
     }
 
-    fn attributes(&self, entry: &Entry, path: &Path) -> io::Result<()> {
-        for (name, value) in &entry.attributes {
-            let (Ok(place), Ok(name)) = (CString::new(path.as_os_str().as_bytes()), CString::new(name.as_slice()))
-            else {
-                continue;
-            };
-            // SAFETY: both strings end with NUL, and the value is as long as is said.
-            let set = unsafe { libc::lsetxattr(place.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
-            let error = io::Error::last_os_error();
-            // Labels of a security module that this kernel lacks mean nothing here.
-            if set < 0 && error.raw_os_error() != Some(libc::EOPNOTSUPP) {
-                return Err(error);
+    /// Gives a file that is there another name.
+    fn link(&mut self, target: &Path, path: &Path) -> Result<(), Refusal> {
+        if self.devices.contains(&hash(target)) {
+            self.devices.insert(hash(path));
+            return place::clear(path).map_err(|e| Refusal::io(path.display(), &e));
+        }
+        let failed = |e: &io::Error| {
+            let what = format!("{} as a hard link to {}", path.display(), target.display());
+            match e.kind() {
+                io::ErrorKind::NotFound => Refusal::new("BAD_ARCHIVE", format!("{what}: there is no such file")),
+                _ => Refusal::io(what, e),
             }
+        };
+        let is = fs::symlink_metadata(target).map_err(|e| failed(&e))?;
+        if fs::symlink_metadata(path).is_ok_and(|there| (there.dev(), there.ino()) == (is.dev(), is.ino())) {
+            return Ok(());
+        }
+        place::clear(path).and_then(|()| fs::hard_link(target, path)).map_err(|e| failed(&e))
+    }
+
+    fn make(&mut self, entry: &Entry, path: &Path, content: &mut impl Read) -> Result<(), Refusal> {
+        let failed = |e: io::Error| Refusal::io(path.display(), &e);
+        let owner = self.placement.as_ref().map_or((entry.uid, entry.gid), |placement| placement.owner);
+        match entry.kind {
+            Kind::Directory => {
+                if fs::symlink_metadata(path).is_ok_and(|meta| !meta.is_dir()) {
+                    fs::remove_file(path).map_err(failed)?;
+                }
+                match fs::create_dir(path) {
+                    Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed(e)),
+                    _ => {}
+                }
+                self.keep_time(path, entry.mtime)?;
+            }
+            Kind::SymbolicLink => {
+                let target = std::ffi::OsStr::from_bytes(&entry.link);
+                place::clear(path).and_then(|()| symlink(target, path)).map_err(failed)?;
+            }
+            Kind::Pipe => {
+                place::clear(path).map_err(failed)?;
+                nix::unistd::mkfifo(path, Mode::from_bits_truncate(0o600)).map_err(|e| failed(e.into()))?;
+            }
+            _ => {
+                place::clear(path).map_err(failed)?;
+                let new = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+                new.and_then(|mut file| io::copy(content, &mut file)).map_err(failed)?;
+            }
+        }
+        // In this order: a change of the owner takes setuid bits and capabilities away.
+        place::own(path, owner).map_err(failed)?;
+        if entry.kind != Kind::SymbolicLink {
+            fs::set_permissions(path, Permissions::from_mode(entry.mode)).map_err(failed)?;
+        }
+        attributes(entry, path)?;
+        if entry.kind == Kind::Directory { Ok(()) } else { set_time(path, entry.mtime).map_err(failed) }
+    }
+
+    /// A directory's time is set when nothing changes in it any more.
+    fn keep_time(&mut self, path: &Path, mtime: i64) -> Result<(), Refusal> {
+        if self.times.insert(path.to_path_buf(), mtime).is_none() {
+            self.waiting += path.as_os_str().len();
+        }
+        if self.waiting > MAX_WAITING {
+            let message = format!("the paths of the archive's directories have more than {MAX_WAITING} octets");
+            return Err(Refusal::new("OUT_OF_RANGE", message));
         }
         Ok(())
     }
 
     fn white_out(&mut self, path: &Path, name: &[u8]) -> io::Result<()> {
         let above = path.parent().unwrap_or(path);
+        // Builders name what was in a directory of a layer before also where it is a file or a link by now: what that leads to
+        // is another's.
+        if !above.is_dir() || above.ancestors().any(|above| self.leaves.contains(&hash(above))) {
+            return Ok(());
+        }
         if name == OPAQUE {
-            let children = match fs::read_dir(above) {
-                Ok(children) => children,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-                Err(e) => return Err(e),
-            };
-            for child in children {
+            for child in fs::read_dir(above)? {
                 self.clear_below(&child?.path())?;
             }
             return Ok(());
@@ -206,15 +254,45 @@ impl Unpacker {
     pub fn finish(self) -> Result<(), Refusal> {
         for (path, mtime) in &self.times {
             // It may be gone, or be another's by now.
-            if let Ok(directory) = File::open(path) {
-                let _ = directory.set_modified(time(*mtime));
+            if fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir()) {
+                let _ = set_time(path, *mtime);
             }
         }
-        if self.devices > 0 {
-            println!("{} device nodes were left out", self.devices);
+        match self.devices.len() {
+            0 => {}
+            count => println!("{count} device nodes were left out"),
         }
         Ok(())
     }
+}
+
+fn attributes(entry: &Entry, path: &Path) -> Result<(), Refusal> {
+    for (name, value) in &entry.attributes {
+        let (Ok(place), Ok(key)) = (CString::new(path.as_os_str().as_bytes()), CString::new(name.as_slice())) else {
+            return Err(Refusal::new("BAD_ARCHIVE", format!("{}: an attribute's name has a 0 in it", path.display())));
+        };
+        // SAFETY: both strings end with NUL, and the value is as long as is said.
+        let set = unsafe { libc::lsetxattr(place.as_ptr(), key.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
+        let error = io::Error::last_os_error();
+        let what = || format!("{}: attribute {} of {} octets", path.display(), key.to_string_lossy(), value.len());
+        match error.raw_os_error() {
+            _ if set == 0 => {}
+            // Labels of a security module that this kernel lacks mean nothing here.
+            Some(libc::EOPNOTSUPP) => {}
+            // Attributes have a block of their own, which may be full while the disk is not.
+            Some(libc::ENOSPC | libc::E2BIG | libc::ERANGE) if has_room() => {
+                let message = format!("{}: a file's attributes have room for {MAX_ATTRIBUTES}", what());
+                return Err(Refusal::new("OUT_OF_RANGE", message));
+            }
+            _ => return Err(Refusal::io(what(), &error)),
+        }
+    }
+    Ok(())
+}
+
+/// Whether the disk has more than what its file system keeps for itself.
+fn has_room() -> bool {
+    statvfs("/").is_ok_and(|room| room.blocks_free() > 64)
 }
 
 fn hash(path: impl AsRef<Path>) -> u64 {
@@ -223,8 +301,8 @@ fn hash(path: impl AsRef<Path>) -> u64 {
     hasher.finish()
 }
 
-fn time(mtime: i64) -> SystemTime {
-    let since = Duration::from_secs(mtime.unsigned_abs());
-    let time = if mtime >= 0 { UNIX_EPOCH.checked_add(since) } else { UNIX_EPOCH.checked_sub(since) };
-    time.unwrap_or(UNIX_EPOCH)
+/// Sets the time of change without following a link.
+fn set_time(path: &Path, mtime: i64) -> io::Result<()> {
+    let time = TimeSpec::new(mtime, 0);
+    Ok(utimensat(AT_FDCWD, path, &time, &time, UtimensatFlags::NoFollowSymlink)?)
 }

@@ -27,6 +27,7 @@ const DOCKER_MANIFEST: &str = "manifest.json";
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// What images have to be for.
 const ARCHITECTURE: &str = "amd64";
+const SYSTEM: &str = "linux";
 
 /// What an image says of programs in it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -106,6 +107,8 @@ struct Manifest {
 struct Config {
     #[serde(default)]
     architecture: String,
+    #[serde(default)]
+    os: String,
     #[serde(default)]
     config: Option<Settings>,
     rootfs: RootFs,
@@ -217,12 +220,12 @@ fn choose(store: &Store, index: Index, place: String, depth: usize) -> Result<(S
     let fits = |d: &&Descriptor| {
         d.platform
             .as_ref()
-            .is_none_or(|platform| (platform.os.as_str(), platform.architecture.as_str()) == ("linux", ARCHITECTURE))
+            .is_none_or(|platform| (platform.os.as_str(), platform.architecture.as_str()) == (SYSTEM, ARCHITECTURE))
     };
     let fitting: Vec<&Descriptor> = index.manifests.iter().filter(fits).collect();
     let chosen = match fitting.as_slice() {
         [one] => one,
-        [] => return Err(RecipeError::new(place, format!("names no image for linux/{ARCHITECTURE} among {count}"))),
+        [] => return Err(RecipeError::new(place, format!("names no image for {SYSTEM}/{ARCHITECTURE} among {count}"))),
         many => {
             let names = many.iter().filter_map(|d| d.annotations.as_ref()?.get(REF_NAME).map(String::as_str));
             let names = names.take(10).collect::<Vec<_>>().join(", ");
@@ -273,9 +276,10 @@ fn finish(
     if count != ids {
         return Err(RecipeError::new(place, format!("has {ids} digests for {count} layers")));
     }
-    if !config.architecture.is_empty() && config.architecture != ARCHITECTURE {
-        let message = format!("the image is for {}, this node is {ARCHITECTURE}", config.architecture);
-        return Err(RecipeError::new(place, message));
+    for (found, own) in [(&config.architecture, ARCHITECTURE), (&config.os, SYSTEM)] {
+        if !found.is_empty() && found != own {
+            return Err(RecipeError::new(place, format!("the image is for {found}, this node is {own}")));
+        }
     }
     let layers = files.into_iter().zip(&config.rootfs.diff_ids).map(|((file, sha256, size), diff_id)| {
         Ok(Layer { file, sha256, size, diff_id: digits(diff_id, place)?.to_string() })
@@ -414,6 +418,8 @@ mod tests {
         assert!(layout.fails().message.contains("1 digests for 2 layers"));
         layout.index(&layout.manifest(&config(1).replace("amd64", "arm64"), &["one"]));
         assert!(layout.fails().message.contains("for arm64"));
+        layout.index(&layout.manifest(&config(1).replace("\"amd64\"", "\"amd64\",\"os\":\"windows\""), &["one"]));
+        assert!(layout.fails().message.contains("for windows, this node is linux"));
         layout.index(&layout.manifest(&config(1).replace("abab", "XXab"), &["one"]));
         assert!(layout.fails().message.contains("64 hex digits"));
         layout.index("{\"digest\":\"sha256:../../../etc/passwd\",\"size\":1}");

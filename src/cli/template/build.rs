@@ -199,30 +199,18 @@ impl<'a> Builder<'a> {
         let request = if stdin.is_some() { request.set("stdin", true) } else { request };
         // Numbers that were asked for are nothing to be looked at.
         let shown = argv.get(1).is_none_or(|verb| verb != "user" || argv[0] != MASON);
-        let mut tail = VecDeque::new();
+        let mut tail = Tail::default();
         let mut show = |_: &str, octets: &[u8]| {
-            tail.extend(octets.iter().copied());
-            let over = tail.len().saturating_sub(TAIL);
-            tail.drain(..over);
-            // The build goes on where nobody looks.
-            if shown {
-                let _ = io::stderr().write_all(octets);
-            }
+            tail.take(octets, shown);
             Ok(())
         };
         let source = stdin.map(|reader| ("stdin", reader));
         let done = self.client.transfer(request, source, &mut show);
-        let said = String::from_utf8_lossy(tail.make_contiguous()).trim_end().to_string();
-        let ended = match done?.fields {
-            fields if fields.number("exit") == Some(0) => return Ok(said),
-            fields => fields,
-        };
-        let how = match (ended.number("exit"), ended.number("signal")) {
-            (Some(exit), _) => format!("exit code {exit}"),
-            (None, Some(signal)) => format!("signal {signal}"),
-            (None, None) => "no exit code".to_string(),
-        };
-        Err(failure(argv, &said, &how))
+        let said = tail.text();
+        match failed(&done?.fields) {
+            None => Ok(said),
+            Some(how) => Err(failure(argv, &said, &how)),
+        }
     }
 
     /// Makes a template of the builder's disk, and where there is a ready command, tries it first.
@@ -259,29 +247,106 @@ impl<'a> Builder<'a> {
 
     /// Starts the start command and waits for the ready command to succeed.
     fn try_it(&mut self, around: &Surroundings) -> Result<(), Error> {
-        let start = around.start();
-        if !start.is_empty() {
-            say(format_args!("start: {}", start.join(" ")));
-            let request = Request::new("", "exec.start").arg(&self.sandbox).set("detach", true);
-            // User, directory and environment are the template's own by now.
-            let request = start.iter().fold(request, |request, word| request.arg(word));
-            self.client.call(request)?;
-        }
+        let started = self.start(&around.start())?;
         say(format_args!("ready: {}", around.ready));
         let script = format!("until (\n{}\n); do sleep 0.2; done", around.ready);
         let time = self.args.ready_timeout.unwrap_or(Duration::from_secs(60));
         let request = Request::new("", "exec.start").arg(&self.sandbox).arg("/bin/sh").arg("-c").arg(script);
         let request = request.set("timeout_ms", time.as_millis());
-        let mut show = |_: &str, octets: &[u8]| {
-            let _ = io::stderr().write_all(octets);
-            Ok(())
-        };
-        let done = self.client.transfer(request, None, &mut show)?.fields;
-        if done.number("exit") == Some(0) {
+        let ready = self.client.start(request)?;
+        let ended = self.watch(&ready, started)?;
+        if failed(&ended).is_none() {
             return Ok(());
         }
         let message = format!("the ready command did not succeed within {} ms: {}", time.as_millis(), around.ready);
         Err(local("BUILD_FAILED", message).with("step", "ready"))
+    }
+
+    /// Starts the start command where there is one. It is nobody's; what it says and how it ends is watched.
+    fn start(&mut self, argv: &[String]) -> Result<Option<Call>, Error> {
+        if argv.is_empty() {
+            return Ok(None);
+        }
+        say(format_args!("start: {}", argv.join(" ")));
+        let request = Request::new("", "exec.start").arg(&self.sandbox).set("detach", true);
+        // User, directory and environment are the template's own by now.
+        let request = argv.iter().fold(request, |request, word| request.arg(word));
+        let exec = text(&self.client.call(request)?.fields, "exec");
+        let request = Request::new("", "exec.attach").arg(&self.sandbox).set("exec", exec);
+        self.client.start(request).map(Some)
+    }
+
+    /// Waits for the ready command's end. A start command that fails ends it; one that ends well may have left what serves.
+    fn watch(&mut self, ready: &Call, mut started: Option<Call>) -> Result<Fields, Error> {
+        let mut tail = Tail::default();
+        loop {
+            while let Some(call) = &started
+                && let Some(event) = self.client.try_next(call)?
+            {
+                match event {
+                    Event::Data { channel, payload } => {
+                        tail.take(&payload, true);
+                        self.client.consumed(call, &channel, payload.len());
+                    }
+                    Event::Done(ended) => {
+                        if let Some(how) = failed(&ended?) {
+                            self.client.abandon(ready);
+                            let message = format!("the start command ended before there was anything ready: {how}");
+                            return Err(local("BUILD_FAILED", message)
+                                .with("step", "start")
+                                .with("output", tail.text()));
+                        }
+                        started = None;
+                    }
+                    Event::Item(_) | Event::End { .. } => {}
+                }
+            }
+            while let Some(event) = self.client.try_next(ready)? {
+                match event {
+                    Event::Data { channel, payload } => {
+                        let _ = io::stderr().write_all(&payload);
+                        self.client.consumed(ready, &channel, payload.len());
+                    }
+                    Event::Done(ended) => {
+                        started.iter().for_each(|call| self.client.abandon(call));
+                        return ended;
+                    }
+                    Event::Item(_) | Event::End { .. } => {}
+                }
+            }
+            self.client.turn(None)?;
+        }
+    }
+}
+
+/// The last of what a program says.
+#[derive(Default)]
+struct Tail(VecDeque<u8>);
+
+impl Tail {
+    /// Keeps it, and shows it where that is wanted.
+    fn take(&mut self, octets: &[u8], shown: bool) {
+        self.0.extend(octets.iter().copied());
+        let over = self.0.len().saturating_sub(TAIL);
+        self.0.drain(..over);
+        // The build goes on where nobody looks.
+        if shown {
+            let _ = io::stderr().write_all(octets);
+        }
+    }
+
+    fn text(&mut self) -> String {
+        String::from_utf8_lossy(self.0.make_contiguous()).trim_end().to_string()
+    }
+}
+
+/// How a program ended that did not end well.
+fn failed(ended: &Fields) -> Option<String> {
+    match (ended.number("exit"), ended.number("signal")) {
+        (Some(0), _) => None,
+        (Some(exit), _) => Some(format!("exit code {exit}")),
+        (None, Some(signal)) => Some(format!("signal {signal}")),
+        (None, None) => Some("no exit code".to_string()),
     }
 }
 

@@ -20,7 +20,7 @@ pub(super) use realm::Realm;
 pub(super) use spawn::{Birth, Born, Failure, Plan, Size, Spawned, Stage, spawn};
 pub(super) use user::Identity;
 pub(super) use user::names_root;
-pub(crate) use user::resolve;
+pub(crate) use user::{FILE_MAX, read_file, resolve};
 
 use super::code::Run;
 use crate::wire::{Code, Error, Fields, Link, Message};

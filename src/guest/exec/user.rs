@@ -6,8 +6,8 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use crate::wire::{Code, Error};
 
-/// What is read of /etc/passwd and /etc/group at most.
-const FILE_MAX: u64 = 1024 * 1024;
+/// What is read of files in /etc at most.
+pub(crate) const FILE_MAX: u64 = 1024 * 1024;
 /// Supplementary groups at most; the kernel takes 65,536.
 const GROUPS_MAX: usize = 256;
 
@@ -123,8 +123,8 @@ fn number(field: &[u8]) -> Option<u32> {
     std::str::from_utf8(field).ok().and_then(parse_id)
 }
 
-/// A file of the sandbox's: it may be missing, huge, or a FIFO that nobody writes to.
-fn read_file(path: &str) -> Vec<u8> {
+/// A file of the sandbox's: it may be missing, huge, or a FIFO that nobody writes to. What it begins with.
+pub(crate) fn read_file(path: &str) -> Vec<u8> {
     let mut content = Vec::new();
     if let Ok(file) = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
         && file.metadata().is_ok_and(|meta| meta.is_file())

@@ -3,6 +3,7 @@
 //! Each command is a function in a file of its own, entered in the table below. What it measured goes to standard
 //! output as lines of `key=value`; what does not hold goes to standard error, with exit code 1.
 
+mod attributes;
 mod clock;
 mod cpu;
 mod disk;
@@ -22,6 +23,7 @@ type Outcome = Result<(), String>;
 type Command = (&'static str, fn(&Keys) -> Outcome, &'static str);
 
 const COMMANDS: &[Command] = &[
+    ("attributes", attributes::run, "path=PATH: prints a file's extended attributes"),
     (
         "clock",
         clock::run,
