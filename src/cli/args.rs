@@ -421,7 +421,8 @@ pub struct BuildArgs {
     /// Which image, where there is more than one at PATH
     #[arg(long = "ref", value_name = "REFERENCE")]
     pub reference: Option<String>,
-    /// The start command, for a shell, in place of the recipe's or the image's
+    /// The start command, for a shell, in place of the recipe's or the image's: it is started in every sandbox, once that has
+    /// booted; '' is none
     #[arg(long, value_name = "COMMAND")]
     pub start: Option<String>,
     /// The ready command, for a shell: once it succeeds, the snapshot is taken that new sandboxes start from
@@ -430,6 +431,9 @@ pub struct BuildArgs {
     /// How long the ready command may take to succeed [default: 60s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub ready_timeout: Option<Duration>,
+    /// How code is run: tables [languages.NAME] as in a manifest, in place of the base's
+    #[arg(long, value_name = "FILE")]
+    pub languages: Option<PathBuf>,
     /// A line for people
     #[arg(long, value_name = "TEXT")]
     pub description: Option<String>,

@@ -1,6 +1,7 @@
 //! Arguments of the verbs that build templates.
 
 use crate::sandbox::spec::{Defaults, Spec};
+use crate::storage::languages::{self, Languages};
 use crate::wire::{Args, Code, Error, Request};
 
 use super::command::Command;
@@ -36,6 +37,8 @@ pub struct CommitAsk {
     pub start: Vec<String>,
     /// The ready command.
     pub ready: String,
+    /// How code is run.
+    pub languages: Option<Languages>,
     /// As `BuildAsk::key`.
     pub key: String,
     /// A line for people.
@@ -55,6 +58,14 @@ fn digest(key: &str, value: &str) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::new(Code::BadArgument, format!("{key}={value} is not 64 hex digits")).with("argument", key))
+}
+
+fn read_languages(text: &str) -> Result<Languages, Error> {
+    languages::parse(text).map_err(|refused| {
+        let error = Error::new(Code::BadArgument, format!("languages: {refused}")).with("argument", "languages");
+        let error = refused.line.iter().fold(error, |error, line| error.with("line", line));
+        refused.max.iter().fold(error, |error, max| error.with("max", max))
+    })
 }
 
 /// The shape of a sandbox of a template.
@@ -110,6 +121,7 @@ pub(super) fn commit(_: &str, mut args: Args, defaults: Defaults) -> Result<Comm
         env: all(&mut args, "env")?,
         start: all(&mut args, "start")?,
         ready: args.text("ready")?.unwrap_or_default(),
+        languages: args.text("languages")?.map(|text| read_languages(&text)).transpose()?,
         key: args.text("key")?.unwrap_or_default(),
         description: args.text("description")?,
         trial: None,
@@ -123,4 +135,32 @@ pub(super) fn commit(_: &str, mut args: Args, defaults: Defaults) -> Result<Comm
     }
     args.finish()?;
     Ok(Command::TemplateCommit { sandbox, ask: Box::new(ask) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox::time_limits::TimeLimits;
+
+    const DEFAULTS: Defaults = Defaults { vcpus: 1, memory_mib: 512, time_limits: TimeLimits::NONE };
+
+    fn commit(languages: &str) -> Result<CommitAsk, Error> {
+        let request = Request::new("1", "template.commit").arg("box").set("languages", languages);
+        match Command::of(request, DEFAULTS)? {
+            Command::TemplateCommit { ask, .. } => Ok(*ask),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn languages_are_checked_before_anything_is_done() {
+        let ask = commit("[languages.sh]\nonce = [\"/bin/sh\", \"{source}\"]\n").unwrap();
+        assert_eq!(ask.languages.unwrap()["sh"].once, ["/bin/sh", "{source}"]);
+        assert_eq!(commit("").unwrap().languages, Some(Languages::new()), "none at all");
+        let error = commit("\n[languages.sh]\nonce = [\"/bin/sh\"]\n").unwrap_err();
+        assert!(error.is(Code::BadArgument), "{error}");
+        assert_eq!((error.fields.get("argument"), error.fields.get("line")), (Some("languages"), Some("2")));
+        let error = commit(&"#".repeat(languages::MAX_TEXT + 1)).unwrap_err();
+        assert_eq!((error.fields.get("argument"), error.fields.get("max")), (Some("languages"), Some("16384")));
+    }
 }

@@ -7,6 +7,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::archive::{Archive, MAX_PATH};
 use crate::recipe::dockerfile::{self, MAX_STEPS};
+use crate::recipe::ignore::{Held, Ignore};
 use crate::recipe::image::{self, MAX_LAYERS};
 use crate::recipe::store::Store;
 use crate::storage::template_file;
@@ -17,12 +18,16 @@ pub fn recipe(data: &[u8]) {
     let Some((&kind, rest)) = data.split_first() else { return };
     match kind % 4 {
         0 => {
+            ignored(rest);
             let Ok(text) = std::str::from_utf8(rest) else { return };
             match dockerfile::parse(text, "D") {
                 Ok(recipe) => {
                     assert!(recipe.from_line > 0 && recipe.steps.len() <= MAX_STEPS);
                     let lines = text.lines().count();
                     assert!(recipe.steps.iter().all(|step| (1..=lines).contains(&step.line)));
+                    // A value that has what values are of in it is no variable once more.
+                    let value = |name: &str| (name.len() % 2 == 0).then_some("$A/..");
+                    assert!(recipe.steps.iter().all(|step| step.what.expanded(&value) != Err(String::new())));
                 }
                 Err(error) => assert!(error.place.starts_with('D') && !error.message.is_empty()),
             }
@@ -49,6 +54,15 @@ pub fn recipe(data: &[u8]) {
             assert!(!matches!(archive.next(), Ok(Some(_))), "more entries than there is room for");
         }
     }
+}
+
+/// What COPY leaves out: what is below something that no pattern excepts goes with it.
+fn ignored(data: &[u8]) {
+    let Ok(ignore) = Ignore::parse(data, "I") else { return };
+    let path = &data[..data.len().min(64)];
+    let held = ignore.held(path, &Held::default());
+    let below = ignore.held(&[path, b"/x"].concat(), &held);
+    assert!(ignore.has_exceptions() || ignore.left_out(&held).is_none() || ignore.left_out(&below).is_some());
 }
 
 /// A template's file.

@@ -64,7 +64,7 @@ enum Stage {
 
 /// What a template is to be beside its disk.
 fn manifest_of(name: &str, base: &Template, ask: &CommitAsk) -> Result<Manifest, Error> {
-    let CommitAsk { user, cwd, env, start, ready, key, description, .. } = ask;
+    let CommitAsk { user, cwd, env, start, ready, languages, key, description, .. } = ask;
     let inherited = &base.manifest.defaults;
     let manifest = Manifest {
         name: name.to_string(),
@@ -76,7 +76,7 @@ fn manifest_of(name: &str, base: &Template, ask: &CommitAsk) -> Result<Manifest,
             cwd: cwd.clone().unwrap_or_else(|| inherited.cwd.clone()),
             env: if env.is_empty() { inherited.env.clone() } else { env.clone() },
         },
-        languages: base.manifest.languages.clone(),
+        languages: languages.clone().unwrap_or_else(|| base.manifest.languages.clone()),
         build: Built { key: key.clone(), start: start.clone(), ready: ready.clone() },
     };
     manifest.checked().map_err(|error| Error::new(Code::BadArgument, error.to_string()))
@@ -458,13 +458,13 @@ impl Supervisor {
         }
     }
 
-    /// A sandbox that was booted has what its template's snapshot would have had it come with: the start command runs.
+    /// A sandbox that was booted has its start command run, as what comes of its template's snapshot has. Nobody waits for it
+    /// to be ready.
     pub(super) fn begin_start_command(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get(id) else { return };
         let Ok(template) = self.catalogue.get(&sandbox.spec.template) else { return };
-        let Built { start, ready, .. } = &template.manifest.build;
-        // Without a ready command it is what the image says of itself, and nobody is served by it.
-        if start.is_empty() || ready.is_empty() || sandbox.spec.is_builder() {
+        let Built { start, .. } = &template.manifest.build;
+        if start.is_empty() || sandbox.spec.is_builder() {
             return;
         }
         let argv: Vec<Vec<u8>> = start.iter().map(|word| word.clone().into_bytes()).collect();

@@ -1,9 +1,10 @@
 //! A recipe: the instructions of a Dockerfile that templates have a use for. What is not among them is an error that names its
 //! line; nothing is passed over.
-
-use std::collections::BTreeMap;
+//!
+//! Variables stay as they are written: what stands for them is known once the base is (`Instruction::expanded`).
 
 use super::RecipeError;
+use super::words::{self, Total, unquoted, words};
 
 /// Longest recipe, in octets.
 pub const MAX_RECIPE: usize = 1024 * 1024;
@@ -30,7 +31,7 @@ pub struct Step {
     pub line: usize,
     /// As it is written, on one line.
     pub text: String,
-    /// What is to be done.
+    /// What is to be done; with variables as they are written, and `\$` for a `$` that is none's.
     pub what: Instruction,
 }
 
@@ -69,8 +70,14 @@ pub fn parse(text: &str, name: &str) -> Result<Recipe, RecipeError> {
         return Err(RecipeError::new(name, message));
     }
     let mut recipe = Recipe { from: String::new(), from_line: 0, steps: Vec::new() };
-    let mut variables = BTreeMap::new();
-    for (line, instruction) in instructions(text, name)? {
+    let all = instructions(text, name)?;
+    // FROM is none that does something.
+    let count = all.len().saturating_sub(1);
+    if let Some((line, _)) = all.get(MAX_STEPS + 1) {
+        let message = format!("{count} instructions are over the limit of {MAX_STEPS}");
+        return Err(RecipeError::new(format_args!("{name}:{line}"), message));
+    }
+    for (line, instruction) in all {
         let error = |message: String| RecipeError::new(format_args!("{name}:{line}"), message);
         let (word, rest) = instruction.split_once(char::is_whitespace).unwrap_or((&instruction, ""));
         let (word, rest) = (word.to_ascii_uppercase(), rest.trim());
@@ -82,7 +89,9 @@ pub fn parse(text: &str, name: &str) -> Result<Recipe, RecipeError> {
                 return Err(error("a second FROM: one stage is all there is".to_string()));
             }
             if rest.contains(char::is_whitespace) || rest.starts_with("--") {
-                return Err(error(format!("FROM {rest}: one template, or the path of an image, is all it takes")));
+                let message =
+                    format!("FROM {rest}: one template, or the path of an image, is all it takes: leave the rest out");
+                return Err(error(message));
             }
             (recipe.from, recipe.from_line) = (rest.to_string(), line);
             continue;
@@ -90,14 +99,8 @@ pub fn parse(text: &str, name: &str) -> Result<Recipe, RecipeError> {
         if recipe.from_line == 0 {
             return Err(error(format!("{word} stands before FROM")));
         }
-        let what = instruction_of(&word, rest, &variables).map_err(error)?;
-        if let Instruction::Env(pairs) = &what {
-            variables.extend(pairs.iter().cloned());
-        }
+        let what = instruction_of(&word, rest).map_err(error)?;
         recipe.steps.push(Step { line, text: instruction.clone(), what });
-        if recipe.steps.len() > MAX_STEPS {
-            return Err(error(format!("there are more than {MAX_STEPS} instructions")));
-        }
     }
     if recipe.from_line == 0 {
         return Err(RecipeError::new(name, "there is no FROM"));
@@ -126,56 +129,119 @@ fn instructions(text: &str, name: &str) -> Result<Vec<(usize, String)>, RecipeEr
             Some(part) => (part, true),
             None => (trimmed, false),
         };
-        let (begin, whole) = open.get_or_insert((at, String::new()));
+        let (_, whole) = open.get_or_insert((at, String::new()));
         whole.push_str(part);
-        if whole.len() > MAX_INSTRUCTION {
-            let message = format!("an instruction of more than {MAX_INSTRUCTION} octets");
-            return Err(RecipeError::new(format_args!("{name}:{begin}"), message));
-        }
         if !continued {
             found.extend(open.take());
         }
     }
     found.extend(open);
-    Ok(found)
+    match found.iter().find(|(_, whole)| whole.len() > MAX_INSTRUCTION) {
+        Some((begin, whole)) => {
+            let message = format!("an instruction of {} octets is over the limit of {MAX_INSTRUCTION}", whole.len());
+            Err(RecipeError::new(format_args!("{name}:{begin}"), message))
+        }
+        None => Ok(found),
+    }
 }
 
-fn instruction_of(word: &str, rest: &str, variables: &BTreeMap<String, String>) -> Result<Instruction, String> {
-    let expanded = |text: &str| expand(text, variables);
-    Ok(match word {
+impl Instruction {
+    /// With values in place of variables.
+    ///
+    /// # Errors
+    /// What it becomes is nothing that can be done, or too much.
+    pub fn expanded<'a>(&self, value: &dyn Fn(&str) -> Option<&'a str>) -> Result<Self, String> {
+        let mut total = Total::new(MAX_INSTRUCTION);
+        let mut of = |text: &String| words::expand(text, value, &mut total);
+        let named = |what: &str, text: &str, expanded: String| match expanded.is_empty() {
+            true => Err(format!("{what} {text} is nothing: its variables have no value")),
+            false => Ok(expanded),
+        };
+        let what = match self {
+            Self::Env(pairs) => {
+                let pairs = pairs.iter().map(|(name, text)| Ok((name.clone(), of(text)?)));
+                Self::Env(pairs.collect::<Result<_, String>>()?)
+            }
+            Self::WorkDir(path) => Self::WorkDir(named("WORKDIR", path, of(path)?)?),
+            Self::User(user) => Self::User(named("USER", user, of(user)?)?),
+            Self::Copy { sources, target, owner } => {
+                let mut path = |text: &String| named("COPY:", text, of(text)?);
+                Self::Copy {
+                    sources: sources.iter().map(&mut path).collect::<Result<_, String>>()?,
+                    target: path(target)?,
+                    owner: owner.as_ref().map(path).transpose()?,
+                }
+            }
+            Self::Run(_) | Self::Cmd(_) | Self::Entrypoint(_) | Self::Ready(_) => self.clone(),
+        };
+        what.check()?;
+        Ok(what)
+    }
+
+    /// Rules that hold with variables and without.
+    fn check(&self) -> Result<(), String> {
+        match self {
+            Self::User(user) if user.contains(char::is_whitespace) => Err(format!("USER {user} is no USER[:GROUP]")),
+            Self::Copy { sources, target, .. } => check_copy(sources, target),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn instruction_of(word: &str, rest: &str) -> Result<Instruction, String> {
+    let what = match word {
         "RUN" => {
             if rest.starts_with("--") {
-                return Err(format!("RUN takes no option: {}", rest.split(' ').next().unwrap_or(rest)));
+                let option = rest.split(' ').next().unwrap_or(rest);
+                return Err(format!("RUN takes no option: leave {option} out"));
             }
             Instruction::Run(command(word, rest)?)
         }
         "CMD" => Instruction::Cmd(command(word, rest)?),
         "ENTRYPOINT" => Instruction::Entrypoint(command(word, rest)?),
         "READY" => Instruction::Ready(rest.to_string()),
-        "ENV" => Instruction::Env(env(rest, variables)?),
-        "WORKDIR" => Instruction::WorkDir(expanded(&unquoted(rest)?)?),
-        "USER" => {
-            let user = expanded(rest)?;
-            if user.contains(char::is_whitespace) {
-                return Err(format!("USER {user} is no USER[:GROUP]"));
-            }
-            Instruction::User(user)
+        "ENV" => Instruction::Env(env(rest)?),
+        "WORKDIR" => Instruction::WorkDir(unquoted(rest)?),
+        "USER" => Instruction::User(rest.to_string()),
+        "COPY" => copy(rest)?,
+        _ => return Err(refusal(word)),
+    };
+    what.check()?;
+    match &what {
+        Instruction::Env(pairs) => pairs.iter().try_for_each(|(_, text)| words::check(text))?,
+        Instruction::WorkDir(text) | Instruction::User(text) => words::check(text)?,
+        Instruction::Copy { sources, target, owner } => {
+            sources.iter().chain([target]).chain(owner).try_for_each(|text| words::check(text))?;
         }
-        "COPY" => copy(rest, variables)?,
-        "ADD" | "ARG" | "EXPOSE" | "HEALTHCHECK" | "LABEL" | "MAINTAINER" | "ONBUILD" | "SHELL" | "STOPSIGNAL"
-        | "VOLUME" => return Err(format!("{word} is an instruction that templates are not built by")),
-        _ => {
-            return Err(format!(
-                "{word} is no instruction: known are FROM RUN COPY ENV WORKDIR USER CMD ENTRYPOINT READY"
-            ));
-        }
-    })
+        _ => {}
+    }
+    Ok(what)
 }
 
-/// `["a", "b"]`, or a line for the shell.
+/// What is wrong with a word that is none of the instructions, and the way out.
+fn refusal(word: &str) -> String {
+    let instead = match word {
+        "ADD" => "use COPY, and RUN to unpack or fetch",
+        "ARG" => "use ENV",
+        "EXPOSE" => "leave it out: ports need no word of the template's",
+        "HEALTHCHECK" => "leave it out, or say by READY when the start command is ready",
+        "LABEL" | "MAINTAINER" => "leave it out, or use --description",
+        "ONBUILD" => "leave it out, and write what it has into the recipes that stand on this one",
+        "SHELL" => "leave it out, and name the shell: RUN [\"/bin/bash\", \"-c\", \"…\"]",
+        "STOPSIGNAL" | "VOLUME" => "leave it out",
+        _ => return format!("{word} is no instruction: known are FROM RUN COPY ENV WORKDIR USER CMD ENTRYPOINT READY"),
+    };
+    format!("{word} is an instruction that templates are not built by: {instead}")
+}
+
+/// `["a", "b"]`, or a line for the shell. Of what is no step, `[]` takes back what there was.
 fn command(word: &str, rest: &str) -> Result<Vec<String>, String> {
     if rest.contains("<<") && word == "RUN" && heredoc(rest) {
         return Err("RUN with a here-document: write it to a file and COPY that".to_string());
+    }
+    let none = word != "RUN" && serde_json::from_str::<[String; 0]>(rest).is_ok();
+    if none {
+        return Ok(Vec::new());
     }
     if rest.starts_with('[')
         && let Some(words) = list(rest)?
@@ -201,7 +267,7 @@ fn list(text: &str) -> Result<Option<Vec<String>>, String> {
     }
 }
 
-fn env(rest: &str, variables: &BTreeMap<String, String>) -> Result<Vec<(String, String)>, String> {
+fn env(rest: &str) -> Result<Vec<(String, String)>, String> {
     let is_name = |name: &str| {
         !name.is_empty()
             && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
@@ -212,11 +278,11 @@ fn env(rest: &str, variables: &BTreeMap<String, String>) -> Result<Vec<(String, 
     if !first.contains('=') {
         // The old form: one name and all that follows.
         let (name, value) = rest.split_once(char::is_whitespace).ok_or(format!("ENV {rest} has no value"))?;
-        pairs.push((name.to_string(), expand(value.trim(), variables)?));
+        pairs.push((name.to_string(), value.trim().to_string()));
     } else {
         for word in words(rest)? {
             let (name, value) = word.split_once('=').ok_or(format!("ENV: {word} is not NAME=value"))?;
-            pairs.push((name.to_string(), expand(value, variables)?));
+            pairs.push((name.to_string(), value.to_string()));
         }
     }
     match pairs.iter().find(|(name, value)| !is_name(name) || value.contains('\0')) {
@@ -225,13 +291,13 @@ fn env(rest: &str, variables: &BTreeMap<String, String>) -> Result<Vec<(String, 
     }
 }
 
-fn copy(rest: &str, variables: &BTreeMap<String, String>) -> Result<Instruction, String> {
+fn copy(rest: &str) -> Result<Instruction, String> {
     let (mut owner, mut rest) = (None, rest);
     while rest.starts_with("--") {
         let (option, behind) = rest.split_once(char::is_whitespace).ok_or(format!("COPY {rest} names nothing"))?;
         match option.split_once('=') {
-            Some(("--chown", value)) if !value.is_empty() => owner = Some(expand(value, variables)?),
-            _ => return Err(format!("COPY takes no option but --chown=USER[:GROUP]: {option}")),
+            Some(("--chown", value)) if !value.is_empty() => owner = Some(value.to_string()),
+            _ => return Err(format!("COPY takes no option but --chown=USER[:GROUP]: leave {option} out")),
         }
         rest = behind.trim_start();
     }
@@ -240,12 +306,13 @@ fn copy(rest: &str, variables: &BTreeMap<String, String>) -> Result<Instruction,
         Some(paths) => paths,
         None => words(rest)?,
     };
-    for path in &mut paths {
-        *path = expand(path, variables)?;
-    }
     let target =
         paths.pop().filter(|_| !paths.is_empty()).ok_or(format!("COPY {rest}: it takes sources and a target"))?;
-    for source in &paths {
+    Ok(Instruction::Copy { sources: paths, target, owner })
+}
+
+fn check_copy(sources: &[String], target: &str) -> Result<(), String> {
+    for source in sources {
         if source.contains(['*', '?', '[']) {
             return Err(format!("COPY {source}: patterns are not known, name files or a directory"));
         }
@@ -259,93 +326,7 @@ fn copy(rest: &str, variables: &BTreeMap<String, String>) -> Result<Instruction,
     if target.split('/').any(|part| part == "..") {
         return Err(format!("COPY: the target {target} has .. in it"));
     }
-    Ok(Instruction::Copy { sources: paths, target, owner })
-}
-
-fn unquoted(text: &str) -> Result<String, String> {
-    let mut all = words(text)?;
-    match (all.pop(), all.is_empty()) {
-        (Some(word), true) => Ok(word),
-        // As Docker does: a path with spaces needs no quotes here.
-        _ => Ok(text.to_string()),
-    }
-}
-
-/// Words of a line, with quotes and escapes. A `$` that is quoted by `'` or escaped stays one: `expand` sees `\$`.
-fn words(text: &str) -> Result<Vec<String>, String> {
-    let (mut words, mut word, mut begun) = (Vec::new(), String::new(), false);
-    let mut quote = None;
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
-        match (c, quote) {
-            ('\\', Some('"') | None) => match chars.next() {
-                Some('$') => word.push_str("\\$"),
-                Some(next) => word.push(next),
-                None => return Err("a \\ ends it".to_string()),
-            },
-            ('$', Some('\'')) => word.push_str("\\$"),
-            (c, Some(open)) if c == open => quote = None,
-            ('"' | '\'', None) => (quote, begun) = (Some(c), true),
-            (c, None) if c.is_whitespace() => {
-                if begun || !word.is_empty() {
-                    words.push(std::mem::take(&mut word));
-                }
-                begun = false;
-            }
-            (c, _) => word.push(c),
-        }
-    }
-    if let Some(open) = quote {
-        return Err(format!("a quote {open} is not closed"));
-    }
-    if begun || !word.is_empty() {
-        words.push(word);
-    }
-    Ok(words)
-}
-
-/// Puts values of variables in place of `$NAME` and `${NAME}`; one that is not set is nothing.
-fn expand(text: &str, variables: &BTreeMap<String, String>) -> Result<String, String> {
-    let mut out = String::new();
-    let mut rest = text;
-    while let Some(at) = rest.find(['$', '\\']) {
-        out.push_str(&rest[..at]);
-        rest = &rest[at..];
-        if let Some(behind) = rest.strip_prefix("\\$") {
-            out.push('$');
-            rest = behind;
-            continue;
-        }
-        if let Some(behind) = rest.strip_prefix('\\') {
-            out.push('\\');
-            rest = behind;
-            continue;
-        }
-        let behind = &rest[1..];
-        let is_inner = |c: char| c.is_ascii_alphanumeric() || c == '_';
-        let (name, after) = match behind.strip_prefix('{') {
-            Some(inner) => {
-                let end = inner.find('}').ok_or(format!("{rest} is not closed"))?;
-                (&inner[..end], &inner[end + 1..])
-            }
-            None => behind.split_at(behind.find(|c| !is_inner(c)).unwrap_or(behind.len())),
-        };
-        if name.is_empty() && !behind.starts_with('{') {
-            out.push('$');
-            rest = behind;
-            continue;
-        }
-        if name.is_empty() || !name.chars().all(is_inner) {
-            return Err(format!("${{{name}}}: no more than a name is known in it"));
-        }
-        out.push_str(variables.get(name).map_or("", String::as_str));
-        if out.len() > MAX_INSTRUCTION {
-            return Err(format!("with its variables it has more than {MAX_INSTRUCTION} octets"));
-        }
-        rest = after;
-    }
-    out.push_str(rest);
-    Ok(out)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -374,16 +355,15 @@ mod tests {
             [
                 Instruction::Run(strings(&["/bin/sh", "-c", "a && b"])),
                 Instruction::Run(strings(&["x", "y z"])),
-                // The variables of one ENV are those before it.
                 Instruction::Env(vec![
                     pair("A", "1"),
                     pair("B", "two words"),
-                    pair("C", "."),
-                    pair("D", "$A"),
-                    pair("E", "$A")
+                    pair("C", "$A.${A}"),
+                    pair("D", "\\$A"),
+                    pair("E", "\\$A")
                 ]),
                 Instruction::Env(vec![pair("OLD", "a b")]),
-                Instruction::WorkDir("/srv/1".to_string()),
+                Instruction::WorkDir("/srv/$A".to_string()),
                 Instruction::User("me:us".to_string()),
                 Instruction::Copy {
                     sources: strings(&["a", "b/"]),
@@ -404,14 +384,21 @@ mod tests {
             ("", 0, "no FROM"),
             ("RUN x", 1, "RUN stands before FROM"),
             ("FROM a\nFROM b", 2, "a second FROM"),
-            ("FROM a AS b", 1, "FROM a AS b"),
-            ("FROM a\n\nADD x /", 3, "ADD is an instruction that"),
+            (
+                "FROM a AS b",
+                1,
+                "FROM a AS b: one template, or the path of an image, is all it takes: leave the rest out",
+            ),
+            ("FROM a\n\nADD x /", 3, "ADD is an instruction that templates are not built by: use COPY"),
+            ("FROM a\nARG x", 2, "ARG is an instruction that templates are not built by: use ENV"),
+            ("FROM a\nLABEL x=y", 2, "LABEL is an instruction that templates are not built by: leave it out"),
+            ("FROM a\nexpose 80", 2, "EXPOSE is an instruction that templates are not built by: leave it out"),
             ("FROM a\nHALLO x", 2, "HALLO is no instruction"),
             ("FROM a\nRUN", 2, "RUN says nothing"),
-            ("FROM a\nRUN --mount=type=cache x", 2, "RUN takes no option: --mount=type=cache"),
+            ("FROM a\nRUN --mount=type=cache x", 2, "RUN takes no option: leave --mount=type=cache out"),
             ("FROM a\nRUN <<EOF\nx\nEOF", 2, "here-document"),
             ("FROM a\nCOPY x", 2, "sources and a target"),
-            ("FROM a\nCOPY --from=b x /", 2, "--from=b"),
+            ("FROM a\nCOPY --from=b x /", 2, "leave --from=b out"),
             ("FROM a\nCOPY ../x /", 2, "../x leaves the directory"),
             ("FROM a\nCOPY *.py /", 2, "*.py: patterns"),
             ("FROM a\nCOPY \"x /", 2, "is not closed"),
@@ -419,7 +406,9 @@ mod tests {
             ("FROM a\nENV A", 2, "ENV A has no value"),
             ("FROM a\nWORKDIR ${A:-b}", 2, "${A:-b}"),
             ("FROM a\nUSER a b", 2, "USER a b"),
-            ("FROM a\nCMD []", 2, "[] names no program"),
+            ("FROM a\nRUN []", 2, "[] names no program"),
+            ("FROM a\nCMD [\"\"]", 2, "names no program"),
+            ("FROM a\nCOPY a$ $A ${A /x", 2, "${A is not closed"),
             ("# escape=`\nFROM a", 1, "the escape is"),
         ] {
             let error = parse(text, "D").unwrap_err();
@@ -432,12 +421,69 @@ mod tests {
     #[test]
     fn what_is_too_much_is_named_with_its_limit() {
         let many = format!("FROM a\n{}", "RUN x\n".repeat(MAX_STEPS + 1));
-        assert!(parse(&many, "D").unwrap_err().message.contains("more than 200"));
+        let error = parse(&many, "D").unwrap_err();
+        assert_eq!(error.to_string(), "D:202: 201 instructions are over the limit of 200");
         let long = format!("FROM a\nRUN {}", "x".repeat(MAX_INSTRUCTION));
-        assert!(parse(&long, "D").unwrap_err().message.contains("32768"));
+        let error = parse(&long, "D").unwrap_err();
+        assert_eq!(error.to_string(), "D:2: an instruction of 32772 octets is over the limit of 32768");
         assert!(parse(&"#".repeat(MAX_RECIPE + 1), "D").unwrap_err().message.contains("1048576"));
-        // Variables that are made of each other do not grow without end.
-        let text = (0..40).fold("FROM a\nENV A=0123456789\n".to_string(), |text, _| text + "ENV A=$A$A$A$A\n");
-        assert!(parse(&text, "D").unwrap_err().message.contains("32768"));
+    }
+
+    #[test]
+    fn values_stand_for_variables_and_what_they_make_is_checked_again() {
+        let value = |name: &str| match name {
+            "A" => Some("1"),
+            "UP" => Some("../x"),
+            "TWO" => Some("a b"),
+            "ALL" => Some("*"),
+            _ => None,
+        };
+        let expanded = |line: &str| steps(&format!("FROM a\n{line}")).remove(0).expanded(&value);
+        let pair = |name: &str, value: &str| (name.to_string(), value.to_string());
+        assert_eq!(
+            expanded("ENV A=2 C=$A.${A} D='$A' E=\\$A F=\"$A$\" G=$NONE"),
+            Ok(Instruction::Env(vec![
+                pair("A", "2"),
+                // The variables of one ENV are those before it.
+                pair("C", "1.1"),
+                pair("D", "$A"),
+                pair("E", "$A"),
+                pair("F", "1$"),
+                pair("G", "")
+            ]))
+        );
+        assert_eq!(expanded("WORKDIR \"/srv/$A\""), Ok(Instruction::WorkDir("/srv/1".to_string())));
+        assert_eq!(
+            expanded("COPY --chown=$A s$A /$A/"),
+            Ok(Instruction::Copy {
+                sources: strings(&["s1"]),
+                target: "/1/".to_string(),
+                owner: Some("1".to_string())
+            })
+        );
+        // A command's are its shell's.
+        assert_eq!(expanded("RUN echo $A"), Ok(Instruction::Run(strings(&["/bin/sh", "-c", "echo $A"]))));
+        for (line, part) in [
+            ("COPY $UP /", "leaves the directory"),
+            ("COPY x /$UP", "has .. in it"),
+            ("COPY $ALL /", "patterns"),
+            ("COPY $NONE /", "COPY: $NONE is nothing: its variables have no value"),
+            ("USER $TWO", "USER a b"),
+            ("USER $NONE", "USER $NONE is nothing"),
+            ("WORKDIR $NONE", "WORKDIR $NONE is nothing"),
+        ] {
+            let error = expanded(line).unwrap_err();
+            assert!(error.contains(part), "{line}: {error}");
+        }
+        let long = "x".repeat(MAX_INSTRUCTION / 2);
+        let many = steps("FROM a\nENV A=$L B=$L C=1").remove(0);
+        let error = many.expanded(&|_| Some(long.as_str())).unwrap_err();
+        assert_eq!(error, "with its variables it has 32769 octets, the limit is 32768");
+    }
+
+    #[test]
+    fn an_empty_list_takes_a_start_command_back() {
+        let none = steps("FROM a\nCMD []\nENTRYPOINT [ ]");
+        assert_eq!(none, [Instruction::Cmd(Vec::new()), Instruction::Entrypoint(Vec::new())]);
     }
 }

@@ -3,9 +3,11 @@
 //! its place, the value and the limit. No layer is looked into here: `mason` does that, inside the builder.
 
 pub mod dockerfile;
+pub mod ignore;
 pub mod image;
 pub mod key;
 pub mod store;
+pub mod words;
 
 use std::fmt;
 

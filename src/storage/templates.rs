@@ -292,7 +292,12 @@ impl Manifest {
 
     /// The same, if it is one that can be read again.
     pub fn checked(&self) -> Result<Self, TemplateError> {
-        Self::parse(&self.to_toml()?, &self.name)
+        let text = self.to_toml()?;
+        if text.len() as u64 > MAX_MANIFEST {
+            let message = format!("its manifest has {} octets, the limit is {MAX_MANIFEST}", text.len());
+            return Err(TemplateError::invalid(&self.name, message));
+        }
+        Self::parse(&text, &self.name)
     }
 
     /// The hash in lower-case hex.
@@ -482,6 +487,12 @@ mod tests {
         assert_eq!((manifest.name.as_str(), manifest.sha256, manifest.size_bytes), ("python", [0xab; 32], 8192));
         assert_eq!(manifest.defaults.env, ["A=1", "B_2="]);
         assert_eq!(Manifest::parse(&manifest.to_toml().unwrap(), "x").unwrap(), manifest);
+        assert_eq!(manifest.checked().unwrap(), manifest);
+        let mut long = manifest;
+        // Each of them may be, all of them together are no manifest that is read again.
+        long.defaults.env = (0..20).map(|n| format!("A{n}={}", "x".repeat(4000))).collect();
+        let error = long.checked().unwrap_err().to_string();
+        assert!(error.contains("octets, the limit is 65536"), "{error}");
     }
 
     #[test]

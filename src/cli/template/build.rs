@@ -6,7 +6,9 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use super::source::{Base, Source, Surroundings, Task, TaskKind, plan, to_error};
+use super::source::{
+    Base, NOTHING_IS_PULLED, PATH, Source, Surroundings, Task, TaskKind, languages_of, plan, to_error,
+};
 use crate::cli::Failure;
 use crate::cli::args::BuildArgs;
 use crate::cli::client::{Call, Client, Event, INTERRUPTED, LOCAL_IO, local};
@@ -26,12 +28,11 @@ const TAIL: usize = 2048;
 /// Whose programs are, where only a root file system was given, and where they run: as in the node's own templates.
 const USER: &str = "1000";
 const WORKSPACE: &str = "/workspace";
-/// PATH of programs in images that say nothing.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// `warren template build`.
 pub(super) fn build(connect: &dyn Fn() -> Result<Client, Error>, args: &BuildArgs, json: bool) -> Result<u8, Failure> {
-    let source = Source::of(&args.path, args.file.as_deref(), args.reference.as_deref())?;
+    let mut source = Source::of(&args.path, args.file.as_deref(), args.reference.as_deref())?;
+    source.languages = args.languages.as_deref().map(languages_of).transpose()?;
     // From here on a signal ends the connection, and with it the build.
     let signals = Signals::take(&ENDING).map_err(|e| local(LOCAL_IO, format!("signalfd: {e}")))?;
     let mut client = connect()?;
@@ -68,13 +69,13 @@ impl<'a> Builder<'a> {
         let (begin, around, disk) = begin(&mut client, source, args)?;
         let (tasks, mut around, last) = plan(source, begin, around)?;
         if let Some(start) = &args.start {
-            (around.entrypoint, around.cmd) =
-                (Vec::new(), vec!["/bin/sh".to_string(), "-c".to_string(), start.clone()]);
+            let shell = || ["/bin/sh", "-c", start].map(str::to_string).to_vec();
+            (around.entrypoint, around.cmd) = (Vec::new(), if start.is_empty() { Vec::new() } else { shell() });
         }
         if let Some(ready) = &args.ready {
             around.ready.clone_from(ready);
         }
-        let whole = whole_key(&last, &around);
+        let whole = whole_key(&last, &around, source.languages.as_deref());
         let ask = |steps: &[&Task]| {
             let request = Request::new("", "template.build").arg(&args.tag).set("disk_mib", disk);
             let from = if let Base::Template(name) = &source.base { name.as_str() } else { "scratch" };
@@ -230,8 +231,15 @@ impl<'a> Builder<'a> {
         request =
             around.env.iter().fold(request, |request, (name, value)| request.set("env", format!("{name}={value}")));
         request = around.start().iter().fold(request, |request, word| request.set("start", word));
+        request = self.source.languages.iter().fold(request, |request, text| request.set("languages", text));
         request = self.args.description.iter().fold(request, |request, text| request.set("description", text));
         if around.ready.is_empty() {
+            if !around.start().is_empty() {
+                say(format_args!(
+                    "start: {}: in every sandbox once it has booted, and nobody waits for it",
+                    around.start().join(" ")
+                ));
+            }
             say("make the template");
             return Ok(self.client.call(request)?.fields);
         }
@@ -428,7 +436,8 @@ fn begin(client: &mut Client, source: &Source, args: &BuildArgs) -> Result<(Key,
     let mut around = Surroundings::default();
     let (identity, base_mib) = match &source.base {
         Base::Template(name) => {
-            let template = client.call(Request::new("", "template.inspect").arg(name))?.fields;
+            let template = client.call(Request::new("", "template.inspect").arg(name));
+            let template = template.map_err(|error| no_base(error, source, name))?.fields;
             for (key, value) in &template.0 {
                 if let ("env", Some((name, value))) =
                     (key.as_str(), std::str::from_utf8(value).ok().and_then(|e| e.split_once('=')))
@@ -438,7 +447,9 @@ fn begin(client: &mut Client, source: &Source, args: &BuildArgs) -> Result<(Key,
             }
             // Its user stays the template's where a recipe says no other; steps run as root until then.
             around.workdir = template.get("cwd").map(str::to_string);
-            (text(&template, "sha256"), template.number("size_bytes").unwrap_or(0) >> 20)
+            // What else it is that is passed on, its user and its languages, is in the key that it was built by.
+            let identity = format!("{} {}", text(&template, "sha256"), template.get("key").unwrap_or_default());
+            (identity, template.number("size_bytes").unwrap_or(0) >> 20)
         }
         Base::Image(image) => {
             let Settings { env, workdir, user, cmd, entrypoint } = source.settings();
@@ -470,6 +481,15 @@ fn begin(client: &mut Client, source: &Source, args: &BuildArgs) -> Result<(Key,
     Ok((key, around, disk))
 }
 
+/// A base that cannot be had, with its place and the way out.
+fn no_base(mut error: Error, source: &Source, name: &str) -> Error {
+    if error.is(Code::NotFound) {
+        let place = format!("{}:{}", source.name, source.from_line);
+        error.message = format!("{place}: FROM {name}: {}; {NOTHING_IS_PULLED}", error.message);
+    }
+    error
+}
+
 /// What something that may be compressed takes unpacked, in MiB, as a guess.
 fn estimate(octets: u64) -> u64 {
     (octets >> 20).saturating_mul(4)
@@ -480,10 +500,11 @@ fn size_of(path: &Path) -> u64 {
 }
 
 /// The key of the template: its disk, and what else it is.
-fn whole_key(last: &Key, around: &Surroundings) -> Key {
+fn whole_key(last: &Key, around: &Surroundings, languages: Option<&str>) -> Key {
     let env: Vec<String> = around.env.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let start = around.start();
     let ends = [around.workdir.as_deref().unwrap_or("\0"), around.user.as_deref().unwrap_or("\0"), &around.ready];
     let strings = |words: &[String], key: &Key| key.then(&words.iter().map(String::as_bytes).collect::<Vec<_>>());
-    strings(&start, &strings(&env, last)).then(&ends.map(str::as_bytes))
+    let key = strings(&start, &strings(&env, last)).then(&ends.map(str::as_bytes));
+    languages.iter().fold(key, |key, text| key.then(&[b"languages", text.as_bytes()]))
 }

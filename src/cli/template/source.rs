@@ -10,10 +10,15 @@ use super::context::Context;
 use crate::cli::client::{LOCAL_IO, local};
 use crate::recipe::RecipeError;
 use crate::recipe::dockerfile::{self, Instruction, MAX_RECIPE, Recipe, Step};
+use crate::recipe::ignore::{Ignore, MAX_IGNORE};
 use crate::recipe::image::{self, Image, Settings};
 use crate::recipe::key::{Key, hex};
 use crate::recipe::store::{Store, is_archive};
+use crate::storage::languages;
 use crate::wire::{Code, Error};
+
+/// PATH of programs where neither image nor template says one: the agent's.
+pub(super) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What the first steps are done on.
 #[derive(Debug)]
@@ -35,6 +40,12 @@ pub(super) struct Source {
     pub root: PathBuf,
     /// File of the steps, for errors.
     pub name: String,
+    /// Line of FROM in it; 0 where there is none.
+    pub from_line: usize,
+    /// What COPY leaves out.
+    pub ignore: Ignore,
+    /// How code is run, where that is said.
+    pub languages: Option<String>,
 }
 
 /// The error that a client is told.
@@ -42,6 +53,9 @@ pub(super) fn to_error(error: RecipeError) -> Error {
     let code = if error.damaged { Code::Corrupt } else { Code::BadArgument };
     Error::new(code, error.to_string())
 }
+
+/// The way out where FROM names what is not there.
+pub(super) const NOTHING_IS_PULLED: &str = "nothing is pulled: build it first, or put an image beside the recipe";
 
 fn io_error(path: &Path, e: &io::Error) -> Error {
     local(LOCAL_IO, format!("{}: {e}", path.display()))
@@ -60,7 +74,16 @@ impl Source {
         }
         if meta.is_dir() || is_archive(path) || is_compressed(path) {
             let base = base_of(path, reference)?;
-            return Ok(Self { base, steps: Vec::new(), root: path.to_path_buf(), name: path.display().to_string() });
+            let (root, name) = (path.to_path_buf(), path.display().to_string());
+            return Ok(Self {
+                base,
+                steps: Vec::new(),
+                root,
+                name,
+                from_line: 0,
+                ignore: Ignore::default(),
+                languages: None,
+            });
         }
         let root = path.parent().filter(|root| !root.as_os_str().is_empty()).unwrap_or(Path::new("."));
         Self::of_recipe(path, root, reference)
@@ -77,13 +100,15 @@ impl Source {
         let base = match from.contains('/') || path.exists() {
             true if path.exists() => base_of(&path, reference)?,
             true => {
-                let message =
-                    format!("FROM {from}: there is no such image here, and templates have no / in their names");
+                let message = format!(
+                    "FROM {from}: there is no such image here, and templates have no / in their names; {NOTHING_IS_PULLED}"
+                );
                 return Err(to_error(RecipeError::new(format_args!("{name}:{from_line}"), message)));
             }
             false => Base::Template(from),
         };
-        Ok(Self { base, steps, root: root.to_path_buf(), name })
+        let ignore = ignored(file, root)?;
+        Ok(Self { base, steps, root: root.to_path_buf(), name, from_line, ignore, languages: None })
     }
 
     /// What the base says of programs.
@@ -93,6 +118,43 @@ impl Source {
             _ => Settings::default(),
         }
     }
+}
+
+/// Languages, checked before any work is done for them.
+pub(super) fn languages_of(path: &Path) -> Result<String, Error> {
+    let mut octets = Vec::new();
+    let opened = File::open(path).map_err(|e| io_error(path, &e))?;
+    opened.take(languages::MAX_TEXT as u64 + 1).read_to_end(&mut octets).map_err(|e| io_error(path, &e))?;
+    let refused = |line: Option<usize>, message: &str| {
+        let place = line.map_or(path.display().to_string(), |line| format!("{}:{line}", path.display()));
+        to_error(RecipeError::new(place, message))
+    };
+    let text = String::from_utf8(octets).map_err(|_| refused(None, "is not UTF-8"))?;
+    languages::parse(&text).map_err(|error| refused(error.line, &error.message))?;
+    Ok(text)
+}
+
+/// What is not to be copied: the recipe's own list, or the directory's, as Docker has them.
+fn ignored(recipe: &Path, root: &Path) -> Result<Ignore, Error> {
+    let mut own = recipe.as_os_str().to_os_string();
+    own.push(".dockerignore");
+    for path in [PathBuf::from(own), root.join(".dockerignore")] {
+        match fs::metadata(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(io_error(&path, &e)),
+            Ok(meta) if !meta.is_file() => {
+                return Err(to_error(RecipeError::new(path.display(), "is no regular file")));
+            }
+            Ok(_) => {
+                let mut octets = Vec::new();
+                let opened = File::open(&path).map_err(|e| io_error(&path, &e))?;
+                let read = opened.take(MAX_IGNORE as u64 + 1).read_to_end(&mut octets);
+                read.map_err(|e| io_error(&path, &e))?;
+                return Ignore::parse(&octets, &path.display().to_string()).map_err(to_error);
+            }
+        }
+    }
+    Ok(Ignore::default())
 }
 
 fn is_compressed(path: &Path) -> bool {
@@ -145,6 +207,8 @@ pub(super) struct Surroundings {
     pub workdir: Option<String>,
     pub user: Option<String>,
     pub cmd: Vec<String>,
+    /// `cmd` is the recipe's, and not the base's.
+    pub has_cmd: bool,
     pub entrypoint: Vec<String>,
     pub ready: String,
 }
@@ -155,6 +219,12 @@ impl Surroundings {
             Some((_, old)) => *old = value.to_string(),
             None => self.env.push((name.to_string(), value.to_string())),
         }
+    }
+
+    /// What stands for a variable.
+    fn value(&self, name: &str) -> Option<&str> {
+        let said = self.env.iter().find(|(other, _)| other == name).map(|(_, value)| value.as_str());
+        said.or((name == "PATH").then_some(PATH))
     }
 
     /// A path from the working directory.
@@ -176,8 +246,14 @@ impl Surroundings {
             Instruction::Env(pairs) => pairs.iter().for_each(|(name, value)| self.set(name, value)),
             Instruction::WorkDir(path) => self.workdir = Some(self.path(path)),
             Instruction::User(user) => self.user = Some(user.clone()),
-            Instruction::Cmd(words) => self.cmd.clone_from(words),
-            Instruction::Entrypoint(words) => (self.entrypoint, self.cmd) = (words.clone(), Vec::new()),
+            Instruction::Cmd(words) => (self.cmd, self.has_cmd) = (words.clone(), true),
+            Instruction::Entrypoint(words) => {
+                self.entrypoint.clone_from(words);
+                // The base's is of the base's entry point.
+                if !self.has_cmd {
+                    self.cmd.clear();
+                }
+            }
             Instruction::Ready(command) => self.ready.clone_from(command),
             Instruction::Run(_) | Instruction::Copy { .. } => {}
         }
@@ -237,14 +313,16 @@ pub(super) fn plan(source: &Source, key: Key, around: Surroundings) -> Result<(V
     }
     for Step { line, text, what } in &source.steps {
         let place = format!("{}:{line}", source.name);
-        let kind = match what {
+        let what = what.expanded(&|name| around.value(name));
+        let what = what.map_err(|message| to_error(RecipeError::new(&place, message)))?;
+        let kind = match &what {
             Instruction::Run(argv) => {
                 let argv_octets: Vec<&[u8]> = argv.iter().map(String::as_bytes).collect();
                 key = around.digest_into(&key.then(&[b"run"]).then(&argv_octets));
                 TaskKind::Run(argv.clone())
             }
             Instruction::Copy { sources, target, owner } => {
-                let context = Context::new(&source.root, sources).map_err(|error| {
+                let context = Context::new(&source.root, sources, &source.ignore).map_err(|error| {
                     to_error(RecipeError { place: place.clone(), message: error.to_string(), ..error })
                 })?;
                 let digest = digest(&mut context.open()).map_err(|e| local(LOCAL_IO, format!("{place}: {e}")))?;
@@ -269,7 +347,85 @@ pub(super) fn plan(source: &Source, key: Key, around: Surroundings) -> Result<(V
             }
         };
         add(kind, text.clone(), &place, &around, &key);
-        around.take(what);
+        around.take(&what);
     }
     Ok((tasks, around, key))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(recipe: &str, root: &Path) -> Source {
+        let Recipe { steps, from_line, .. } = dockerfile::parse(recipe, "D").unwrap();
+        let (base, ignore) = (Base::Template("base".to_string()), Ignore::default());
+        Source { base, steps, root: root.to_path_buf(), name: "D".to_string(), from_line, ignore, languages: None }
+    }
+
+    fn around(env: &[(&str, &str)]) -> Surroundings {
+        let mut around = Surroundings::default();
+        env.iter().for_each(|(name, value)| around.set(name, value));
+        around
+    }
+
+    /// Environment in the end, and keys of the steps.
+    fn planned(recipe: &str, base: &[(&str, &str)]) -> Result<(Surroundings, Vec<Key>), Error> {
+        let (tasks, around, _) = plan(&source(recipe, &std::env::temp_dir()), Key::new(), around(base))?;
+        Ok((around, tasks.into_iter().map(|task| task.key).collect()))
+    }
+
+    #[test]
+    fn a_variable_of_the_base_is_a_variable_of_the_recipe() {
+        let recipe = "FROM base\nENV PATH=/opt/bin:$PATH A=$WHERE\nENV B=$A:$PATH\nRUN x\n";
+        let (around, keys) = planned(recipe, &[("PATH", "/bin"), ("WHERE", "here")]).unwrap();
+        assert_eq!((around.value("PATH"), around.value("A")), (Some("/opt/bin:/bin"), Some("here")));
+        assert_eq!(around.value("B"), Some("here:/opt/bin:/bin"));
+        // Nobody says one: it is what programs get.
+        let (other, others) = planned(recipe, &[("WHERE", "here")]).unwrap();
+        assert_eq!(other.value("PATH"), Some(format!("/opt/bin:{PATH}").as_str()));
+        assert_ne!(keys, others);
+    }
+
+    #[test]
+    fn a_variable_of_the_base_that_changes_is_another_key() {
+        let root = std::env::temp_dir().join(format!("warren-source-{}", std::process::id()));
+        fs::create_dir_all(&root).unwrap();
+        fs::write(root.join("one"), b"one").unwrap();
+        for step in ["COPY one /$A/", "WORKDIR /$A", "COPY --chown=$A one /", "ENV B=$A\nRUN x"] {
+            let source = source(&format!("FROM base\n{step}\n"), &root);
+            let key = |value: &str| plan(&source, Key::new(), around(&[("A", value)])).unwrap().2;
+            assert_eq!(key("1"), key("1"), "{step}");
+            assert_ne!(key("1"), key("2"), "{step}");
+        }
+        fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn what_variables_make_of_each_other_is_bounded_and_errors_name_the_line() {
+        let recipe = "FROM base\nENV A=0123456789\n".to_string() + &"ENV A=$A$A$A$A\n".repeat(40);
+        let error = planned(&recipe, &[]).unwrap_err();
+        assert!(error.message.starts_with("D:8: with its variables it has 40960 octets"), "{error}");
+        let error = planned("FROM base\n\nWORKDIR $NONE\n", &[]).unwrap_err();
+        assert!(error.is(Code::BadArgument) && error.message.contains("D:3: WORKDIR $NONE is nothing"), "{error}");
+    }
+
+    #[test]
+    fn the_start_command_is_what_entrypoint_and_cmd_leave_of_it() {
+        let start = |recipe: &str| {
+            let mut base = around(&[]);
+            (base.entrypoint, base.cmd) = (vec!["base".to_string()], vec!["of-base".to_string()]);
+            let (_, around, _) =
+                plan(&source(&format!("FROM base\n{recipe}"), Path::new("/")), Key::new(), base).unwrap();
+            around.start().join(" ")
+        };
+        assert_eq!(start(""), "base of-base");
+        assert_eq!(start("CMD [\"mine\"]\n"), "base mine");
+        assert_eq!(start("ENTRYPOINT [\"run\"]\n"), "run");
+        assert_eq!(start("CMD [\"mine\"]\nENTRYPOINT [\"run\"]\n"), "run mine");
+        assert_eq!(start("ENTRYPOINT [\"run\"]\nCMD [\"mine\"]\n"), "run mine");
+        assert_eq!(start("CMD []\n"), "base");
+        assert_eq!(start("ENTRYPOINT []\n"), "");
+        assert_eq!(start("CMD [\"mine\"]\nENTRYPOINT []\n"), "mine");
+        assert_eq!(start("ENTRYPOINT []\nCMD []\n"), "");
+    }
 }
