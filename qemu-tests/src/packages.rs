@@ -10,8 +10,10 @@ use crate::node::Node;
 
 /// Where the web server of `internet` has its files.
 pub const INDEX: &str = "/run/index";
-/// Its address.
-pub const URL: &str = "http://1.2.3.4:8000";
+/// Its private address by a name that only the node knows.
+pub const URL: &str = "http://mirror.test:8000";
+/// Its private address.
+pub const MIRROR: &str = "10.0.0.5";
 
 fn hex(octets: &[u8]) -> String {
     octets.iter().map(|octet| format!("{octet:02x}")).collect()

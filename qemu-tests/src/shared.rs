@@ -36,12 +36,11 @@ pub fn node_with_code() -> Turn {
     node_from(|| boot().template_disk(&Artefact::CodeDisk.path()))
 }
 
-/// The same with both disks of templates and a configuration of its own.
-pub fn node_with_code_and(configuration: &str) -> Turn {
+/// The same for a file of tests that need both disks of templates and more: `more` says what.
+pub fn node_with_code_and(more: impl FnOnce(Boot) -> Boot) -> Turn {
     node_from(|| {
-        let boot =
-            Boot::kernel().template_disk(&Artefact::TemplateDisk.path()).template_disk(&Artefact::CodeDisk.path());
-        boot.file("/etc/warren/warren.toml", 0o644, configuration.as_bytes().to_vec())
+        let disks = [Artefact::TemplateDisk, Artefact::CodeDisk];
+        more(disks.iter().fold(Boot::kernel(), |boot, disk| boot.template_disk(&disk.path())))
     })
 }
 

@@ -4,16 +4,28 @@ use std::process::Stdio;
 
 use qemu_tests::internet::{HOST, Internet, OTHER};
 use qemu_tests::node::Boot;
-use qemu_tests::packages::{INDEX, Release, URL, put_npm, put_wheel};
+use qemu_tests::packages::{INDEX, MIRROR, Release, URL, put_npm, put_wheel};
 use qemu_tests::shared::Turn;
 use qemu_tests::templates::{command, traces, wait_until_gone, warren};
 use qemu_tests::timing::{self, wait_for};
 use qemu_tests::{Call, Code, Error, Message, Node, Request, Sandbox, artefacts::Artefact, shared};
 
-fn configuration(timeout_s: u64) -> String {
-    format!(
-        "[packages]\npip_index = \"{URL}/pip\"\nnpm_registry = \"{URL}/npm/\"\nallow = [\"{HOST}\"]\nmax_mib = 16\ntimeout_s = {timeout_s}\n"
-    )
+/// What nothing but the index and its installers may ever show; and as the header has it.
+const PASSWORD: &str = "tr4de%53ecret";
+const PLAIN: &str = "tr4deSecret";
+const AUTHORIZATION: &str = "Basic cmVhZGVyOnRyNGRlU2VjcmV0";
+
+/// A node whose index is a company's mirror: at a private address, by a name that the node has, with a password.
+fn with_mirror(boot: Boot) -> Boot {
+    let timeout_s = (300 * timing::factor()).min(3600);
+    let configuration = format!(
+        "[packages]\npip_index = \"file:/etc/warren/pip\"\nnpm_registry = \"file:/etc/warren/npm\"\nmax_mib = 16\ntimeout_s = {timeout_s}\n"
+    );
+    let address = |path: &str| URL.replace("://", &format!("://reader:{PASSWORD}@")) + path;
+    boot.file("/etc/warren/warren.toml", 0o644, configuration.into_bytes())
+        .file("/etc/warren/pip", 0o600, address("/pip").into_bytes())
+        .file("/etc/warren/npm", 0o600, address("/npm/").into_bytes())
+        .file("/etc/hosts", 0o644, format!("127.0.0.1 localhost\n{MIRROR} mirror.test\n").into_bytes())
 }
 
 fn wait_for_template(node: &Node, name: &str) {
@@ -24,7 +36,7 @@ fn wait_for_template(node: &Node, name: &str) {
 }
 
 fn node() -> Turn {
-    let node = shared::node_with_code_and(&configuration((300 * timing::factor()).min(3600).into()));
+    let node = shared::node_with_code_and(with_mirror);
     wait_for_template(&node, "python");
     wait_for_template(&node, "code");
     node
@@ -32,7 +44,7 @@ fn node() -> Turn {
 
 /// A node's internet, with a fresh index.
 fn internet(node: &Node) -> Internet<'_> {
-    node.sh(&format!("rm -rf {INDEX}; mkdir -p {INDEX}"));
+    node.sh(&format!("rm -rf {INDEX}; mkdir -p {INDEX}; echo '{AUTHORIZATION}' > {INDEX}/authorization"));
     Internet::of(node)
 }
 
@@ -83,6 +95,8 @@ fn run(sandbox: &Sandbox, language: &str, packages: &[&str], source: &str) -> Re
 fn fails(sandbox: &Sandbox, language: &str, packages: &[&str], code: Code) -> Error {
     let error = run(sandbox, language, packages, "").expect_err("it is to fail");
     assert!(error.is(code), "{packages:?}: {error}: {:?}", error.fields);
+    let all = format!("{error:?}");
+    assert!(![PASSWORD, PLAIN, &AUTHORIZATION[6..]].iter().any(|secret| all.contains(secret)), "{all}");
     error
 }
 
@@ -98,6 +112,15 @@ fn put_greeting(node: &Node) {
     put_wheel(node, ("words", "2.1"), &[], "HELLO = 'hello'\n", false);
 }
 
+/// Nothing that the node keeps or says has the password of its index.
+fn no_secret_is_left(node: &Node) {
+    let patterns = format!("-e {PASSWORD} -e {PLAIN} -e {}", &AUTHORIZATION[6..]);
+    let kept = "find /data /run/warren -path /data/templates -prune -o -type f -size -32M -print";
+    assert_eq!(node.sh(&format!("{kept} | xargs grep -l -F {patterns} || true")), "");
+    let console = node.console_text();
+    assert!(!console.contains(PASSWORD) && !console.contains(PLAIN), "the console has it");
+}
+
 const GREET: &str = "import greeting\nprint(greeting.greet())";
 
 #[test]
@@ -107,7 +130,7 @@ fn packages_of_python_are_installed_once_and_reached_by_runs_and_contexts() {
     put_greeting(&node);
     let one = sandbox(&node, "python");
     assert_eq!(run(&one, "python", &["greeting"], GREET).unwrap(), ("hello there\n".to_string(), true));
-    let requests = internet.count(HOST, "http");
+    let requests = internet.count(MIRROR, "http");
     assert!(requests >= 4, "two pages and two wheels: {requests}");
     // The same in the same sandbox, in another, and written otherwise: nothing is asked for any more.
     assert_eq!(run(&one, "python", &["Greeting"], GREET).unwrap(), ("hello there\n".to_string(), false));
@@ -121,12 +144,13 @@ fn packages_of_python_are_installed_once_and_reached_by_runs_and_contexts() {
     assert!(writer.write("source", b"import sys, greeting\nprint(greeting.greet(), '/elsewhere' in sys.path)"));
     writer.end("source");
     assert_eq!(end(call).unwrap().0, "hello there True\n");
-    assert_eq!(internet.count(HOST, "http"), requests);
+    assert_eq!(internet.count(MIRROR, "http"), requests);
     // A run that asks for none has none, and what was installed is nobody's to change.
     let none = "try:\n    import greeting\nexcept ImportError:\n    print('none')";
     assert_eq!(run(&two, "python", &[], none).unwrap().0, "none\n");
     let modes = "stat -c '%U %a' /var/lib/warren/packages/*/site-packages/greeting/__init__.py";
     assert_eq!(two.sh(modes), "root 644\n");
+    no_secret_is_left(&node);
     // Builders and their templates are gone, and no list shows anything.
     let rows = node.control().ok(Request::new("", "template.list")).items;
     assert!(rows.iter().all(|row| !row.get("name").unwrap_or_default().starts_with("packages")), "{rows:?}");
@@ -178,7 +202,7 @@ fn what_cannot_be_installed_is_an_error_that_says_why_and_leaves_nothing() {
     fails(&sandbox, "bash", &["a"], Code::NoInstaller);
     let other = sandbox.request("code.run").set("language", "python").set("index", "npm").set("dependency", "a");
     assert!(sandbox.client().err(other).is(Code::BadArgument));
-    assert_eq!(internet.count(HOST, "http"), 0);
+    assert_eq!(internet.count(MIRROR, "http"), 0);
 
     let error = fails(&sandbox, "python", &["nothing-like-it"], Code::InstallFailed);
     let output = |error: &Error| error.fields.get("output").unwrap_or_default().to_string();
@@ -187,10 +211,13 @@ fn what_cannot_be_installed_is_an_error_that_says_why_and_leaves_nothing() {
     assert!(output(&error).contains("nothing-like-it"), "{}", output(&error));
     let error = fails(&sandbox, "python", &["broken"], Code::InstallFailed);
     assert!(output(&error).contains("DO NOT MATCH THE HASHES"), "{}", output(&error));
+    // A page without an end: what bounds it is the builder's memory.
+    fails(&sandbox, "python", &["endless"], Code::OutOfMemory);
     wait_until_gone(&node, &before);
     assert_eq!(node.sh("ls /data/packages | grep -v '[.]tar$' || true"), "");
     // Nobody but the index was asked.
     assert_eq!(internet.count(OTHER, "tcp"), 0);
+    no_secret_is_left(&node);
 }
 
 /// Versions, ranges, and whether the one is in the other: what npm's own semver says.
@@ -267,10 +294,10 @@ fn packages_of_node_js_come_with_what_they_need() {
     let packages = ["words", "greeting@1.0.0", "@test/module@latest"];
     let (said, installed) = run(&sandbox, "javascript", &packages, source).unwrap();
     assert_eq!((said.as_str(), installed), ("hallo there hello salve\n", true));
-    let requests = internet.count(HOST, "http");
+    let requests = internet.count(MIRROR, "http");
     let again = run(&sandbox, "javascript", &["greeting@1.0.0", "@test/module@latest", "words"], source).unwrap();
     assert_eq!((again.0.as_str(), again.1), ("hallo there hello salve\n", false));
-    assert_eq!(internet.count(HOST, "http"), requests);
+    assert_eq!(internet.count(MIRROR, "http"), requests);
 
     // Ranges as npm has them: the installer is where it unpacked.
     let table = RANGES.iter().map(|(version, range, fits)| format!("[\"{version}\",\"{range}\",{fits}],"));
@@ -295,7 +322,27 @@ fn packages_of_node_js_come_with_what_they_need() {
 
 /// Waits until an installation has asked the index for something, which it does not get.
 fn held(node: &Node) {
-    wait_for("a request", || (node.sh("nc 93.0.0.2 9 < /dev/null").contains("1.2.3.4 http ")).then_some(()));
+    wait_for("a request", || (node.sh("nc 93.0.0.2 9 < /dev/null").contains(" http ")).then_some(()));
+}
+
+/// What a builder reaches, and a sandbox with a network beside it does not.
+fn reaches_its_index_and_nothing_else_that_is_private(node: &Node, builder: &str) {
+    let script = "import socket\n\
+        for host, port in (('10.0.0.5', 8000), ('10.0.0.5', 80), ('192.168.1.1', 80), ('93.0.0.1', 22), ('1.2.3.4', 80)):\n\
+        \x20   s = socket.socket(); s.settimeout(2)\n\
+        \x20   print(host, port, s.connect_ex((host, port)) == 0)";
+    let reached = |id: &str| {
+        let request = Request::new("", "exec.start").arg(id).arg("python3").arg("-c").arg(script);
+        node.control().ok(request).text("stdout")
+    };
+    let other = node.sandbox(&[("template", "python"), ("memory_mib", "256"), ("network", "on")]);
+    let rest = "10.0.0.5 80 False\n192.168.1.1 80 False\n93.0.0.1 22 False\n1.2.3.4 80 True\n";
+    assert_eq!(reached(builder), format!("10.0.0.5 8000 True\n{rest}"));
+    assert_eq!(reached(&other.id), format!("10.0.0.5 8000 False\n{rest}"));
+    // Nobody else can ask for it.
+    let request = Request::new("", "template.build").arg("mine").set("from", "base").set("network", "on");
+    let error = node.control().err(request.set("service", "10.0.0.5:8000"));
+    assert!(error.is(Code::Forbidden), "{error}");
 }
 
 #[test]
@@ -311,7 +358,9 @@ fn two_that_ask_for_the_same_at_once_have_it_installed_once_and_one_that_goes_ta
     for call in &mut calls {
         assert_eq!(call.item().get("state"), Some("installing"));
     }
+    let builder = traces(&node).difference(&before).next().cloned().expect("a builder");
     assert_eq!(traces(&node).len() - before.len(), 1, "one builder");
+    reaches_its_index_and_nothing_else_that_is_private(&node, &builder);
     assert_eq!(node.sh("ls /data/packages | grep -c '[.]partial$'"), "1\n");
     // One waits no more, whether or not it was the one that installs.
     calls.remove(0).cancel();
@@ -339,9 +388,9 @@ fn an_installation_that_is_cancelled_or_whose_supervisor_is_killed_leaves_nothin
     wait_until_gone(&node, &before);
     wait_for("the file to go", || left().is_empty().then_some(()));
 
-    let requests = internet.count(HOST, "http");
+    let requests = internet.count(MIRROR, "http");
     let call = begin(&sandbox, "python", &["late"], "");
-    wait_for("a request", || (internet.count(HOST, "http") > requests).then_some(()));
+    wait_for("a request", || (internet.count(MIRROR, "http") > requests).then_some(()));
     assert_ne!(left(), "");
     let supervisor = node.supervisor();
     node.sh(&format!("kill -9 {supervisor}"));
@@ -361,28 +410,101 @@ fn an_installation_that_is_cancelled_or_whose_supervisor_is_killed_leaves_nothin
 }
 
 #[test]
-fn an_index_that_is_silent_or_not_there_is_said_so() {
-    let boot = |text: String| {
-        let node = Boot::kernel().template_disk(&Artefact::TemplateDisk.path());
-        let node = node.file("/etc/warren/warren.toml", 0o644, text.into_bytes()).start();
+fn a_full_disk_of_the_node_ends_an_installation_and_nobody_else() {
+    let node = node();
+    let internet = internet(&node);
+    put_greeting(&node);
+    let sandbox = sandbox(&node, "python");
+    let before = traces(&node);
+    node.sh(&format!("touch {INDEX}/hold; rm -f /data/packages/*.tar"));
+    let call = begin(&sandbox, "python", &["greeting"], GREET);
+    held(&node);
+    node.fill_data();
+    node.sh(&format!("rm {INDEX}/hold"));
+    let error = end(call).unwrap_err();
+    assert!(error.is(Code::NoCapacity), "{error}: {:?}", error.fields);
+    assert_eq!(error.fields.get("resource"), Some("disk"));
+    assert_eq!(sandbox.sh("echo on"), "on\n");
+    wait_until_gone(&node, &before);
+    assert_eq!(node.sh("ls /data/packages"), "");
+    node.free_data();
+    assert_eq!(run(&sandbox, "python", &["greeting"], GREET).unwrap(), ("hello there\n".to_string(), true));
+    drop(internet);
+}
+
+/// A node whose index is public, and which keeps two sets of packages.
+fn with_public_index(timeout_s: u64) -> String {
+    let index = format!("http://{HOST}:8000/pip");
+    let bounds = format!("timeout_s = {timeout_s}\ncache_count = 2\n");
+    format!("[packages]\npip_index = \"{index}\"\nallow = [\"{OTHER}\"]\nmax_mib = 64\n{bounds}")
+}
+
+#[test]
+fn a_silent_index_and_a_power_cut_leave_nothing_half_made_and_the_oldest_set_goes() {
+    let boot = |boot: Boot, timeout_s| {
+        let node = boot.template_disk(&Artefact::TemplateDisk.path());
+        let text = with_public_index(timeout_s).into_bytes();
+        let node = node.file("/etc/warren/warren.toml", 0o644, text).start();
         wait_for_template(&node, "python");
         node
     };
-    let node = boot(configuration(15));
-    let internet = internet(&node);
-    let sandbox = sandbox(&node, "python");
+    let node = boot(Boot::kernel(), 15);
+    let outside = internet(&node);
+    let one = sandbox(&node, "python");
     let before = traces(&node);
     node.sh(&format!("touch {INDEX}/hold"));
-    let error = fails(&sandbox, "python", &["words"], Code::Timeout);
+    let error = fails(&one, "python", &["words"], Code::Timeout);
     assert_eq!(error.fields.get("timeout_ms"), Some("15000"));
     wait_until_gone(&node, &before);
-    drop((sandbox, internet));
-    node.power_off();
+    drop((one, outside));
+    let disk = node.power_off().remove(0);
 
-    let node = boot(String::new());
-    let sandbox = self::sandbox(&node, "python");
-    let error = fails(&sandbox, "python", &["words"], Code::NoIndex);
-    assert_eq!(error.fields.get("setting"), Some("packages.pip_index"));
-    drop(sandbox);
+    let node = boot(Boot::kernel().data_disk(disk), 3600);
+    let outside = internet(&node);
+    let module = format!("SAID = 'whole'\nMORE = '{}'\n", "0123456789abcdef".repeat(1 << 19));
+    put_wheel(&node, ("large", "1.0"), &[], &module, false);
+    let one = sandbox(&node, "python");
+    let call = begin(&one, "python", &["large"], "");
+    // As soon as the node has something of it.
+    wait_for("the archive to be written", || {
+        let sizes = node.sh("cd /data/packages; stat -c %s * 2> /dev/null || true");
+        sizes.lines().any(|size| size != "0").then_some(())
+    });
+    std::mem::forget((call, one, outside));
+    let disk = node.power_cut().remove(0);
+
+    let node = boot(Boot::kernel().data_disk(disk), 3600);
+    let _outside = internet(&node);
+    put_wheel(&node, ("large", "1.0"), &[], &module, false);
+    put_greeting(&node);
+    // The installation that was cut is on record as one that ended.
+    timing::wait_for("its record", || {
+        let rows = node.control().ok(Request::new("", "history.list")).items;
+        rows.iter().all(|row| row.get("state") != Some("running")).then_some(())
+    });
+    // Whatever has the name of a set is whole, and there is nothing else.
+    let kept = || node.sh("cd /data/packages; ls").lines().map(str::to_string).collect::<Vec<_>>();
+    for name in kept() {
+        let digest = name.strip_suffix(".tar").and_then(|name| name.split_once('-')).expect("the name of a set").1;
+        assert!(node.sh(&format!("sha256sum /data/packages/{name}")).starts_with(digest), "{name}");
+    }
+    let one = sandbox(&node, "python");
+    let said = |of: &Sandbox, name: &str, what: &str| {
+        run(of, "python", &[name], &format!("import {name}; print({name}.{what})"))
+    };
+    assert_eq!(said(&one, "large", "SAID").unwrap().0, "whole\n");
+    // Two sets are kept: of three, the one that was used longest ago goes.
+    let large = kept();
+    assert_eq!(large.len(), 1);
+    assert_eq!(said(&one, "words", "HELLO").unwrap(), ("hello\n".to_string(), true));
+    let words: Vec<String> = kept().into_iter().filter(|name| !large.contains(name)).collect();
+    let two = sandbox(&node, "python");
+    assert_eq!(said(&two, "large", "SAID").unwrap(), ("whole\n".to_string(), false));
+    assert_eq!(said(&one, "greeting", "greet()").unwrap(), ("hello there\n".to_string(), true));
+    let now = kept();
+    assert_eq!(now.len(), 2, "{now:?}");
+    assert!(now.contains(&large[0]) && !now.contains(&words[0]), "{now:?}");
+    drop((one, two));
+    drop(_outside);
     node.power_off();
 }

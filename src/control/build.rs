@@ -1,5 +1,8 @@
 //! Arguments of the verbs that build templates.
 
+use std::collections::BTreeSet;
+use std::net::SocketAddrV4;
+
 use crate::sandbox::spec::{Defaults, Spec};
 use crate::storage::languages::{self, Languages};
 use crate::wire::{Args, Code, Error, Request};
@@ -22,6 +25,8 @@ pub struct BuildAsk {
     pub steps: Vec<String>,
     /// Digest of all that it is built from; empty where that is not said.
     pub key: String,
+    /// TCP services that the builder reaches beside what its lists leave: only the node itself asks for some.
+    pub services: BTreeSet<SocketAddrV4>,
 }
 
 /// What a template is to be beside its disk. What is not said is as the template's that it was built on.
@@ -96,8 +101,14 @@ pub(super) fn build(_: &str, mut args: Args, defaults: Defaults) -> Result<Comma
         let message = format!("{} of step are over the limit of {MAX_STEPS}", steps.len());
         return Err(Error::new(Code::BadArgument, message).with("argument", "step").with("max", MAX_STEPS));
     }
+    let services = args.all("service").into_iter().map(|service| {
+        text("service", service)?
+            .parse()
+            .map_err(|_| Error::new(Code::BadArgument, "service is not A.B.C.D:PORT").with("argument", "service"))
+    });
+    let services = services.collect::<Result<BTreeSet<SocketAddrV4>, Error>>()?;
     args.finish()?;
-    Ok(Command::TemplateBuild(Box::new(BuildAsk { name, spec, steps, key })))
+    Ok(Command::TemplateBuild(Box::new(BuildAsk { name, spec, steps, key, services })))
 }
 
 /// `template.step`

@@ -30,7 +30,7 @@ pub struct Books<'a> {
     pub going: BTreeSet<u32>,
 }
 
-/// Compares. Reads three lists of the kernel's, and the elements of two sets.
+/// Compares. Reads three lists of the kernel's, and the elements of three sets.
 pub fn differences(
     route: &mut Socket,
     netfilter: &mut Socket,
@@ -75,6 +75,7 @@ fn interfaces(links: &[link::Link], books: &Books<'_>, all: &mut BTreeSet<Differ
 struct Policy {
     pins: BTreeSet<Vec<u8>>,
     egress: BTreeSet<Vec<u8>>,
+    services: BTreeSet<Vec<u8>>,
     chains: BTreeSet<String>,
     sets: BTreeSet<String>,
 }
@@ -84,12 +85,14 @@ impl Policy {
         let keys = |socket: &mut Socket, set| nft::keys(socket, rules::TABLE, set).map_err(|e| e.during("list a set"));
         let pins = keys(netfilter, rules::PINS)?;
         let egress = keys(netfilter, rules::EGRESS)?;
+        let services = keys(netfilter, rules::SERVICES)?;
         let chains = nft::chains(netfilter, rules::TABLE).map_err(|e| e.during("list chains"))?;
         let sets = nft::sets(netfilter, rules::TABLE).map_err(|e| e.during("list sets"))?;
         let own = |names: Vec<String>| names.into_iter().filter(|name| rules::is_of_slot(name)).collect();
         Ok(Self {
             pins: pins.into_iter().collect(),
             egress: egress.into_iter().collect(),
+            services: services.into_iter().collect(),
             chains: own(chains),
             sets: own(sets),
         })
@@ -111,6 +114,11 @@ fn policy(found: &Policy, books: &Books<'_>, all: &mut BTreeSet<Difference>) {
             check(format!("element of {} for {}", rules::EGRESS, entry.slot.name), found.egress.contains(&key));
             known.egress.insert(key);
         }
+        for key in parts.services {
+            let name = format!("element of {} for {}", rules::SERVICES, entry.slot.name);
+            check(name, found.services.contains(&key));
+            known.services.insert(key);
+        }
         if let Some((chain, set)) = parts.lists {
             check(format!("chain {chain}"), found.chains.contains(&chain));
             check(format!("set {set}"), found.sets.contains(&set));
@@ -124,6 +132,9 @@ fn policy(found: &Policy, books: &Books<'_>, all: &mut BTreeSet<Difference>) {
     }
     for key in found.egress.difference(&known.egress) {
         all.insert(difference(None, format!("element {} of {}", hex(key), rules::EGRESS), false));
+    }
+    for key in found.services.difference(&known.services) {
+        all.insert(difference(None, format!("element {} of {}", hex(key), rules::SERVICES), false));
     }
     for name in found.chains.difference(&known.chains) {
         all.insert(difference(None, format!("chain {name}"), false));
@@ -181,7 +192,8 @@ mod tests {
 
     #[test]
     fn each_part_of_the_policy_is_somebodys() {
-        let open = entry(0, policy::Policy::on(BTreeSet::new(), BTreeSet::new()).unwrap());
+        let open = policy::Policy::on(BTreeSet::new(), BTreeSet::new()).unwrap();
+        let open = entry(0, open.with_services(BTreeSet::from(["10.0.0.5:443".parse().unwrap()])).unwrap());
         let listed =
             entry(1, policy::Policy::on(BTreeSet::from(["1.1.1.1".parse().unwrap()]), BTreeSet::new()).unwrap());
         let off = entry(2, policy::Policy::off());
@@ -193,6 +205,7 @@ mod tests {
         let whole = || Policy {
             pins: [&open, &listed, &off].iter().map(|entry| entry.parts().pin).collect(),
             egress: [&open, &listed].iter().filter_map(|entry| entry.parts().egress).collect(),
+            services: open.parts().services.into_iter().collect(),
             chains: BTreeSet::from(["slot1".to_string()]),
             sets: BTreeSet::from(["reach1".to_string()]),
         };
@@ -205,10 +218,20 @@ mod tests {
         let mut more = whole();
         more.pins.insert(vec![1, 2]);
         more.chains.insert("slot7".to_string());
-        assert_eq!(compared(more), ["+chain slot7", "+element 0102 of pins"]);
+        more.services.insert(vec![3]);
+        assert_eq!(compared(more), ["+chain slot7", "+element 0102 of pins", "+element 03 of services"]);
         let mut less = whole();
         less.egress.clear();
         less.sets.clear();
-        assert_eq!(compared(less), ["-element of egress for wt0 a", "-element of egress for wt1 b", "-set reach1 b"]);
+        less.services.clear();
+        assert_eq!(
+            compared(less),
+            [
+                "-element of egress for wt0 a",
+                "-element of services for wt0 a",
+                "-element of egress for wt1 b",
+                "-set reach1 b"
+            ]
+        );
     }
 }

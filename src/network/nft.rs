@@ -44,6 +44,8 @@ pub mod key {
     pub const IPV4: u32 = 7;
     /// A hardware address.
     pub const ETHER: u32 = 9;
+    /// A port of TCP or UDP.
+    pub const PORT: u32 = 13;
     /// An interface by its index.
     pub const INTERFACE: u32 = 20;
 
@@ -117,7 +119,7 @@ impl Rule {
         self.expression("meta", Attributes::new().be32(2, key).be32(1, REGISTER + register))
     }
 
-    /// Octets of a header: of the link's (0) or the network's (1).
+    /// Octets of a header: of the link's (0), the network's (1) or the transport's (2).
     fn payload(self, base: u32, offset: u32, len: u32, register: u32) -> Self {
         let data = Attributes::new().be32(1, REGISTER + register).be32(2, base).be32(3, offset).be32(4, len);
         self.expression("payload", data)
@@ -165,6 +167,11 @@ impl Rule {
     /// It is IPv4, to a destination in that set.
     pub fn destination_in(self, set: &str) -> Self {
         self.ipv4(true).payload(1, 16, 4, 0).lookup(set)
+    }
+
+    /// Interface, destination and destination's port are one of that set; it is IPv4 and of a protocol with ports.
+    pub fn service_in(self, set: &str) -> Self {
+        self.meta(4, 0).payload(1, 16, 4, 1).payload(2, 2, 2, 2).lookup(set) // NFT_META_IIF
     }
 
     /// It is IPv4, from a range.

@@ -5,7 +5,7 @@
 //! holds them together.
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 use super::cidr::Cidr;
 
@@ -29,12 +29,26 @@ pub const SPECIAL: &[(Cidr, &str)] = &[
     (Cidr::new([240, 0, 0, 0], 4), "reserved and broadcast, RFC 1112 and RFC 919"),
 ];
 
+/// Of the special ones, those that a policy may reach single services in: a company's own networks.
+const PRIVATE: &[Cidr] = &[
+    Cidr::new([10, 0, 0, 0], 8),
+    Cidr::new([100, 64, 0, 0], 10),
+    Cidr::new([172, 16, 0, 0], 12),
+    Cidr::new([192, 168, 0, 0], 16),
+];
+
 /// Most ranges in the two lists of a policy together.
 pub const MAX_RANGES: usize = 512;
 
 /// Why an address can never be reached, where it is special.
 pub fn special(range: Cidr) -> Option<&'static str> {
     SPECIAL.iter().find(|(special, _)| special.covers(range)).map(|(_, why)| *why)
+}
+
+/// Why no policy reaches a service at an address, private or not.
+pub fn no_service_at(address: Ipv4Addr) -> Option<&'static str> {
+    let one = Cidr::new(address.octets(), 32);
+    special(one).filter(|_| !PRIVATE.iter().any(|range| range.contains(address)))
 }
 
 /// What of the public internet a sandbox may reach. Of the ranges in both lists that hold an address, the longest prefix
@@ -45,6 +59,9 @@ pub struct Policy {
     pub on: bool,
     allow: BTreeSet<Cidr>,
     deny: BTreeSet<Cidr>,
+    /// TCP services that it reaches beside all that, private ones too: the index of packages that a builder installs. No
+    /// request of a client's gives any, and nothing keeps them.
+    services: BTreeSet<SocketAddrV4>,
 }
 
 /// Why lists were refused.
@@ -77,7 +94,21 @@ impl Policy {
             let count = allow.len() + deny.len();
             return bad("allow", format!("{count} ranges are over the limit of {MAX_RANGES} in both lists"));
         }
-        Ok(Self { on: true, allow, deny })
+        Ok(Self { on: true, allow, deny, services: BTreeSet::new() })
+    }
+
+    /// The same with services that it reaches besides.
+    pub fn with_services(self, services: BTreeSet<SocketAddrV4>) -> Result<Self, BadPolicy> {
+        if let Some((service, why)) = services.iter().find_map(|service| Some((service, no_service_at(*service.ip())?)))
+        {
+            return Err(BadPolicy { list: "service", message: format!("{service} can never be reached: {why}") });
+        }
+        Ok(Self { services, ..self })
+    }
+
+    /// Services that are reached beside what the lists leave.
+    pub fn services(&self) -> impl Iterator<Item = SocketAddrV4> {
+        self.services.iter().copied().filter(|_| self.on)
     }
 
     /// What is allowed expressly.
@@ -103,7 +134,12 @@ impl Policy {
         holding.max_by_key(|(range, _)| range.prefix()).map_or(self.allow.is_empty(), |(_, allowed)| allowed)
     }
 
-    /// Whether a packet to this address may leave. `never` are ranges that the node keeps from all sandboxes beside the
+    /// Whether a connection to this address may be one that the policy permits: ports are not asked for.
+    pub fn may_permit(&self, address: Ipv4Addr, never: &[Cidr]) -> bool {
+        self.permits(address, never) || self.services().any(|service| *service.ip() == address)
+    }
+
+    /// Whether a packet to this address may leave, whatever its port. `never` are ranges that the node keeps from all sandboxes beside the
     /// special ones.
     pub fn permits(&self, address: Ipv4Addr, never: &[Cidr]) -> bool {
         let one = Cidr::new(address.octets(), 32);
@@ -182,6 +218,24 @@ mod tests {
         assert!(both.permits([8, 8, 8, 8].into(), &[]) && both.permits([8, 8, 4, 4].into(), &[]));
         assert!(!both.permits([8, 8, 8, 9].into(), &[]) && !both.permits([8, 1, 1, 1].into(), &[]));
         assert!(!both.permits([1, 1, 1, 1].into(), &[]), "something is allowed expressly");
+    }
+
+    #[test]
+    fn a_service_may_be_private_and_is_neither_the_node_nor_a_link() {
+        let with = |text: &str| {
+            Policy::on(BTreeSet::new(), BTreeSet::new()).unwrap().with_services(BTreeSet::from([text.parse().unwrap()]))
+        };
+        for service in ["10.1.2.3:443", "172.31.0.1:80", "192.168.1.1:8080", "100.64.0.1:80", "1.2.3.4:443"] {
+            let policy = with(service).unwrap();
+            let address = *service.parse::<SocketAddrV4>().unwrap().ip();
+            assert!(policy.may_permit(address, &[]), "{service}");
+            assert_eq!(policy.permits(address, &[]), special(Cidr::new(address.octets(), 32)).is_none(), "{service}");
+        }
+        for service in
+            ["127.0.0.1:80", "169.254.169.254:80", "0.0.0.0:80", "224.0.0.1:80", "255.255.255.255:80", "198.18.0.1:80"]
+        {
+            assert_eq!(with(service).unwrap_err().list, "service", "{service}");
+        }
     }
 
     #[test]

@@ -20,6 +20,8 @@ pub const GROUP: u32 = 0x7761_7272;
 pub(super) const PINS: &str = "pins";
 /// What nobody reaches.
 const NEVER: &str = "never";
+/// TCP services that single sandboxes reach, private ones too: interface, IPv4 address, port.
+pub(super) const SERVICES: &str = "services";
 /// Where each interface's packets to the outside go on.
 pub(super) const EGRESS: &str = "egress";
 /// Packets of sandboxes, as they arrive.
@@ -30,6 +32,8 @@ const OUTWARD: &str = "outward";
 const INWARD: &str = "inward";
 /// IPPROTO_ICMP
 const ICMP: u8 = 1;
+/// IPPROTO_TCP
+const TCP: u8 = 6;
 
 /// What the names of sandboxes' own chains and sets begin with; the slot's number follows.
 const CHAIN_PREFIX: &str = "slot";
@@ -48,6 +52,8 @@ pub(super) struct Parts {
     pub pin: Vec<u8>,
     /// Its key in `EGRESS`, while it may reach anything.
     pub egress: Option<Vec<u8>>,
+    /// Its keys in `SERVICES`.
+    pub services: Vec<Vec<u8>>,
     /// Its chain and its set, where it has lists.
     pub lists: Option<(String, String)>,
 }
@@ -72,11 +78,24 @@ impl Entry {
         Element::key(&self.pin_key())
     }
 
+    fn service_keys(&self) -> Vec<Vec<u8>> {
+        let index = self.index.to_ne_bytes();
+        let key = |service: std::net::SocketAddrV4| {
+            [&index[..], &service.ip().octets(), &service.port().to_be_bytes(), &[0; 2]].concat()
+        };
+        self.policy.services().map(key).collect()
+    }
+
+    fn services(&self) -> Vec<Element> {
+        self.service_keys().iter().map(|key| Element::key(key)).collect()
+    }
+
     /// What of it the kernel has to hold.
     pub(super) fn parts(&self) -> Parts {
         Parts {
             pin: self.pin_key(),
             egress: self.policy.on.then(|| self.index.to_ne_bytes().to_vec()),
+            services: self.service_keys(),
             lists: self.has_lists().then(|| (self.chain(), self.set())),
         }
     }
@@ -99,6 +118,7 @@ impl Entry {
     }
 
     fn add_egress(&self, batch: &mut Batch) {
+        batch.elements(SERVICES, &self.services());
         let key = Element::key(&self.index.to_ne_bytes());
         if self.policy.is_open() {
             batch.elements(EGRESS, &[key.leads_to(Verdict::Accept)]);
@@ -117,6 +137,7 @@ impl Entry {
     }
 
     fn remove_egress(&self, batch: &mut Batch) {
+        batch.delete_elements(SERVICES, &self.services());
         if self.policy.on {
             batch.delete_elements(EGRESS, &[Element::key(&self.index.to_ne_bytes())]);
         }
@@ -176,6 +197,7 @@ fn whole(common: &Common, entries: &[Entry]) -> Batch {
     batch.table();
 
     batch.set(PINS, SetKind::Plain(key::of([key::INTERFACE, key::ETHER, key::IPV4]), 16));
+    batch.set(SERVICES, SetKind::Plain(key::of([key::INTERFACE, key::IPV4, key::PORT]), 12));
     batch.set(NEVER, SetKind::Ranges);
     batch.set(EGRESS, SetKind::Verdicts);
     let never =
@@ -210,6 +232,7 @@ fn whole(common: &Common, entries: &[Entry]) -> Batch {
     }
     batch.rule(OUTWARD, Rule::new().to_group(GROUP, true).count().then(Verdict::Drop));
     batch.rule(OUTWARD, Rule::new().ipv4(false).count().then(Verdict::Drop));
+    batch.rule(OUTWARD, Rule::new().ipv4(true).protocol(TCP).service_in(SERVICES).then(Verdict::Accept));
     batch.rule(OUTWARD, Rule::new().destination_in(NEVER).count().then(Verdict::Drop));
     batch.rule(OUTWARD, Rule::new().verdict_by_interface(EGRESS));
     batch.rule(OUTWARD, Rule::new().count().then(Verdict::Drop));

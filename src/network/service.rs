@@ -593,5 +593,5 @@ fn was_closed(settings: &Settings) -> bool {
 
 /// Ends a sandbox's connections that its policy forbids.
 fn cut(kernel: &mut Kernel, entry: &Entry, never: &[Cidr]) -> Result<usize, KernelError> {
-    conntrack::cut(&mut kernel.netfilter, entry.slot.guest, |to| entry.policy.permits(to, never))
+    conntrack::cut(&mut kernel.netfilter, entry.slot.guest, |to| entry.policy.may_permit(to, never))
 }

@@ -80,7 +80,8 @@ impl Supervisor {
     pub(super) fn adopt(&mut self, snapshot: &Snapshot, sandboxes: &[SandboxRow], fresh_boot: bool) {
         let mut discarded = Vec::new();
         let open = &snapshot.open_records;
-        let mut open = open.iter().map(|record| ((record.sandbox.clone(), record.exec), record.id)).collect();
+        let mut open: OpenRecords =
+            open.iter().map(|record| ((record.sandbox.clone(), record.exec), record.id)).collect();
         let mut recorded = recorded(&snapshot.allocations);
         for row in sandboxes {
             let Some(mut sandbox) = Sandbox::from_row(row, |id| self.places.of(id)) else {
@@ -95,6 +96,7 @@ impl Supervisor {
             // Its directory goes last when a sandbox is removed: that was done, but for the row.
             if !sandbox.home.is_there() {
                 self.snapshots.store.release(id.as_str());
+                give_back_records(&sandbox, &mut open);
                 discarded.push(sandbox.home);
                 continue;
             }
@@ -134,6 +136,7 @@ impl Supervisor {
                 }
                 Fate::Discard => {
                     self.snapshots.store.release(id.as_str());
+                    give_back_records(&sandbox, &mut open);
                     discarded.push(sandbox.home);
                 }
                 Fate::Ended(state, reason) => {
@@ -384,6 +387,12 @@ fn strays(places: &Places, known: impl Fn(&SandboxId) -> bool) -> Vec<Home> {
         }
     }
     ids.iter().filter(|id| !known(id)).map(|id| places.of(id)).collect()
+}
+
+/// Records of a sandbox that goes are ended with those of sandboxes that went before.
+fn give_back_records(sandbox: &Sandbox, open: &mut OpenRecords) {
+    let records = sandbox.execs.values().filter_map(|exec| Some(((sandbox.id.to_string(), exec.number), exec.record?)));
+    open.extend(records);
 }
 
 fn end_execs(sandbox: &mut Sandbox) {

@@ -5,7 +5,9 @@
 //! takes the builder and all that was made so far. A builder has a label by which the next supervisor knows it and takes it
 //! down; what is made of its disk has no name until it is whole (`storage::template_file`).
 
+use std::collections::BTreeSet;
 use std::fs::File;
+use std::net::SocketAddrV4;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +18,7 @@ use super::instance::{Awaited, Waiter};
 use super::requests::Job;
 use super::supervisor::{Done, Supervisor};
 use crate::control::build::{BuildAsk, CommitAsk};
+use crate::network::policy::{BadPolicy, Policy};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::spec::Spec;
@@ -82,6 +85,16 @@ fn manifest_of(name: &str, base: &Template, ask: &CommitAsk) -> Result<Manifest,
     manifest.checked().map_err(|error| Error::new(Code::BadArgument, error.to_string()))
 }
 
+/// What a builder of the node itself reaches beside what others do. Nobody else's ever does.
+fn with_services(policy: Policy, services: BTreeSet<SocketAddrV4>, is_node: bool) -> Result<Policy, Error> {
+    if !is_node {
+        let message = "service= is for builders of the node itself, which install packages";
+        return Err(Error::new(Code::Forbidden, message).with("argument", "service"));
+    }
+    let bad = |error: BadPolicy| Error::new(Code::BadArgument, error.message).with("argument", error.list);
+    policy.with_services(services).map_err(bad)
+}
+
 impl Supervisor {
     /// Whether a template can get that name now.
     pub(super) fn template_name_is_free(&self, name: &str) -> Result<(), Error> {
@@ -119,7 +132,7 @@ impl Supervisor {
 
     /// A client wants to build a template.
     pub(super) fn ask_build(&mut self, key: u64, tag: &str, ask: BuildAsk) -> Result<(), Error> {
-        let BuildAsk { name, mut spec, steps, key: digest } = ask;
+        let BuildAsk { name, mut spec, steps, key: digest, services } = ask;
         let is_node = self.clients.get(&key).is_some_and(|client| client.identity().is_node());
         if !self.config.templates.build && !is_node {
             let message = "templates are not built on this node: templates.build is false";
@@ -147,6 +160,9 @@ impl Supervisor {
             spec = Spec::of_line(&row.settings, super::fork::SETTINGS)?;
         }
         spec.build_of(&name);
+        if !services.is_empty() {
+            spec.network = spec.network.map(|policy| with_services(policy, services, is_node)).transpose()?;
+        }
         let waiter = Waiter { client: key, tag: tag.to_string(), what: Awaited::Builder };
         let id = self.create(spec, owner.clone(), Some(waiter), step.as_ref())?;
         if !self.sandboxes.contains_key(&id) {

@@ -5,6 +5,7 @@ mod tables;
 
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -13,6 +14,7 @@ pub use tables::{
     Snapshots, Templates, Warm,
 };
 use toml::de::{DeTable, DeValue};
+use zeroize::Zeroizing;
 
 use crate::sentinel;
 
@@ -97,8 +99,13 @@ impl Config {
         if length > MAX_FILE {
             return Err(unreadable(format!("{length} octets are over the limit of {MAX_FILE}")));
         }
-        let text = std::fs::read_to_string(path).map_err(|e| unreadable(e.to_string()))?;
-        Self::parse(&text, path)
+        // It may hold secrets.
+        let text = Zeroizing::new(std::fs::read_to_string(path).map_err(|e| unreadable(e.to_string()))?);
+        let config = Self::parse(&text, path)?;
+        if let Some(key) = config.packages.plain_secret() {
+            secret_needs_mode(path, key)?;
+        }
+        Ok(config)
     }
 
     /// Checks a text; `path` is only named in errors.
@@ -144,6 +151,17 @@ impl Config {
         self.network.settings(&self.paths.run)?;
         Ok(())
     }
+}
+
+/// A file with a secret in it, that of a key, is for its owner only.
+pub(crate) fn secret_needs_mode(path: &Path, key: &str) -> Result<(), ConfigError> {
+    let mode = std::fs::metadata(path).map_or(0o7777, |meta| meta.mode() & 0o7777);
+    if mode & 0o077 == 0 {
+        return Ok(());
+    }
+    let message = format!("holds a secret, so the file must have mode 0600 and has {mode:04o}");
+    let text = Zeroizing::new(std::fs::read_to_string(path).unwrap_or_default());
+    Err(Place { text: &text, path }.of_key(key, message))
 }
 
 /// A number that is out of range names its key, itself and the range.

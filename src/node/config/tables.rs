@@ -12,11 +12,13 @@ use crate::network::Settings;
 use crate::network::cidr::Cidr;
 use crate::network::plan::{MAX_SLOTS, Plan};
 use crate::network::policy::special;
+use crate::node::packages::index;
 use crate::pool::Limits;
 use crate::sandbox::disk::is_file_name;
 use crate::sandbox::id::check_name;
 use crate::sandbox::spec::{Defaults, Spec};
 use crate::sandbox::time_limits::{self, Clock, TimeLimits};
+use crate::sentinel::secret::Secret;
 use crate::storage::languages::IndexKind;
 use crate::storage::snapshots::retention::Retention;
 use crate::wire::{Args, Error, Request};
@@ -160,11 +162,11 @@ pub struct Templates {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Packages {
-    /// Where those of Python come from; empty: from nowhere.
-    pub pip_index: String,
-    /// Where those of Node.js come from; empty: from nowhere.
-    pub npm_registry: String,
-    /// What an installation reaches; empty: the public internet.
+    /// Where those of Python come from; empty: from nowhere. May hold a password.
+    pub pip_index: Secret,
+    /// Where those of Node.js come from; empty: from nowhere. May hold a password.
+    pub npm_registry: Secret,
+    /// What an installation reaches beside the index; empty: the public internet.
     pub allow: Vec<String>,
     /// Seconds that an installation may take, 1–3,600.
     pub timeout_s: u64,
@@ -313,8 +315,8 @@ impl Templates {
 impl Default for Packages {
     fn default() -> Self {
         Self {
-            pip_index: String::new(),
-            npm_registry: String::new(),
+            pip_index: Secret::default(),
+            npm_registry: Secret::default(),
             allow: Vec::new(),
             timeout_s: 300,
             max_mib: 1024,
@@ -325,20 +327,24 @@ impl Default for Packages {
 }
 
 impl Packages {
-    /// The index of a kind, and the setting that names it.
-    pub fn index(&self, kind: IndexKind) -> (&str, &'static str) {
+    /// What says where the index of a kind is, and its key.
+    pub fn index(&self, kind: IndexKind) -> (&Secret, &'static str) {
         match kind {
             IndexKind::Pip => (&self.pip_index, "packages.pip_index"),
             IndexKind::Npm => (&self.npm_registry, "packages.npm_registry"),
         }
     }
 
+    /// The key of a password that stands in the file itself.
+    pub(super) fn plain_secret(&self) -> Option<&'static str> {
+        let given = [IndexKind::Pip, IndexKind::Npm].map(|kind| self.index(kind));
+        given.iter().find(|(given, _)| index::is_plain_secret(given)).map(|(_, key)| *key)
+    }
+
     pub(super) fn validate(&self) -> Result<(), (&'static str, String)> {
         for kind in [IndexKind::Pip, IndexKind::Npm] {
-            let (url, key) = self.index(kind);
-            if !url.is_empty() {
-                index_url(url).map_err(|message| (key, message))?;
-            }
+            let (given, key) = self.index(kind);
+            index::check(given).map_err(|message| (key, message))?;
         }
         let allow: Vec<Vec<u8>> = self.allow.iter().map(|range| range.clone().into_bytes()).collect();
         let request =
@@ -350,34 +356,6 @@ impl Packages {
         within("packages.cache_count", self.cache_count, 1..=10_000)?;
         within("packages.cache_mib", self.cache_mib, 1..=1_073_741_824)
     }
-}
-
-/// Longest URL of an index, in octets.
-const MAX_URL: usize = 1024;
-
-/// An index is `http[s]://HOST[:PORT]/PATH`: who asks it is shown to packages, so nothing secret may be in it.
-fn index_url(url: &str) -> Result<(), String> {
-    let bad = |what: &str| Err(format!("{url:?} is no URL of an index: {what}"));
-    if url.len() > MAX_URL {
-        return Err(format!("{} octets are over the limit of {MAX_URL}", url.len()));
-    }
-    let Some(rest) = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://")) else {
-        return bad("it begins neither with https:// nor with http://");
-    };
-    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let (host, port) = authority.split_once(':').unwrap_or((authority, "443"));
-    let in_host = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-');
-    if host.is_empty() || host.len() > 253 || !host.bytes().all(in_host) || host.starts_with('-') {
-        return bad("its host is not one of letters, digits, . and -, without a user");
-    }
-    if !port.bytes().all(|b| b.is_ascii_digit()) || port.parse::<u16>().is_err() {
-        return bad("its port is no number up to 65535");
-    }
-    let in_path = |b: u8| b.is_ascii_alphanumeric() || b"/._~-+%@".contains(&b);
-    if !path.bytes().all(in_path) {
-        return bad("its path has more than letters, digits and /._~-+%@");
-    }
-    Ok(())
 }
 
 impl Snapshots {

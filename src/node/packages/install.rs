@@ -2,13 +2,16 @@
 //! sandbox of the run where that has not been done. It is a client of the node like any other; when its connection ends, so
 //! does all that it has begun.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fs::File;
 use std::io::{self, Read};
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Duration;
 
+use super::index::Index;
 use super::layers::{Claim, Layer, Layers, Making};
 use crate::cli::client::{Call, Client, Event};
+use crate::network::cidr::Cidr;
 use crate::recipe::key::{Key, hex};
 use crate::storage::languages::{IndexKind, Installing};
 use crate::storage::templates::Manifest;
@@ -22,6 +25,8 @@ const INSTALLERS: [(&str, &str, &[u8]); 2] = [
 ];
 /// So much of the end of what an installer says is part of its error, in octets.
 const TAIL: usize = 4096;
+/// Exit code of a program that was ended by SIGKILL, as shells have it.
+const KILLED: u64 = 128 + 9;
 /// How long a sandbox may take to unpack packages.
 const UNPACK: Duration = Duration::from_secs(600);
 
@@ -34,11 +39,13 @@ pub(super) struct Order {
     pub template: String,
     pub disk_mib: u64,
     pub how: Installing,
-    /// Address of the index.
-    pub index: String,
+    /// Where they come from.
+    pub index: Index,
+    /// Addresses of sandboxes, at which no index is.
+    pub range: Cidr,
     /// As `packages::check` gives them.
     pub names: Vec<String>,
-    /// What the builder reaches; empty: the public internet.
+    /// What the builder reaches beside the index; empty: the public internet.
     pub allow: Vec<String>,
     pub timeout: Duration,
     /// Octets that they may take.
@@ -113,7 +120,7 @@ fn run(
     sandbox: &str,
     how: &Installing,
     (arguments, timeout): (&[&str], Duration),
-    source: Option<&mut dyn Read>,
+    source: &mut dyn Read,
     sink: &mut dyn FnMut(&[u8]) -> io::Result<()>,
 ) -> Result<Ended, Error> {
     let (words, own) = command(how);
@@ -124,10 +131,9 @@ fn run(
     let request = Request::new("", "exec.start").arg(sandbox);
     let request = words.iter().chain(arguments).fold(request, |request, word| request.arg(*word));
     let request = request.set("user", 0).set("cwd", "/").set("timeout_ms", timeout.as_millis());
-    let request = if source.is_some() { request.set("stdin", true) } else { request };
+    let request = request.set("stdin", true);
     let mut tail = VecDeque::new();
-    let source = source.map(|reader| ("stdin", reader));
-    let done = client.transfer(request, source, &mut |channel, octets| {
+    let done = client.transfer(request, Some(("stdin", source)), &mut |channel, octets| {
         if channel == "stdout" {
             return sink(octets);
         }
@@ -147,6 +153,10 @@ fn failure(what: &str, ended: &Ended, timeout: Duration) -> Error {
     let last = said.lines().last().unwrap_or_default();
     let error = match fields.get("timeout") {
         Some(_) => Error::new(Code::Timeout, format!("{what} within {ms} ms")).with("timeout_ms", ms),
+        // Nothing else kills it: what its index sends is more than it can hold.
+        None if fields.number("exit") == Some(KILLED) => {
+            Error::new(Code::OutOfMemory, format!("{what}: the memory of the sandbox was not enough"))
+        }
         None if last.starts_with(Code::NoCapacity.as_str()) => {
             Error::new(Code::NoCapacity, format!("{what}: the disk of the sandbox is full")).with("resource", "disk")
         }
@@ -160,19 +170,37 @@ fn failure(what: &str, ended: &Ended, timeout: Duration) -> Error {
 }
 
 /// Installs packages in a builder of its own and keeps what comes of it.
-fn install(client: &mut Client, order: &Order, making: Making<'_>) -> Result<Layer, Error> {
+fn install<'a>(client: &mut Client, order: &Order, making: Making<'a>) -> Result<Layer<'a>, Error> {
     let name = format!("packages-{}", &order.key.as_str()[..32]);
     let request = Request::new("", "template.build").arg(name).set("from", &order.template);
     let request = request.set("disk_mib", order.disk_mib).set("network", "on");
     let request = order.allow.iter().fold(request, |request, range| request.set("allow", range));
+    let services = order.index.services(order.range)?;
+    let request = services.iter().fold(request, |request, service| request.set("service", service));
     let call = client.start(request)?;
-    let made = install_in(client, order, making, &call);
+    let layers = making.layers();
+    let made = install_in(client, order, making, &services, &call).map_err(|error| {
+        // A builder whose writes find no room on the node fails in one way or another.
+        let own = [Code::Cancelled, Code::Timeout, Code::NoCapacity].iter().any(|code| error.is(*code));
+        if own || !layers.is_full() {
+            return error;
+        }
+        let message = format!("the node's disk is full: {}", error.message);
+        let output = error.fields.get("output").unwrap_or_default().to_string();
+        Error::new(Code::NoCapacity, message).with("resource", "disk").with("output", output)
+    });
     // Its end takes the builder away.
     client.abandon(&call);
     made
 }
 
-fn install_in(client: &mut Client, order: &Order, mut making: Making<'_>, call: &Call) -> Result<Layer, Error> {
+fn install_in<'a>(
+    client: &mut Client,
+    order: &Order,
+    mut making: Making<'a>,
+    services: &BTreeSet<SocketAddrV4>,
+    call: &Call,
+) -> Result<Layer<'a>, Error> {
     let builder = loop {
         match client.next(call, None)? {
             Event::Item(fields) => break fields.get("sandbox").unwrap_or_default().to_string(),
@@ -181,10 +209,13 @@ fn install_in(client: &mut Client, order: &Order, mut making: Making<'_>, call: 
             _ => {}
         }
     };
+    name_index(client, &builder, &order.index, services)?;
     let arguments: Vec<&str> =
-        ["install", order.index.as_str()].into_iter().chain(order.names.iter().map(String::as_str)).collect();
+        ["install", order.index.address.as_str()].into_iter().chain(order.names.iter().map(String::as_str)).collect();
     let (mut hash, mut size, mut refused) = (Sha256::new(), 0u64, None);
-    let ended = run(client, &builder, &order.how, (&arguments, order.timeout), None, &mut |octets| {
+    let login = order.index.login_line();
+    let mut input = login.reveal().as_bytes();
+    let ended = run(client, &builder, &order.how, (&arguments, order.timeout), &mut input, &mut |octets| {
         size += octets.len() as u64;
         if size > order.most {
             let message = format!("the packages are more than {} MiB", order.most >> 20);
@@ -201,18 +232,37 @@ fn install_in(client: &mut Client, order: &Order, mut making: Making<'_>, call: 
             refused = Some(error);
         })
     });
-    let ended = match (ended, refused) {
+    let mut ended = match (ended, refused) {
         (Err(_), Some(error)) => return Err(error),
         (ended, _) => ended?,
     };
+    ended.said = order.index.without_secrets(ended.said);
     let names = order.names.join(", ");
     if ended.fields.number("exit") != Some(0) || ended.fields.get("timeout").is_some() {
         let tool = if order.how.index == IndexKind::Pip { "pip" } else { "npm" };
         return Err(failure(&format!("{tool} packages {names} were not installed"), &ended, order.timeout)
-            .with("index", &order.index));
+            .with("index", &order.index.address));
     }
     log::info!("packages {names} for {}: {size} octets", order.template);
     making.keep(&hex(&hash.finalize()))
+}
+
+/// A builder finds its index by the addresses that the node found, which are those that it reaches: the name servers of
+/// sandboxes need not know it.
+fn name_index(
+    client: &mut Client,
+    builder: &str,
+    index: &Index,
+    services: &BTreeSet<SocketAddrV4>,
+) -> Result<(), Error> {
+    if services.is_empty() || index.host.parse::<Ipv4Addr>().is_ok() {
+        return Ok(());
+    }
+    let lines = services.iter().map(|service| format!("{} {}\n", service.ip(), index.host));
+    let text = format!("127.0.0.1 localhost\n{}", lines.collect::<String>());
+    let request =
+        Request::new("", "file.write").arg(builder).set("path", "/etc/hosts").set("user", 0).set("mode", "0644");
+    client.transfer(request, Some(("content", &mut text.as_bytes())), &mut |_, _| Ok(())).map(|_| ())
 }
 
 /// Gives out a file; its last octets only when all of it is what it was.
@@ -239,12 +289,12 @@ impl Read for Checked<'_> {
 }
 
 /// Has packages unpacked in the sandbox. `false` where the file is damaged.
-fn unpack(client: &mut Client, order: &Order, layer: &Layer) -> Result<bool, Error> {
+fn unpack(client: &mut Client, order: &Order, layer: &Layer<'_>) -> Result<bool, Error> {
     let left = layer.file.metadata().map_or(0, |meta| meta.len());
     let (file, expected) = (&layer.file, layer.digest.as_str());
     let mut source = Checked { file, hash: Sha256::new(), left, expected, damaged: left == 0 };
     let arguments = ["unpack", order.directory.as_str()];
-    let ended = run(client, &order.sandbox, &order.how, (&arguments, UNPACK), Some(&mut source), &mut |_| Ok(()));
+    let ended = run(client, &order.sandbox, &order.how, (&arguments, UNPACK), &mut source, &mut |_| Ok(()));
     if source.damaged {
         log::error!("kept packages {} are damaged: they are installed anew", order.names.join(", "));
         layer.discard();

@@ -4,7 +4,7 @@
 //!
 //! All of it is used by threads of requests, never by the loop.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -16,6 +16,8 @@ use crate::wire::{Code, Error};
 
 /// Sets that are made at once; each is a builder.
 const MAKING: usize = 4;
+/// Room of this many octets is none.
+const LITTLE: u64 = 1 << 20;
 /// How often a thread that waits for another looks whether anybody waits for it.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -26,23 +28,27 @@ pub struct Layers {
     most: (u64, u64),
     making: Mutex<BTreeSet<String>>,
     freed: Condvar,
+    /// By how many each set is being read, by key.
+    read: Mutex<BTreeMap<String, u64>>,
 }
 
-/// A set that is there.
+/// A set that is there, and stays until this is dropped.
 #[derive(Debug)]
-pub struct Layer {
+pub struct Layer<'a> {
     /// Its file.
     pub file: File,
     /// SHA-256 that it must have, in hex.
     pub digest: String,
     path: PathBuf,
+    key: String,
+    layers: &'a Layers,
 }
 
 /// What a request finds.
 #[derive(Debug)]
 pub enum Claim<'a> {
     /// It is there.
-    There(Layer),
+    There(Layer<'a>),
     /// It is to be made by who asked, and by nobody else meanwhile.
     Make(Making<'a>),
 }
@@ -66,7 +72,13 @@ fn io_error(what: &str, error: &io::Error) -> Error {
 impl Layers {
     /// At most so many files, and octets.
     pub fn new(directory: PathBuf, count: u64, bytes: u64) -> Self {
-        Self { directory, most: (count, bytes), making: Mutex::default(), freed: Condvar::new() }
+        Self {
+            directory,
+            most: (count, bytes),
+            making: Mutex::default(),
+            freed: Condvar::new(),
+            read: Mutex::default(),
+        }
     }
 
     /// Removes what a supervisor before was making, and whatever else is no set.
@@ -80,17 +92,33 @@ impl Layers {
         Ok(())
     }
 
+    /// Whether the node has no room any more: less than a builder writes at once.
+    pub fn is_full(&self) -> bool {
+        nix::sys::statvfs::statvfs(&self.directory)
+            .is_ok_and(|found| found.blocks_available().saturating_mul(found.fragment_size()) < LITTLE)
+    }
+
     fn making(&self) -> MutexGuard<'_, BTreeSet<String>> {
         self.making.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn find(&self, key: &Key) -> Option<Layer> {
+    fn read(&self) -> MutexGuard<'_, BTreeMap<String, u64>> {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A set, which stays while it is read.
+    fn layer(&self, file: File, key: &str, digest: &str, path: PathBuf) -> Layer<'_> {
+        *self.read().entry(key.to_string()).or_default() += 1;
+        Layer { file, digest: digest.to_string(), path, key: key.to_string(), layers: self }
+    }
+
+    fn find(&self, key: &Key) -> Option<Layer<'_>> {
         let names =
             fs::read_dir(&self.directory).ok()?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
         let name = names.into_iter().find(|name| parse(name).is_some_and(|(found, _)| found == key.as_str()))?;
         let path = self.directory.join(&name);
         let file = File::open(&path).ok()?;
-        Some(Layer { file, digest: parse(&name)?.1.to_string(), path })
+        Some(self.layer(file, key.as_str(), parse(&name)?.1, path))
     }
 
     /// The set of a key, or the right to make it. Waits for whoever makes it already, as long as `goes_on`.
@@ -118,7 +146,7 @@ impl Layers {
         }
     }
 
-    /// Removes what was used longest ago, as long as there is too much.
+    /// Removes what was used longest ago, as long as there is too much; nothing that is being read.
     fn retain(&self) {
         let entries = fs::read_dir(&self.directory).into_iter().flatten().flatten();
         let sets = entries.filter(|entry| entry.file_name().to_str().is_some_and(|name| parse(name).is_some()));
@@ -126,13 +154,21 @@ impl Layers {
             .filter_map(|entry| entry.metadata().ok().map(|meta| (entry.path(), meta)))
             .map(|(path, meta)| (meta.modified().unwrap_or(SystemTime::UNIX_EPOCH), meta.len(), path))
             .collect();
+        // Held on to, so that none begins to be read meanwhile.
+        let read = self.read();
+        let in_use = |path: &Path| {
+            let name = path.file_name().and_then(|name| name.to_str()).and_then(parse);
+            name.is_some_and(|(key, _)| read.contains_key(key))
+        };
         sets.sort();
         let (mut count, mut bytes) = (sets.len() as u64, sets.iter().map(|set| set.1).sum::<u64>());
         for (_, size, path) in sets {
             if count <= self.most.0 && bytes <= self.most.1 {
                 return;
             }
-            // Who reads it has it open.
+            if in_use(&path) {
+                continue;
+            }
             match fs::remove_file(&path) {
                 Ok(()) => (count, bytes) = (count - 1, bytes - size),
                 Err(e) => log::warn!("{}: {e}", path.display()),
@@ -141,28 +177,50 @@ impl Layers {
     }
 }
 
-impl Layer {
+impl Layer<'_> {
     /// It is not what it was: the next request makes it anew.
     pub fn discard(&self) {
         let _ = fs::remove_file(&self.path);
     }
 }
 
-impl Making<'_> {
+impl Drop for Layer<'_> {
+    fn drop(&mut self) {
+        let mut read = self.layers.read();
+        let left = read.get_mut(&self.key).map_or(0, |count| {
+            *count -= 1;
+            *count
+        });
+        if left == 0 {
+            read.remove(&self.key);
+            drop(read);
+            // It may have been what was too much.
+            self.layers.retain();
+        }
+    }
+}
+
+impl<'a> Making<'a> {
+    /// Where it will be.
+    pub fn layers(&self) -> &'a Layers {
+        self.layers
+    }
+
     /// Its file.
     pub fn write(&mut self, octets: &[u8]) -> io::Result<()> {
         self.file.write_all(octets)
     }
 
     /// It is whole: it gets its name, and others go where there are too many.
-    pub fn keep(self, digest: &str) -> Result<Layer, Error> {
+    pub fn keep(self, digest: &str) -> Result<Layer<'a>, Error> {
         let directory = &self.layers.directory;
         let path = directory.join(format!("{}-{digest}.tar", self.key));
         let kept = self.file.sync_all().and_then(|()| fs::rename(partial(directory, &self.key), &path));
         let kept = kept.and_then(|()| File::open(directory)?.sync_all()).and_then(|()| File::open(&path));
         let file = kept.map_err(|e| io_error("packages", &e))?;
+        let layer = self.layers.layer(file, &self.key, digest, path);
         self.layers.retain();
-        Ok(Layer { file, digest: digest.to_string(), path })
+        Ok(layer)
     }
 }
 
@@ -241,7 +299,7 @@ mod tests {
                     Claim::There(mut layer) => {
                         let mut text = String::new();
                         layer.file.read_to_string(&mut text).unwrap();
-                        assert_eq!((text.as_str(), layer.digest), ("content", "a".repeat(64)));
+                        assert_eq!((text.as_str(), layer.digest.as_str()), ("content", "a".repeat(64).as_str()));
                     }
                 });
             }
@@ -292,6 +350,25 @@ mod tests {
         }
         make(&layers, 5, 900);
         assert_eq!([1, 3, 4, 5].map(there), [false, false, true, true], "octets");
+    }
+
+    #[test]
+    fn what_is_read_stays_until_it_was_read() {
+        let folder = Folder::new("read");
+        let layers = Layers::new(folder.0.clone(), 1, 1000);
+        make(&layers, 1, 100);
+        let Ok(Claim::There(first)) = layers.claim(&key(1), || Ok(())) else { panic!("it was made") };
+        let Ok(Claim::There(again)) = layers.claim(&key(1), || Ok(())) else { panic!("it was made") };
+        make(&layers, 2, 100);
+        assert!(
+            layers.find(&key(1)).is_some() && layers.find(&key(2)).is_none(),
+            "the other, which nobody reads, goes"
+        );
+        drop(first);
+        assert!(layers.find(&key(1)).is_some());
+        drop(again);
+        make(&layers, 2, 100);
+        assert!(layers.find(&key(1)).is_none() && layers.find(&key(2)).is_some());
     }
 
     #[test]

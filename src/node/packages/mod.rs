@@ -4,6 +4,7 @@
 //! A request that asks for packages waits, with what its client sends meanwhile, for a thread (`install`) that is a client of
 //! the node itself; then it goes on as one that asks for none.
 
+pub mod index;
 mod install;
 mod layers;
 
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use mio::net::UnixStream as Watched;
 
+use self::index::Index;
 use self::install::Order;
 use self::layers::Layers;
 use super::config::Config;
@@ -183,14 +185,15 @@ impl Supervisor {
         }
         let names = packages::check(kind, &bounds.dependencies)?;
         let settings = &self.config.packages;
-        let (index, setting) = settings.index(kind);
-        if index.is_empty() {
+        let (given, setting) = settings.index(kind);
+        if given.is_empty() {
             let message =
                 format!("packages of {language} need an index, and the node's configuration has no {setting}");
             let error = Error::new(Code::NoIndex, message).with("argument", "dependency");
             return Err(error.with("setting", setting));
         }
-        let key = install::key_of(manifest, language, &how, index, &names);
+        let index = Index::of_setting(setting, given)?;
+        let key = install::key_of(manifest, language, &how, &index.address, &names);
         let directory = format!("{DIRECTORY}/{}/{}", &key.as_str()[..32], kind.folder());
         let path = how.path.clone();
         let order = Order {
@@ -199,7 +202,8 @@ impl Supervisor {
             // As they come, and installed.
             disk_mib: (manifest.size_bytes >> 20) + 2 * settings.max_mib + 64,
             how,
-            index: index.to_string(),
+            index,
+            range: self.network_settings.plan.range(),
             names,
             allow: settings.allow.clone(),
             timeout: Duration::from_secs(settings.timeout_s),

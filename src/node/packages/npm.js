@@ -1,7 +1,8 @@
 // Warren's installer for Node.js packages (docs/code.md): `install` runs in a builder, `unpack` in the sandbox of a run.
 //
 //   npm.js install REGISTRY NAME[@VERSION]...   what it says goes to standard error, the files to standard output, as a tar
-//                                               archive
+//                                               archive. A line of standard input is USER:PASSWORD of the registry,
+//                                               percent-encoded; without one it has none
 //   npm.js unpack DIRECTORY                     makes the directory of such an archive on standard input, whole or not at all
 //
 // It speaks the registry's protocol: a document a package, an archive a version with its digest. Nothing of a package runs: no
@@ -137,13 +138,25 @@ function choose(document, asked) {
 
 // ---- The registry ----
 
+// Who has a login is told it by what has the registry's scheme, host and port, and by nobody else.
+let login = { origin: null, header: null };
+
+function takeLogin(registry) {
+  const said = fs.readFileSync(0, 'utf8').trim();
+  if (!said) return;
+  const plain = said.split(/:(.*)/s).slice(0, 2).map(decodeURIComponent).join(':');
+  login = { origin: new URL(registry).origin, header: `Basic ${Buffer.from(plain).toString('base64')}` };
+}
+
 function get(url, most, accept, redirects = REDIRECTS) {
   return new Promise((resolve, reject) => {
     const target = new URL(url);
     if (target.protocol !== 'https:' && target.protocol !== 'http:') throw new Refusal(`${url} is no address to fetch from`);
     const client = require(target.protocol.slice(0, -1));
     const failed = (error) => reject(error instanceof Refusal ? error : new Refusal(`${url}: ${error.message}`));
-    const request = client.get(target, { headers: { accept, 'user-agent': 'warren' } }, (response) => {
+    const headers = { accept, 'user-agent': 'warren' };
+    if (target.origin === login.origin) headers.authorization = login.header;
+    const request = client.get(target, { headers }, (response) => {
       const { statusCode: status, headers } = response;
       if (status >= 300 && status < 400 && headers.location) {
         response.resume();
@@ -402,6 +415,7 @@ function fitsHere({ os, cpu, libc }) {
 }
 
 async function install(registry, packages) {
+  takeLogin(registry);
   const tree = new Tree(registry);
   await tree.add(packages.map((wanted) => {
     const at = wanted.indexOf('@', 1);

@@ -1,7 +1,8 @@
 """Warren's installer for Python packages (docs/code.md): `install` runs in a builder, `unpack` in the sandbox of a run.
 
     pip.py WHEEL install INDEX NAME...   has the pip in WHEEL install; what it says goes to standard error, the files to
-                                         standard output, as a tar archive
+                                         standard output, as a tar archive. A line of standard input is USER:PASSWORD
+                                         of the index, percent-encoded; without one it has none
     pip.py WHEEL unpack DIRECTORY        makes the directory of such an archive on standard input, whole or not at all
 
 Nothing of a package runs here: wheels are unpacked, sources are not taken."""
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from urllib.parse import quote, unquote
 
 WORK = "/var/tmp/warren-packages"
 
@@ -33,11 +35,33 @@ def install(wheel, index, names):
         os.makedirs(directory)
     command = [sys.executable, "-I", wheel + "/pip", "install", "--isolated", "--no-input", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--root-user-action", "ignore", "--no-color", "--progress-bar", "off"]
-    command += ["--only-binary", ":all:", "--index-url", index, "--target", target]
+    command += ["--only-binary", ":all:", "--target", target]
+    login = sys.stdin.readline().strip()
+    if login:
+        # Not in an argument, which others could see, and pip says; what pip says of it is without the password.
+        scheme, rest = index.split("://", 1)
+        login = ":".join(quote(unquote(part), safe="") for part in login.split(":", 1))
+        settings = temporary + "/index"
+        with open(os.open(settings, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write("--index-url %s://%s@%s\n" % (scheme, login, rest))
+        command += ["--requirement", settings]
+    else:
+        command += ["--index-url", index]
     if index.startswith("http://"):
         command += ["--trusted-host", index[len("http://"):].split("/")[0]]
     environment = dict(os.environ, TMPDIR=temporary, HOME=WORK)
-    status = subprocess.run(command + ["--"] + names, stdout=sys.stderr, env=environment).returncode
+    command += ["--"] + names
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    full = False
+    with subprocess.Popen(command, env=environment, **streams) as pip:
+        for line in pip.stdout:
+            # pip has given the room back when it ends.
+            full = full or b"[Errno %d]" % errno.ENOSPC in line
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
+    status = pip.returncode
+    if status != 0 and full:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if status != 0:
         return status if status > 0 else 128 - status
     with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT) as archive:

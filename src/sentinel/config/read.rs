@@ -6,7 +6,7 @@ use std::path::Path;
 use zeroize::Zeroizing;
 
 use super::{Buffer, Config, Overlay, Sender};
-use crate::node::config::{ConfigError, Place};
+use crate::node::config::{ConfigError, Place, secret_needs_mode};
 use crate::sentinel::secret::Secret;
 
 /// More than this is no configuration file.
@@ -38,13 +38,7 @@ impl Config {
     /// A file with a secret in it is for its owner only. `prefix` goes before the key that an error names.
     pub(super) fn check_mode(&self, path: &Path, prefix: &str) -> Result<(), ConfigError> {
         let Some(key) = self.plain_secret() else { return Ok(()) };
-        let mode = std::fs::metadata(path).map_or(0o7777, |meta| meta.mode() & 0o7777);
-        if mode & 0o077 == 0 {
-            return Ok(());
-        }
-        let message = format!("holds a secret, so the file must have mode 0600 and has {mode:04o}");
-        let text = Zeroizing::new(std::fs::read_to_string(path).unwrap_or_default());
-        Err(Place { text: &text, path }.of_key(&format!("{prefix}{key}"), message))
+        secret_needs_mode(path, &format!("{prefix}{key}"))
     }
 
     /// Checks a text; `path` is only named in errors.
@@ -94,8 +88,8 @@ pub fn secret(key: &str, given: &Secret) -> Result<Secret, String> {
         Secret::new(std::env::var(name).map_err(|_| format!("{key}: the environment has no {name}"))?)
     } else if let Some(path) = text.strip_prefix("file:") {
         let meta = std::fs::metadata(path).map_err(|e| format!("{key}: {path}: {e}"))?;
-        if meta.mode() & 0o077 != 0 || meta.len() > 64 * 1024 {
-            return Err(format!("{key}: {path} must have mode 0600 and at most 65536 octets"));
+        if !meta.is_file() || meta.mode() & 0o077 != 0 || meta.len() > 64 * 1024 {
+            return Err(format!("{key}: {path} must be a file with mode 0600 and at most 65536 octets"));
         }
         let mut text = std::fs::read_to_string(path).map_err(|e| format!("{key}: {path}: {e}"))?;
         let end = text.trim_end().len();

@@ -1,8 +1,10 @@
 //! `internet`: what is beyond the node's uplink, for tests with real guests: a network namespace with hosts of public and
 //! of private addresses, all of which echo on TCP 80 and UDP 53. Prints `ready`, and runs until it is killed.
 //!
-//! TCP 8000 of the first host is a web server of the files below /run/index, by their names as they are asked for, and of
-//! `index.html` for directories. While there is a file /run/index/hold nothing is answered.
+//! TCP 8000 of the first host and of the third, which is a private one, is a web server of the files below /run/index, by their
+//! names as they are asked for, and of `index.html` for directories. While there is a file /run/index/hold nothing is
+//! answered. The private one answers only who gives what is in /run/index/authorization, where that is there. What has
+//! `endless` in its name has no end.
 //!
 //! TCP 9 of 93.0.0.2 tells what came: a line `HOST PROTOCOL COUNT` each, where COUNT is octets, datagrams or requests.
 
@@ -75,13 +77,15 @@ fn serve() {
             }
         });
     }
-    let (own, web) = (Arc::clone(&counts), TcpListener::bind((HOSTS[0], 8000)).expect("the port is free"));
-    std::thread::spawn(move || {
-        for stream in web.incoming().flatten() {
-            let own = Arc::clone(&own);
-            std::thread::spawn(move || answer(stream, &own));
-        }
-    });
+    for host in [HOSTS[0], HOSTS[2]] {
+        let (own, web) = (Arc::clone(&counts), TcpListener::bind((host, 8000)).expect("the port is free"));
+        std::thread::spawn(move || {
+            for stream in web.incoming().flatten() {
+                let own = Arc::clone(&own);
+                std::thread::spawn(move || answer(stream, host, &own));
+            }
+        });
+    }
     println!("ready");
     for stream in told.incoming().flatten() {
         let counts = counts.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -103,7 +107,7 @@ fn echo(mut stream: TcpStream, counts: &Counts) {
 }
 
 /// One request, and the file that is asked for.
-fn answer(mut stream: TcpStream, counts: &Counts) {
+fn answer(mut stream: TcpStream, host: Ipv4Addr, counts: &Counts) {
     let (mut request, mut octet) = (Vec::new(), [0]);
     while !request.ends_with(b"\r\n\r\n") {
         match stream.read(&mut octet) {
@@ -111,17 +115,36 @@ fn answer(mut stream: TcpStream, counts: &Counts) {
             _ => return,
         }
     }
-    count(counts, HOSTS[0].into(), "http", 1);
+    count(counts, host.into(), "http", 1);
     let held = Path::new(INDEX).join("hold");
     while held.exists() {
         std::thread::sleep(Duration::from_millis(20));
     }
-    let line = String::from_utf8_lossy(&request).lines().next().unwrap_or_default().to_string();
+    let request = String::from_utf8_lossy(&request).into_owned();
+    let said = request.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("authorization").then(|| value.trim().to_string())
+    });
+    let asked = std::fs::read_to_string(Path::new(INDEX).join("authorization")).ok().filter(|_| host.is_private());
+    if asked.is_some_and(|asked| said.is_none_or(|said| said != asked.trim())) {
+        let refusal = "HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Basic realm=\"index\"\r\nContent-Length: 0\r\n";
+        let _ = stream.write_all(format!("{refusal}Connection: close\r\n\r\n").as_bytes());
+        return;
+    }
+    let line = request.lines().next().unwrap_or_default().to_string();
     let name = line.split(' ').nth(1).unwrap_or("/").trim_matches('/').to_string();
     let path = Path::new(INDEX).join(&name);
     let path = if path.is_dir() { path.join("index.html") } else { path };
     let found = std::fs::read(&path).ok().filter(|_| !name.contains(".."));
     let kind = if path.ends_with("index.html") { "text/html" } else { "application/octet-stream" };
+    if name.contains("endless") && !path.exists() {
+        let head = format!("HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n");
+        let mut sent = stream.write_all(head.as_bytes());
+        while sent.is_ok() {
+            sent = stream.write_all(&[b' '; 65536]);
+        }
+        return;
+    }
     let (status, content) = found.map_or(("404 Not Found", Vec::new()), |content| ("200 OK", content));
     let length = content.len();
     let head =

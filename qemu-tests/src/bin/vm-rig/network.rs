@@ -3,6 +3,7 @@
 //!
 //! Each runs in network namespaces of its own: one for the node with its TAP devices, one for all that is outside.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, UdpSocket};
@@ -510,7 +511,9 @@ fn nft() -> Command {
 fn rules(file: &str) {
     let lab = Lab::new("rules", limits());
     let _a = lab.guest("a", policy(&[], &[]));
-    let _b = lab.guest("b", policy(&["1.0.0.0/8", "5.6.7.0/24"], &["1.9.0.0/16"]));
+    let services = BTreeSet::from(["10.0.0.5:8443".parse().expect("an address")]);
+    let listed = policy(&["1.0.0.0/8", "5.6.7.0/24"], &["1.9.0.0/16"]).with_services(services);
+    let _b = lab.guest("b", listed.expect("a private address may be a service"));
     let list = || {
         let output = nft().args(["-j", "-s", "list", "table", "inet", "warren"]).output().expect("nft runs");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
