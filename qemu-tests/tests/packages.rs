@@ -187,6 +187,10 @@ fn what_cannot_be_installed_is_an_error_that_says_why_and_leaves_nothing() {
     put_wheel(&node, ("half", "1.0"), &["nothing-like-it"], "", false);
     let sandbox = sandbox(&node, "code");
     let before = traces(&node);
+    // A builder is of the template that was meant, and of no other that has its name by then.
+    let other = Request::new("", "template.build").arg("any").set("from", "base").set("base", "0".repeat(64));
+    let error = node.control().err(other);
+    assert!(error.is(Code::BadState) && error.message.contains("another by now"), "{error}");
     // Nothing reaches an installer that is more than a name.
     for name in
         ["-r", "--index-url=http://5.6.7.8/", "a b", "./a", "/etc", "http://5.6.7.8/a.whl", "a;b", "a[x]", "a==*", ""]

@@ -32,6 +32,10 @@ pub const CONNECT_FAILED: &str = "CONNECT_FAILED";
 pub const CONNECTION_LOST: &str = "CONNECTION_LOST";
 /// The node said something that is not of the protocol.
 pub const PROTOCOL_ERROR: &str = "PROTOCOL_ERROR";
+/// The answer has more rows than are taken: see `Client::bound`.
+pub const TOO_MANY_ROWS: &str = "TOO_MANY_ROWS";
+/// What a row counts beside its keys and values, in octets.
+const ROW: usize = 64;
 /// The answer did not come in the time that the caller gave.
 pub const CLIENT_TIMEOUT: &str = "CLIENT_TIMEOUT";
 /// The descriptor given to `Client::interrupt_on` became readable.
@@ -111,6 +115,10 @@ pub struct Client {
     /// Set when the connection is of no more use: every call that is under way fails with it.
     lost: Option<Error>,
     interrupt: Option<OwnedFd>,
+    /// When everything here that blocks fails.
+    until: Option<Instant>,
+    /// Octets of rows that are still taken.
+    rows_left: usize,
 }
 
 impl Client {
@@ -124,7 +132,21 @@ impl Client {
     /// On a connection that is there already.
     pub fn of(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { link: Link::new(stream), next_tag: 1, calls: HashMap::new(), lost: None, interrupt: None })
+        Ok(Self {
+            link: Link::new(stream),
+            next_tag: 1,
+            calls: HashMap::new(),
+            lost: None,
+            interrupt: None,
+            until: None,
+            rows_left: usize::MAX,
+        })
+    }
+
+    /// From now on everything here that blocks fails with `CLIENT_TIMEOUT` after `time`, and the connection is given up with
+    /// `TOO_MANY_ROWS` after so many octets of rows. For who asks things of sandboxes that may answer without end.
+    pub fn bound(&mut self, time: Duration, rows: usize) {
+        (self.until, self.rows_left) = (Some(Instant::now() + time), rows);
     }
 
     /// Reads what has come, and fails where the connection is of no more use.
@@ -375,6 +397,7 @@ impl Client {
 
     /// Waits until the socket is ready and pumps. Fails as `next` does.
     pub fn turn(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
+        let deadline = deadline.into_iter().chain(self.until).min();
         let timeout = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
             None => PollTimeout::NONE,
             Some(left) if left.is_zero() => return Err(local(CLIENT_TIMEOUT, "the node did not answer in time")),
@@ -426,6 +449,13 @@ impl Client {
                 // The node could not tell which request it was: any of them may wait for ever.
                 return self.lose(error.clone());
             }
+            if let Message::Item { fields, .. } = &message {
+                let size = ROW + fields.0.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>();
+                match self.rows_left.checked_sub(size) {
+                    Some(left) => self.rows_left = left,
+                    None => return self.lose(local(TOO_MANY_ROWS, "the answer has more rows than are taken")),
+                }
+            }
             let Some(state) = self.calls.get_mut(message.tag()).filter(|state| !state.ended) else { continue };
             let event = match message {
                 Message::Ok { fields, .. } => Event::Done(Ok(fields)),
@@ -454,8 +484,7 @@ mod tests {
     /// A client and the node's end of its connection.
     fn pair() -> (Client, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
-        let client = Client { link: Link::new(ours), next_tag: 1, calls: HashMap::new(), lost: None, interrupt: None };
+        let client = Client::of(ours).unwrap();
         theirs.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         (client, theirs)
     }
@@ -473,6 +502,19 @@ mod tests {
             Ok(Event::Data { channel: "stdout".to_string(), payload: b"hi".to_vec() })
         );
         assert!(matches!(client.next(&first, None), Ok(Event::Done(Err(error))) if error.code == "NOT_FOUND"));
+    }
+
+    #[test]
+    fn who_is_bounded_waits_for_nobody_for_ever_and_takes_no_rows_without_end() {
+        let (mut client, mut node) = pair();
+        client.bound(Duration::from_millis(20), 10 * (ROW + 2));
+        let call = client.start(Request::new("", "a")).unwrap();
+        assert!(matches!(client.next(&call, None), Err(error) if error.code == CLIENT_TIMEOUT));
+        client.bound(Duration::from_secs(60), 10 * (ROW + 2));
+        node.write_all(&b"1 item n=1\n".repeat(10)).unwrap();
+        assert!((0..10).all(|_| matches!(client.next(&call, None), Ok(Event::Item(_)))));
+        node.write_all(b"1 item n=1\n").unwrap();
+        assert!(matches!(client.next(&call, None), Err(error) if error.code == TOO_MANY_ROWS));
     }
 
     #[test]

@@ -25,6 +25,8 @@ pub struct BuildAsk {
     pub steps: Vec<String>,
     /// Digest of all that it is built from; empty where that is not said.
     pub key: String,
+    /// What the template that it is built on must be (`Manifest::fingerprint`); whatever it is where that is not said.
+    pub base: Option<String>,
     /// TCP services that the builder reaches beside what its lists leave: only the node itself asks for some.
     pub services: BTreeSet<SocketAddrV4>,
 }
@@ -107,8 +109,10 @@ pub(super) fn build(_: &str, mut args: Args, defaults: Defaults) -> Result<Comma
             .map_err(|_| Error::new(Code::BadArgument, "service is not A.B.C.D:PORT").with("argument", "service"))
     });
     let services = services.collect::<Result<BTreeSet<SocketAddrV4>, Error>>()?;
+    let base = args.text("base")?;
+    base.iter().try_for_each(|base| digest("base", base))?;
     args.finish()?;
-    Ok(Command::TemplateBuild(Box::new(BuildAsk { name, spec, steps, key, services })))
+    Ok(Command::TemplateBuild(Box::new(BuildAsk { name, spec, steps, key, base, services })))
 }
 
 /// `template.step`

@@ -350,7 +350,7 @@ verbs! {
         done(args, Command::TemplateSnapshot(spec))
     };
     "template.build",
-    "NAME [from=scratch] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [key=HEX] [step=HEX]*",
+    "NAME [from=scratch] [vcpus=1..16] [memory_mib=64..32768] [disk_mib=N] [network=on|off] [allow=CIDR,…]* [deny=CIDR,…]* [key=HEX] [step=HEX]* [base=HEX]",
     "a sandbox to fill the disk of a template in; it goes with the request", build::build;
     "template.step", "SANDBOX key=HEX", "keep what a builder is now for the next build", build::step;
     "template.commit",

@@ -132,7 +132,7 @@ impl Supervisor {
 
     /// A client wants to build a template.
     pub(super) fn ask_build(&mut self, key: u64, tag: &str, ask: BuildAsk) -> Result<(), Error> {
-        let BuildAsk { name, mut spec, steps, key: digest, services } = ask;
+        let BuildAsk { name, mut spec, steps, key: digest, base, services } = ask;
         let is_node = self.clients.get(&key).is_some_and(|client| client.identity().is_node());
         if !self.config.templates.build && !is_node {
             let message = "templates are not built on this node: templates.build is false";
@@ -148,7 +148,17 @@ impl Supervisor {
             self.answer(key, &Message::ok(tag, fields));
             return Ok(());
         }
-        self.template_name_is_free(&name)?;
+        if !is_node {
+            // What the node builds for itself is no template.
+            self.template_name_is_free(&name)?;
+        }
+        if let Some(base) = base {
+            let manifest = &self.catalogue.get(&spec.template)?.manifest;
+            if manifest.fingerprint().ok() != Some(base) {
+                let message = format!("template {} is another by now", manifest.name);
+                return Err(Error::new(Code::BadState, message).with("argument", "base"));
+            }
+        }
         if self.builds.len() >= MOST {
             let message = format!("{} builds are under way, the most at once", self.builds.len());
             return Err(Error::new(Code::NoCapacity, message).with("resource", "builds").with("max", MOST));

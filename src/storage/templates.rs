@@ -305,6 +305,15 @@ impl Manifest {
         to_hex(&self.sha256)
     }
 
+    /// Digest of all that it says, in hex: another manifest is another template, also under the same name.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn fingerprint(&self) -> Result<String, TemplateError> {
+        let digest: [u8; 32] = Sha256::digest(self.to_toml()?).into();
+        Ok(to_hex(&digest))
+    }
+
     /// The manifest as it is written.
     pub(super) fn to_toml(&self) -> Result<String, TemplateError> {
         let raw = RawManifest {
@@ -493,6 +502,17 @@ mod tests {
         long.defaults.env = (0..20).map(|n| format!("A{n}={}", "x".repeat(4000))).collect();
         let error = long.checked().unwrap_err().to_string();
         assert!(error.contains("octets, the limit is 65536"), "{error}");
+    }
+
+    #[test]
+    fn a_manifest_that_says_anything_else_has_another_fingerprint() {
+        let of = |change: &str, to: &str| manifest(change, to).unwrap().fingerprint().unwrap();
+        let own = of("", "");
+        assert_eq!(own.len(), 64);
+        assert_eq!(own, of("", ""));
+        for (change, to) in [("A=1", "A=2"), ("user = 1000", "user = 0"), ("ab", "cd"), ("\"d\"", "\"e\"")] {
+            assert_ne!(own, of(change, to), "{to}");
+        }
     }
 
     #[test]

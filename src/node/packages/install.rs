@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::index::Index;
 use super::layers::{Claim, Layer, Layers, Making};
-use crate::cli::client::{Call, Client, Event};
+use crate::cli::client::{CLIENT_TIMEOUT, Call, Client, Event, TOO_MANY_ROWS};
 use crate::network::cidr::Cidr;
 use crate::recipe::key::{Key, hex};
 use crate::storage::languages::{IndexKind, Installing};
@@ -27,6 +27,9 @@ const INSTALLERS: [(&str, &str, &[u8]); 2] = [
 const TAIL: usize = 4096;
 /// Exit code of a program that was ended by SIGKILL, as shells have it.
 const KILLED: u64 = 128 + 9;
+/// How long a sandbox may take to answer, beside what it does, and octets of rows in its answers.
+const ANSWER: Duration = Duration::from_secs(120);
+const ROWS: usize = 256 * 1024;
 /// How long a sandbox may take to unpack packages.
 const UNPACK: Duration = Duration::from_secs(600);
 
@@ -37,6 +40,10 @@ pub(super) struct Order {
     pub key: Key,
     /// The template that they are for, and what its builder's disk is to have, in MiB.
     pub template: String,
+    /// What that must be still when they are installed: what comes of it is kept for all sandboxes of such a template.
+    pub base: String,
+    /// Who asks for them.
+    pub owner: String,
     pub disk_mib: u64,
     pub how: Installing,
     /// Where they come from.
@@ -81,7 +88,8 @@ pub(super) fn provide(
     installing: impl FnOnce(),
 ) -> Result<(), Error> {
     let request = Request::new("", "file.stat").arg(&order.sandbox).set("path", &order.directory);
-    match client.call(request) {
+    client.bound(ANSWER, ROWS);
+    match client.transfer(request, None, &mut |_, _| Ok(())).map_err(in_time) {
         Ok(_) => return Ok(()),
         // There is no such file: an error of the sandbox's own is another.
         Err(error) if error.fields.get("errno").is_some() => {}
@@ -90,19 +98,34 @@ pub(super) fn provide(
     let mut installing = Some(installing);
     let mut tell = || installing.take().map_or((), |installing| installing());
     loop {
-        let layer = match layers.claim(&order.key, || {
+        let layer = match layers.claim(&order.key, &order.owner, || {
             tell();
             client.check()
         })? {
             Claim::There(layer) => layer,
             Claim::Make(making) => {
                 tell();
-                install(client, order, making)?
+                client.bound(order.timeout + ANSWER, ROWS);
+                install(client, order, making).map_err(in_time)?
             }
         };
-        if unpack(client, order, &layer)? {
+        client.bound(UNPACK + ANSWER, ROWS);
+        if unpack(client, order, &layer).map_err(in_time)? {
             return Ok(());
         }
+    }
+}
+
+/// What its client is told where a sandbox keeps the node waiting.
+fn in_time(error: Error) -> Error {
+    match error.code.as_str() {
+        CLIENT_TIMEOUT => {
+            Error::new(Code::Timeout, "a sandbox that packages are for or come from did not answer in time")
+        }
+        TOO_MANY_ROWS => {
+            Error::new(Code::InstallFailed, "a sandbox that packages are for or come from answers without end")
+        }
+        _ => error,
     }
 }
 
@@ -173,7 +196,7 @@ fn failure(what: &str, ended: &Ended, timeout: Duration) -> Error {
 fn install<'a>(client: &mut Client, order: &Order, making: Making<'a>) -> Result<Layer<'a>, Error> {
     let name = format!("packages-{}", &order.key.as_str()[..32]);
     let request = Request::new("", "template.build").arg(name).set("from", &order.template);
-    let request = request.set("disk_mib", order.disk_mib).set("network", "on");
+    let request = request.set("base", &order.base).set("disk_mib", order.disk_mib).set("network", "on");
     let request = order.allow.iter().fold(request, |request, range| request.set("allow", range));
     let services = order.index.services(order.range)?;
     let request = services.iter().fold(request, |request, service| request.set("service", service));

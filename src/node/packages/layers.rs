@@ -4,7 +4,7 @@
 //!
 //! All of it is used by threads of requests, never by the loop.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -16,6 +16,8 @@ use crate::wire::{Code, Error};
 
 /// Sets that are made at once; each is a builder.
 const MAKING: usize = 4;
+/// Those of one owner, whose builders may be the ones that do not come to an end.
+const MAKING_OF_OWNER: usize = 2;
 /// Room of this many octets is none.
 const LITTLE: u64 = 1 << 20;
 /// How often a thread that waits for another looks whether anybody waits for it.
@@ -26,7 +28,7 @@ const LOOK: Duration = Duration::from_millis(250);
 pub struct Layers {
     directory: PathBuf,
     most: (u64, u64),
-    making: Mutex<BTreeSet<String>>,
+    making: Mutex<BTreeMap<String, String>>,
     freed: Condvar,
     /// By how many each set is being read, by key.
     read: Mutex<BTreeMap<String, u64>>,
@@ -98,7 +100,7 @@ impl Layers {
             .is_ok_and(|found| found.blocks_available().saturating_mul(found.fragment_size()) < LITTLE)
     }
 
-    fn making(&self) -> MutexGuard<'_, BTreeSet<String>> {
+    fn making(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
         self.making.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -121,21 +123,27 @@ impl Layers {
         Some(self.layer(file, key.as_str(), parse(&name)?.1, path))
     }
 
-    /// The set of a key, or the right to make it. Waits for whoever makes it already, as long as `goes_on`.
-    pub fn claim(&self, key: &Key, mut goes_on: impl FnMut() -> Result<(), Error>) -> Result<Claim<'_>, Error> {
+    /// The set of a key, or the right to make it for an owner. Waits for whoever makes it already, as long as `goes_on`.
+    pub fn claim(
+        &self,
+        key: &Key,
+        owner: &str,
+        mut goes_on: impl FnMut() -> Result<(), Error>,
+    ) -> Result<Claim<'_>, Error> {
         let mut making = self.making();
         loop {
-            if !making.contains(key.as_str()) {
+            if !making.contains_key(key.as_str()) {
                 if let Some(layer) = self.find(key) {
                     // What was used last goes last.
                     let _ = layer.file.set_modified(SystemTime::now());
                     return Ok(Claim::There(layer));
                 }
-                if making.len() < MAKING {
+                let own = making.values().filter(|other| *other == owner).count();
+                if making.len() < MAKING && own < MAKING_OF_OWNER {
                     let path = partial(&self.directory, key.as_str());
                     let file = fs::create_dir_all(&self.directory).and_then(|()| File::create(path));
                     let file = file.map_err(|e| io_error("packages", &e))?;
-                    making.insert(key.as_str().to_string());
+                    making.insert(key.as_str().to_string(), owner.to_string());
                     return Ok(Claim::Make(Making { layers: self, key: key.as_str().to_string(), file }));
                 }
             }
@@ -278,7 +286,7 @@ mod tests {
     }
 
     fn make(layers: &Layers, n: u8, octets: usize) {
-        let Ok(Claim::Make(mut making)) = layers.claim(&key(n), || Ok(())) else { panic!("it is there") };
+        let Ok(Claim::Make(mut making)) = layers.claim(&key(n), "ann", || Ok(())) else { panic!("it is there") };
         making.write(&vec![n; octets]).unwrap();
         making.keep(&"0".repeat(64)).unwrap();
     }
@@ -290,7 +298,7 @@ mod tests {
         let made = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..8 {
-                scope.spawn(|| match layers.claim(&key(1), || Ok(())).unwrap() {
+                scope.spawn(|| match layers.claim(&key(1), "ann", || Ok(())).unwrap() {
                     Claim::Make(mut making) => {
                         made.fetch_add(1, Ordering::Relaxed);
                         making.write(b"content").unwrap();
@@ -311,18 +319,34 @@ mod tests {
     fn one_that_is_given_up_leaves_nothing_and_the_next_makes_it() {
         let folder = Folder::new("given-up");
         let layers = Layers::new(folder.0.clone(), 10, 1 << 20);
-        let Ok(Claim::Make(mut making)) = layers.claim(&key(1), || Ok(())) else { panic!("it is there") };
+        let Ok(Claim::Make(mut making)) = layers.claim(&key(1), "ann", || Ok(())) else { panic!("it is there") };
         making.write(b"half").unwrap();
         let stop = || Err(Error::new(Code::Cancelled, "nobody waits"));
-        assert!(layers.claim(&key(1), stop).unwrap_err().is(Code::Cancelled));
+        assert!(layers.claim(&key(1), "ann", stop).unwrap_err().is(Code::Cancelled));
         assert_eq!(folder.names(), [format!("{}.partial", key(1).as_str())]);
         drop(making);
         assert_eq!(folder.names(), Vec::<String>::new());
         make(&layers, 1, 1);
         // One that is damaged is made anew.
-        let Ok(Claim::There(layer)) = layers.claim(&key(1), || Ok(())) else { panic!("it was made") };
+        let Ok(Claim::There(layer)) = layers.claim(&key(1), "ann", || Ok(())) else { panic!("it was made") };
         layer.discard();
-        assert!(matches!(layers.claim(&key(1), || Ok(())), Ok(Claim::Make(_))));
+        assert!(matches!(layers.claim(&key(1), "ann", || Ok(())), Ok(Claim::Make(_))));
+    }
+
+    #[test]
+    fn one_owners_builders_leave_room_for_those_of_others() {
+        let folder = Folder::new("owners");
+        let layers = Layers::new(folder.0.clone(), 10, 1 << 20);
+        let stop = || Err(Error::new(Code::Cancelled, "it waits"));
+        let claim = |n: u8, owner: &str| layers.claim(&key(n), owner, stop);
+        let held = [claim(1, "ann"), claim(2, "ann")];
+        assert!(held.iter().all(|claim| matches!(claim, Ok(Claim::Make(_)))));
+        assert!(claim(3, "ann").is_err());
+        let others = [claim(4, "bob"), claim(5, "cid")];
+        assert!(others.iter().all(|claim| matches!(claim, Ok(Claim::Make(_)))));
+        assert!(claim(6, "dan").is_err(), "four are all that there are");
+        drop(held);
+        assert!(matches!(claim(3, "ann"), Ok(Claim::Make(_))));
     }
 
     #[test]
@@ -342,7 +366,7 @@ mod tests {
             make(&layers, n, 100);
             age(n, n.into()).unwrap();
         }
-        assert!(matches!(layers.claim(&key(1), || Ok(())), Ok(Claim::There(_))));
+        assert!(matches!(layers.claim(&key(1), "ann", || Ok(())), Ok(Claim::There(_))));
         make(&layers, 4, 100);
         assert_eq!([1, 2, 3, 4].map(there), [true, false, true, true], "count");
         for n in [1, 3, 4] {
@@ -357,8 +381,8 @@ mod tests {
         let folder = Folder::new("read");
         let layers = Layers::new(folder.0.clone(), 1, 1000);
         make(&layers, 1, 100);
-        let Ok(Claim::There(first)) = layers.claim(&key(1), || Ok(())) else { panic!("it was made") };
-        let Ok(Claim::There(again)) = layers.claim(&key(1), || Ok(())) else { panic!("it was made") };
+        let Ok(Claim::There(first)) = layers.claim(&key(1), "ann", || Ok(())) else { panic!("it was made") };
+        let Ok(Claim::There(again)) = layers.claim(&key(1), "ann", || Ok(())) else { panic!("it was made") };
         make(&layers, 2, 100);
         assert!(
             layers.find(&key(1)).is_some() && layers.find(&key(2)).is_none(),

@@ -199,6 +199,8 @@ impl Supervisor {
         let order = Order {
             key,
             template: manifest.name.clone(),
+            base: manifest.fingerprint().map_err(|error| Error::new(Code::Internal, error.to_string()))?,
+            owner: sandbox.owner.clone(),
             // As they come, and installed.
             disk_mib: (manifest.size_bytes >> 20) + 2 * settings.max_mib + 64,
             how,
