@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::exec::{Identity, resolve};
 use super::files::Owner;
-use crate::wire::Error;
+use crate::wire::{Code, Error};
 
 /// Where programs are looked for when no environment says so.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -65,6 +65,18 @@ impl Settings {
             }
         }
         env
+    }
+}
+
+/// Checks that entries of an environment have names.
+pub(super) fn check_environment(env: &[Vec<u8>]) -> Result<(), Error> {
+    match env.iter().find(|variable| variable.iter().position(|&b| b == b'=').is_none_or(|at| at == 0)) {
+        None => Ok(()),
+        Some(variable) => {
+            let shown: String = String::from_utf8_lossy(variable).chars().take(64).collect();
+            let message = format!("env={shown} is not of the form NAME=value");
+            Err(Error::new(Code::BadArgument, message).with("argument", "env"))
+        }
     }
 }
 

@@ -19,6 +19,7 @@ use nix::unistd::{Pid, gethostname, sethostname};
 use super::network::Network;
 use super::report;
 use super::settings::Settings;
+use super::settings::check_environment;
 use crate::wire::{Args, Code, Error, Fields};
 
 /// The root file system's device.
@@ -37,9 +38,7 @@ pub(super) fn configure(settings: &mut Settings, mut args: Args, pid1: bool) -> 
     let read_only = args.flag("read_only")?;
     let network = Network::parse(&mut args)?;
     args.finish()?;
-    if env.iter().any(|variable| variable.iter().position(|&b| b == b'=').is_none_or(|at| at == 0)) {
-        return Err(Error::new(Code::BadArgument, "env is not of the form NAME=value").with("argument", "env"));
-    }
+    check_environment(&env)?;
     let cwd = match cwd {
         Some(cwd) if !cwd.starts_with(b"/") => {
             return Err(Error::new(Code::BadArgument, "cwd is not absolute").with("argument", "cwd"));

@@ -12,7 +12,7 @@ use super::agent::{Agent, Due, EXEC_MAX};
 use super::connection::{Connection, Job, Slot};
 use super::exec::{self, Attachment, Exec, Plan, Realm, Size};
 use super::files::{self, MODE_MAX, Writing};
-use super::settings::variable;
+use super::settings::{check_environment, variable};
 use super::tasks::{Desk, Flow};
 use super::{remove, system, watch};
 use crate::wire::{Args, Code, Error, Fields, Message, Request};
@@ -240,11 +240,7 @@ impl Agent {
         if running >= RUNNING_MAX {
             return Err(Error::new(Code::NoCapacity, format!("{running} programs are running, which is the limit")));
         }
-        for variable in &own_env {
-            if variable.iter().position(|&b| b == b'=').is_none_or(|at| at == 0) {
-                return Err(Error::new(Code::BadArgument, "env is not of the form NAME=value").with("argument", "env"));
-            }
-        }
+        check_environment(&own_env)?;
 
         let identity = self.settings.identity(user.as_deref())?;
         let confined = !privileged && self.confines(identity.as_ref(), user.as_deref())?;

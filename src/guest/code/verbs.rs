@@ -8,6 +8,7 @@ use super::run::{How, Run, SOURCE_MAX, Stage};
 use crate::guest::agent::{Agent, EXEC_MAX};
 use crate::guest::connection::{Connection, Job, Slot};
 use crate::guest::exec::{Attachment, Exec};
+use crate::guest::settings::check_environment;
 use crate::guest::verbs::Begun;
 use crate::wire::{Args, Code, Error, Fields, Message};
 
@@ -218,9 +219,7 @@ fn start(args: &mut Args) -> Result<Start, Error> {
     }
     check_words(&argv)?;
     let env = args.all("env");
-    if env.iter().any(|variable| variable.iter().position(|&b| b == b'=').is_none_or(|at| at == 0)) {
-        return Err(Error::new(Code::BadArgument, "env is not of the form NAME=value").with("argument", "env"));
-    }
+    check_environment(&env)?;
     let user = args.text("user")?;
     let cwd = args.bytes("cwd")?;
     let memory_mib = match args.take_word("memory_mib", "max") {
