@@ -37,7 +37,7 @@ fn own_kib(node: &Node) -> Vec<u64> {
 fn a_template_of_the_same_image_has_no_part_in_anothers_sandboxes() {
     let node = Boot::kernel().start();
     let of_base = take_snapshot(&node);
-    node.control().ok(Request::new("", "template.tag").arg("base").arg("other"));
+    node.control().ok(Request::new("", "template.tag").arg("base").set("name", "other"));
     let other = Request::new("", "template.snapshot").arg("other").set("memory_mib", 128).set("network", "on");
     let of_other = node.control().ok(other).field("id").to_string();
     // Each has its own: neither took the other's away.
