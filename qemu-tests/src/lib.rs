@@ -25,6 +25,7 @@ pub mod qmp;
 pub mod rig;
 pub mod sandbox;
 pub mod shared;
+pub mod stand_in;
 pub mod state;
 pub mod templates;
 pub mod timing;

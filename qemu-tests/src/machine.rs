@@ -103,7 +103,8 @@ impl Machine {
         command.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
         for name in ["control", "test"] {
             command.args(["-chardev", &socket(name, &path.join(format!("{name}.port")))]);
-            command.args(["-device", &format!("virtserialport,chardev={name},name=org.warren.{name}.0")]);
+            command
+                .args(["-device", &format!("virtserialport,id={name}-port,chardev={name},name=org.warren.{name}.0")]);
         }
         command.args(["-chardev", &format!("file,id=console,path={}", path.join("console").display())]);
         command.args(["-serial", "chardev:console"]);

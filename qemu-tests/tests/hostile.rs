@@ -1,10 +1,12 @@
-//! Guests that attack their worker: at worst it ends with a reason, and nobody else notices.
+//! Guests that attack their worker, and workers and agents that attack the supervisor: at worst their sandbox ends with a reason,
+//! and nobody else notices.
 //!
-//! Each run is `vm-rig hostile` with a mode of `hostile-guest`. `WARREN_HOSTILE_ROUNDS` makes the runs longer (40),
+//! Each run of the former is `vm-rig hostile` with a mode of `hostile-guest`. `WARREN_HOSTILE_ROUNDS` makes the runs longer (40),
 //! `WARREN_HOSTILE_SEED` makes them others (1); both are printed with what came of each run.
 
+use qemu_tests::stand_in::{StandIn, next_supervisor};
 use qemu_tests::state::NodeState;
-use qemu_tests::{Node, Sandbox, shared, timing};
+use qemu_tests::{Code, Message, Node, Request, Sandbox, shared, timing};
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -97,4 +99,93 @@ fn each_end_has_its_reason() {
         ],
         8,
     );
+}
+
+/// Waits until a sandbox has ended, and gives why. A neighbour does not notice.
+fn reason_of_the_end(sandbox: &Sandbox, neighbour: &Neighbour) -> String {
+    timing::wait_for("a sandbox to be given up", || {
+        neighbour.assert_well();
+        (sandbox.state() == "error").then_some(())
+    });
+    sandbox.inspect().get("reason").unwrap_or_default().to_string()
+}
+
+#[test]
+fn a_worker_or_an_agent_that_floods_the_supervisor_is_given_up_and_nobody_else_notices() {
+    let node = shared::node();
+    let neighbour = Neighbour::new(&node);
+    let modes = [
+        ("greet", "worker-lost: its worker answered hello, which it was not asked"),
+        ("list", "agent-lost: its agent was lost: it lists 1028 running programs that nobody started, over the limit"),
+        ("refuse", "agent-lost: its agent was lost: why why"),
+    ];
+    let posing = modes.map(|(mode, _)| {
+        let sandbox = node.sandbox(&[("memory_mib", "128")]);
+        let stand_in = StandIn::start(&node, &sandbox, &format!("pose {mode}"));
+        (sandbox, stand_in)
+    });
+    next_supervisor(&node);
+    for ((sandbox, _), (mode, expected)) in posing.iter().zip(modes) {
+        let reason = reason_of_the_end(sandbox, &neighbour);
+        assert!(reason.starts_with(expected) && reason.len() < 1200, "{mode}: {reason}");
+        println!("{mode}: {}", &reason[..reason.len().min(120)]);
+    }
+    assert!(node.control().ok(Request::new("", "sandbox.list")).items.len() >= 4, "no row is too long for a list");
+    for (sandbox, stand_in) in posing {
+        sandbox.remove().expect("it can be removed");
+        stand_in.end();
+    }
+}
+
+#[test]
+fn an_agent_that_says_or_reads_nothing_holds_up_nobody() {
+    let node = shared::node();
+    let neighbour = Neighbour::new(&node);
+    let [(blank, before_blank), (deaf, before_deaf), (begin, before_begin)] = ["blank", "deaf", "begin"].map(|mode| {
+        let sandbox = node.sandbox(&[("memory_mib", "128")]);
+        let stand_in = StandIn::start(&node, &sandbox, &format!("pose {mode}"));
+        (sandbox, stand_in)
+    });
+    next_supervisor(&node);
+    neighbour.assert_well();
+    assert_eq!(blank.state(), "running");
+
+    // What its agent says of one program without end reaches its client once, and the client's other requests go on.
+    let client = node.connect();
+    let started = || {
+        let mut call = client.start(begin.exec_request(&["true"]));
+        let first = call.message();
+        matches!(first, Message::Item { .. }).then_some(call)
+    };
+    let mut call = timing::wait_for("the agent to be reached", started);
+    assert_eq!(client.ok(neighbour.sandbox.exec_request(&["echo", "on"])).text("stdout"), "on\n");
+    assert!(call.message_within(timing::limit(1)).is_none());
+    client.cut();
+    for (sandbox, stand_in) in [(blank, before_blank), (begin, before_begin)] {
+        sandbox.remove().expect("it can be removed");
+        stand_in.end();
+    }
+
+    // Requests that nobody reads and nobody waits for.
+    let client = node.connect();
+    let stat = |path: &str| client.start(deaf.request("file.stat").set("path", path));
+    let waiting = timing::wait_for("the agent to be reached", || {
+        let mut call = stat("/");
+        match call.message_within(timing::limit(1)) {
+            None => Some(call),
+            Some(answer) => {
+                println!("{answer:?}");
+                None
+            }
+        }
+    });
+    let long = "x".repeat(60_000);
+    for _ in 0..100 {
+        stat(&long).cancel();
+    }
+    let error = waiting.finish().expect_err("nobody answers it");
+    assert!(error.is(Code::LinkLost) && error.message.contains("octets unread, over the limit of"), "{error}");
+    neighbour.assert_well();
+    deaf.remove().expect("it can be removed");
+    before_deaf.end();
 }

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 
 use qemu_tests::transcript::{self, Memory, Step};
-use qemu_tests::{shared, timing};
+use qemu_tests::{Request, shared, timing};
 
 /// Replays one transcript over a connection of its own.
 fn replay(socket: &std::path::Path, transcript: &transcript::Transcript) -> Result<(), String> {
@@ -54,4 +54,17 @@ fn every_transcript_of_the_protocol_page_is_true() {
         })
         .collect();
     assert!(failures.is_empty(), "{} of {} differ:\n{}", failures.len(), transcripts.len(), failures.join("\n"));
+}
+
+#[test]
+fn a_port_that_goes_and_comes_back_is_opened_again() {
+    let node = shared::node();
+    let monitor = |command: &str, arguments| node.machine().monitor(command, arguments).expect("QEMU does it");
+    monitor("device_del", serde_json::json!({"id": "control-port"}));
+    let gone = || node.run(&["test", "-e", "/dev/virtio-ports/org.warren.control.0"]).exit != 0;
+    timing::wait_for("the port to be gone", || gone().then_some(()));
+    let port = serde_json::json!({"driver": "virtserialport", "id": "control-port", "chardev": "control", "name": "org.warren.control.0"});
+    timing::wait_for("QEMU to take it", || node.machine().monitor("device_add", port.clone()).ok());
+    let hello = || node.connect().call(Request::new("", "hello")).ok();
+    timing::wait_for("an answer over the port", hello);
 }

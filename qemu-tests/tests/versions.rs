@@ -1,41 +1,8 @@
 //! Workers of other versions of Warren: one of the version before is taken over, one of a later version runs on untouched.
 
-use qemu_tests::{Code, Node, Request, Sandbox, shared, timing};
+use qemu_tests::stand_in::{StandIn, next_supervisor};
+use qemu_tests::{Code, Node, Sandbox, shared, timing};
 use warren::wire::WORKER_LINK;
-
-/// From now on whoever connects to a sandbox's worker is told another version of its link.
-fn claim(node: &Node, sandbox: &Sandbox, version: &str) {
-    let (socket, real) = (socket(sandbox), real(sandbox));
-    // It writes nothing, and must not hold the shell's output open.
-    node.sh(&format!(
-        "node-tool claim {version} {real} {socket} < /dev/null > /dev/null 2>&1 & \
-         until [ -S {real} ] && [ -S {socket} ]; do sleep 0.1; done"
-    ));
-}
-
-fn socket(sandbox: &Sandbox) -> String {
-    format!("/run/warren/sandboxes/{}.sock", sandbox.id)
-}
-
-fn real(sandbox: &Sandbox) -> String {
-    format!("/run/{}.real", sandbox.id)
-}
-
-/// Ends what stands before a worker.
-fn confess(node: &Node, sandbox: &Sandbox) {
-    let (socket, real) = (socket(sandbox), real(sandbox));
-    node.sh(&format!(
-        "for pid in $(node-tool processes | grep '^[0-9]* node-tool claim .* {real} ' | cut -d' ' -f1); do kill -9 $pid; done; mv {real} {socket}"
-    ));
-}
-
-/// Kills the supervisor and waits for the next one.
-fn next_supervisor(node: &Node) {
-    let killed = node.supervisor();
-    node.sh(&format!("kill -9 {killed}"));
-    timing::wait_for("another supervisor", || (node.supervisor() != killed).then_some(()));
-    timing::wait_for("its answer", || node.control().call(Request::new("", "hello")).ok());
-}
 
 /// Runs a program as soon as the supervisor has reached the agent.
 fn says_on(node: &Node, sandbox: &Sandbox) {
@@ -49,8 +16,9 @@ fn a_worker_of_the_version_before_is_taken_over_and_one_of_the_next_runs_on_out_
     let node = shared::node();
     let (old, newer) = (node.sandbox(&[]), node.sandbox(&[]));
     let worker = node.worker(&newer.id);
-    claim(&node, &old, "-");
-    claim(&node, &newer, &(WORKER_LINK + 1).to_string());
+    let claim = |sandbox: &Sandbox, version: &str| StandIn::start(&node, sandbox, &format!("claim {version}"));
+    let before_old = claim(&old, "-");
+    let before_newer = claim(&newer, &(WORKER_LINK + 1).to_string());
     next_supervisor(&node);
     says_on(&node, &old);
     assert_eq!(old.inspect().get("reason"), None);
@@ -68,22 +36,19 @@ fn a_worker_of_the_version_before_is_taken_over_and_one_of_the_next_runs_on_out_
     assert_eq!(node.worker(&newer.id), worker);
 
     // A supervisor that speaks its version finds it as it was.
-    confess(&node, &newer);
+    before_newer.end();
     next_supervisor(&node);
     says_on(&node, &newer);
     assert_eq!((newer.inspect().get("reason"), node.worker(&newer.id)), (None, worker));
 
     // It can be ended without a word.
-    claim(&node, &newer, &(WORKER_LINK + 1).to_string());
+    let before_newer = claim(&newer, &(WORKER_LINK + 1).to_string());
     next_supervisor(&node);
     timing::wait_for("it to be named again", || newer.inspect().get("reason").map(drop));
     newer.stop();
     assert_eq!(newer.state(), "stopped");
-    confess(&node, &old);
-    node.sh(&format!(
-        "for pid in $(node-tool processes | grep '^[0-9]* node-tool claim ' | cut -d' ' -f1); do kill -9 $pid; done; rm -f {}",
-        real(&newer)
-    ));
+    before_old.end();
+    before_newer.end();
     for sandbox in [old, newer] {
         sandbox.remove().expect("both can be removed");
     }

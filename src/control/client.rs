@@ -1,6 +1,6 @@
 //! One connection of the control socket, or the virtio-serial port: the same to the rest of the node.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
@@ -22,6 +22,15 @@ enum Transport {
     Port(Box<Port>),
 }
 
+/// A row of the audit log whose request was not answered yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Noted {
+    /// Its number.
+    pub row: u64,
+    /// It says which sandbox it is about: no answer says that better, and some are guests'.
+    pub names_sandbox: bool,
+}
+
 /// How a request ended that is in the audit log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ended {
@@ -40,7 +49,7 @@ pub struct Client<J> {
     /// Requests under way by their tags.
     pub jobs: HashMap<String, J>,
     /// Rows of the audit log, by the tags of requests that were not answered yet.
-    pub audits: HashMap<String, u64>,
+    pub audits: HashMap<String, Noted>,
     /// Requests of those that were.
     pub ended: Vec<Ended>,
     /// The client has closed its sending side; it still gets its answers.
@@ -128,6 +137,8 @@ impl<J> Client<J> {
 
     /// Sends what is no answer to a request that was taken, whatever its tag.
     pub fn send_aside(&mut self, message: &Message) {
+        let fitting = message.over_long().map(|length| fit(message, length));
+        let message = fitting.as_ref().unwrap_or(message);
         match &mut self.transport {
             Transport::Socket(link) => link.send(message),
             Transport::Port(port) => port.send(message),
@@ -140,9 +151,10 @@ impl<J> Client<J> {
             Message::Err { tag, error } => (tag, error.code.as_str(), None),
             _ => return,
         };
-        if let Some(audit) = self.audits.remove(tag) {
+        if let Some(Noted { row, names_sandbox }) = self.audits.remove(tag) {
+            let fields = fields.filter(|_| !names_sandbox);
             let sandbox = fields.and_then(|fields| fields.get("id")).map(str::to_string);
-            self.ended.push(Ended { audit, result: result.to_string(), sandbox });
+            self.ended.push(Ended { audit: row, result: result.to_string(), sandbox });
         }
     }
 
@@ -164,5 +176,80 @@ impl<J> Sink for Client<J> {
             Transport::Socket(link) => link.queued(),
             Transport::Port(port) => port.queued(),
         }
+    }
+}
+
+/// What is sent instead of a message that makes too long a line: a row without its longest values, whose keys it names.
+fn fit(message: &Message, length: usize) -> Message {
+    let (Message::Ok { tag, fields } | Message::Item { tag, fields }) = message else {
+        return Message::err(message.tag(), Error::line_too_long("the answer", length));
+    };
+    let (mut fields, mut left_out) = (fields.clone(), BTreeSet::new());
+    loop {
+        let named = left_out.iter().fold(fields.clone(), |fields, key| fields.with("left_out", key));
+        let row = match message {
+            Message::Ok { .. } => Message::ok(tag, named),
+            _ => Message::item(tag, named),
+        };
+        let longest = fields.0.iter().enumerate().max_by_key(|(_, (_, value))| value.len()).map(|(at, _)| at);
+        match longest.filter(|_| row.over_long().is_some()) {
+            Some(at) => left_out.insert(fields.0.remove(at).0),
+            None => return row,
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::access::Identity;
+    use crate::wire::{Decoder, Fields, MAX_LINE};
+
+    fn client() -> (Client<()>, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        (Client::socket(ours, Identity::port(), 10), theirs)
+    }
+
+    #[test]
+    fn only_a_row_that_names_no_sandbox_takes_one_from_its_answer() {
+        let (mut client, _peer) = client();
+        client.audits.insert("1".to_string(), Noted { row: 1, names_sandbox: false });
+        client.audits.insert("2".to_string(), Noted { row: 2, names_sandbox: true });
+        for tag in ["1", "2"] {
+            client.send(&Message::ok(tag, Fields::new().with("id", "anothersandb")));
+        }
+        let said: Vec<_> = client.ended.iter().map(|ended| (ended.audit, ended.sandbox.as_deref())).collect();
+        assert_eq!(said, [(1, Some("anothersandb")), (2, None)]);
+    }
+
+    #[test]
+    fn no_line_that_is_sent_is_too_long() {
+        use std::io::Read;
+        let (mut client, mut peer) = client();
+        let row = || Fields::new().with("id", "a").with("env", "x".repeat(40_000)).with("env", "y".repeat(30_000));
+        client.send(&Message::item("1", row()));
+        client.send(&Message::ok("1", row().with("more", "\0".repeat(10_000))));
+        client.send(&Message::err("2", Error::new(Code::Internal, "z".repeat(MAX_LINE))));
+        let mut decoder = Decoder::new();
+        let mut seen = Vec::new();
+        loop {
+            let done = client.flush().expect("the peer is there");
+            let mut chunk = vec![0; 1 << 20];
+            let count = peer.read(&mut chunk).expect("something was sent");
+            decoder.push(&chunk[..count]);
+            while let Some(found) = decoder.next() {
+                seen.push(found);
+            }
+            if done && decoder.is_idle() && seen.len() == 3 {
+                break;
+            }
+        }
+        let Decoded::Message(Message::Item { fields, .. }) = &seen[0] else { panic!("{:?}", seen[0]) };
+        assert_eq!((fields.get("id"), fields.get("left_out")), (Some("a"), Some("env")));
+        assert_eq!(fields.bytes("env").map(<[u8]>::len), Some(30_000), "only the longest goes");
+        let Decoded::Message(Message::Ok { fields, .. }) = &seen[1] else { panic!("{:?}", seen[1]) };
+        assert!(fields.get("id").is_some() && fields.get("left_out").is_some());
+        let Decoded::Message(Message::Err { error, .. }) = &seen[2] else { panic!("{:?}", seen[2]) };
+        assert!(error.is(Code::LineTooLong) && error.fields.number("max") == Some(MAX_LINE as u64), "{error}");
     }
 }

@@ -73,8 +73,6 @@ const KIND_BITS: u32 = 4;
 
 /// Contexts that runs have for themselves are numbered from here on.
 const OWN_CONTEXTS: u64 = 1 << 32;
-/// Largest number of a program that fits a token with its kind.
-pub(super) const EXEC_MAX: u64 = u64::MAX >> 8;
 
 fn token(kind: Kind, number: u64) -> Token {
     Token((number as usize) << KIND_BITS | kind as usize)

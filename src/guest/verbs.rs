@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use super::agent::{Agent, Due, EXEC_MAX};
+use super::agent::{Agent, Due};
 use super::connection::{Connection, Job, Slot};
 use super::exec::{self, Attachment, Exec, Plan, Realm, Size};
 use super::files::{self, MODE_MAX, Writing};
 use super::settings::{check_environment, variable};
 use super::tasks::{Desk, Flow};
 use super::{remove, system, watch};
-use crate::wire::{Args, Code, Error, Fields, Message, Request};
+use crate::wire::{Args, Code, EXEC_MAX, Error, Fields, Message, Request};
 
 /// Longest path with its NUL (<linux/limits.h>).
 const PATH_MAX: usize = 4096;

@@ -17,6 +17,7 @@ use super::instance::{Sandbox, Worker};
 use super::supervisor::{Done, Supervisor, Timer, now_ms};
 use crate::sandbox::agent::Agent;
 use crate::sandbox::census::user_of;
+use crate::sandbox::claims::Listing;
 use crate::sandbox::death;
 use crate::sandbox::exec::{CodeRun, Exec};
 use crate::sandbox::home::{Home, Places};
@@ -247,6 +248,8 @@ impl Supervisor {
                 routes: std::collections::HashMap::new(),
                 inquiries: std::collections::HashMap::new(),
                 next_inquiry: 0,
+                asked: vec![GREETING],
+                listing: Listing::default(),
                 tokens,
                 refusal: None,
                 status: None,

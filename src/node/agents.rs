@@ -5,68 +5,82 @@ use mio::Token;
 use super::instance::{Route, Sandbox};
 use super::pools::PREPARE;
 use super::requests::Job;
-use super::supervisor::{Supervisor, TURN, now_ms};
+use super::supervisor::{Supervisor, now_ms};
 use super::tracing::{QUEUE, RUN, START};
+use super::turn::{Step, Turn};
 use crate::control::client::ANSWERS_HIGH;
-use crate::sandbox::agent::{Approach, Heard};
+use crate::sandbox::agent::{Agent, Approach, Heard};
+use crate::sandbox::claims;
 use crate::sandbox::exec::{CodeRun, Exec, Sink, output_index};
 use crate::sandbox::flow::QUEUE_HIGH;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::worker::{self, LEARN};
-use crate::storage::languages::is_language_name;
 use crate::storage::state::Change;
-use crate::wire::{Code, Decoded, Error, Fields, Filled, Message, Request};
+use crate::wire::{Code, Decoded, EXEC_MAX, Error, Fields, Link, Message, Request};
 
 /// Tags of the supervisor's own requests on a worker's control link.
 pub(super) const GREETING: &str = "hello";
 pub(super) const START_MACHINE: &str = "start";
 const WATCH: &str = "watch";
 
+/// Programs of a sandbox whose end was not seen, or is still watched: more than an agent runs.
+const EXECS_MAX: usize = 4096;
 /// Finished programs that are kept with their output, a sandbox. Those of which somebody was told how they ended go first.
 const FINISHED_KEPT: usize = 256;
 
 impl Supervisor {
     /// The worker's control link: the answers to `vm.start` and to what clients ask of it.
     pub(super) fn read_worker(&mut self, id: &SandboxId, token: Token) {
-        let mut budget = TURN;
+        let mut turn = Turn::new();
         loop {
-            let Some(worker) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut()) else { return };
-            match worker.link.next() {
-                Some(Decoded::Message(Message::Err { tag, error })) if tag == START_MACHINE => {
-                    worker.refusal = Some(error)
+            let worker = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut());
+            // One that is ended for a reason has said enough.
+            let Some(worker) = worker.filter(|worker| worker.verdict.is_none()) else { return };
+            match turn.step(&mut worker.link, Link::next, Link::fill) {
+                Step::Heard(Decoded::Message(message)) => self.take_workers_word(id, claims::message(message)),
+                Step::Heard(Decoded::Bad { .. }) => {}
+                Step::Over => {
+                    self.again.insert(token);
+                    return;
                 }
-                Some(Decoded::Message(Message::Ok { tag, fields })) if tag == GREETING => {
-                    let version = worker::link_version(&fields);
-                    self.greeted(id, version.map(drop));
-                }
-                Some(Decoded::Message(Message::Err { tag, error })) if tag == GREETING => self.greeted(id, Err(error)),
-                Some(Decoded::Message(Message::Item { tag, fields })) if tag == WATCH => {
-                    if fields.get("event") == Some("disk-full") && !std::mem::replace(&mut worker.disk_full, true) {
-                        log::warn!("sandbox {id}: the node has no room for what it writes");
-                    }
-                }
-                Some(Decoded::Message(Message::Ok { tag, .. })) if tag == START_MACHINE => self.machine_made(id),
-                Some(Decoded::Message(Message::Ok { tag, .. })) if tag == LEARN => self.learned_working_set(id, Ok(())),
-                Some(Decoded::Message(Message::Err { tag, error })) if tag == LEARN => {
-                    self.learned_working_set(id, Err(error));
-                }
-                Some(Decoded::Message(Message::Err { tag, error })) if tag == PREPARE => {
-                    log::warn!("sandbox {id}: its worker could prepare nothing: {error}");
-                }
-                Some(Decoded::Message(message)) => self.take_inquiry(id, &message),
-                Some(Decoded::Bad { .. }) => {}
-                None => match worker.link.fill() {
-                    Ok(Filled::More) => {}
-                    // A worker that closes its link is about to end: its process tells.
-                    Ok(Filled::Drained | Filled::Closed) | Err(_) => return,
-                },
+                // A worker that closes its link is about to end: its process tells.
+                Step::Drained | Step::Closed | Step::Failed(_) => return,
             }
-            budget -= 1;
-            if budget == 0 {
-                self.again.insert(token);
-                return;
+        }
+    }
+
+    fn take_workers_word(&mut self, id: &SandboxId, message: Message) {
+        let Some(worker) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut()) else { return };
+        if let (GREETING | START_MACHINE | PREPARE, true) = (message.tag(), message.is_final())
+            && !worker.answers(message.tag())
+        {
+            // Each is answered once, and there is no end of what would be done for each of a flood of them.
+            if message.tag() != PREPARE {
+                let what = format!("its worker answered {}, which it was not asked", message.tag());
+                self.worker_lost(id, &Error::new(Code::LinkLost, what));
             }
+            return;
+        }
+        match message {
+            Message::Err { tag, error } if tag == START_MACHINE => worker.refusal = Some(error),
+            Message::Ok { tag, fields } if tag == GREETING => {
+                let version = worker::link_version(&fields);
+                self.greeted(id, version.map(drop));
+            }
+            Message::Err { tag, error } if tag == GREETING => self.greeted(id, Err(error)),
+            Message::Item { tag, fields } if tag == WATCH => {
+                if fields.get("event") == Some("disk-full") && !std::mem::replace(&mut worker.disk_full, true) {
+                    log::warn!("sandbox {id}: the node has no room for what it writes");
+                }
+            }
+            Message::Ok { tag, .. } if tag == START_MACHINE => self.machine_made(id),
+            Message::Ok { tag, .. } if tag == LEARN => self.learned_working_set(id, Ok(())),
+            Message::Err { tag, error } if tag == LEARN => self.learned_working_set(id, Err(error)),
+            Message::Err { tag, error } if tag == PREPARE => {
+                log::warn!("sandbox {id}: its worker could prepare nothing: {error}");
+            }
+            message => self.take_inquiry(id, &message),
         }
     }
 
@@ -127,23 +141,29 @@ impl Supervisor {
     }
 
     pub(super) fn read_agent(&mut self, id: &SandboxId, token: Token) {
-        let mut budget = TURN;
+        let mut turn = Turn::new();
         loop {
+            if self.held.iter().any(|(_, held)| *held == token) {
+                // A client must take its answers first: `release_held` comes back here.
+                return;
+            }
             let Some(worker) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut()) else { return };
             if worker.tokens[2] != token {
                 return;
             }
-            let heard = match worker.agent.hear() {
-                Some(heard) => {
+            let lost = |what: String| Heard::Broken(Error::new(Code::LinkLost, what));
+            let heard = match turn.step(&mut worker.agent, Agent::hear, Agent::fill) {
+                Step::Heard(heard) => {
                     worker.probe.heard = true;
                     heard
                 }
-                None => match worker.agent.fill() {
-                    Ok(Filled::More) => continue,
-                    Ok(Filled::Drained) => return,
-                    Ok(Filled::Closed) => Heard::Broken(Error::new(Code::LinkLost, "the agent closed its link")),
-                    Err(e) => Heard::Broken(Error::new(Code::LinkLost, format!("link to the agent: {e}"))),
-                },
+                Step::Over => {
+                    self.again.insert(token);
+                    return;
+                }
+                Step::Drained => return,
+                Step::Closed => lost("the agent closed its link".to_string()),
+                Step::Failed(e) => lost(format!("link to the agent: {e}")),
             };
             match heard {
                 Heard::Ready => self.agent_ready(id),
@@ -151,18 +171,12 @@ impl Supervisor {
                     if let Some(client) = self.take_answer(id, message) {
                         // That client must take its answers before this agent may say more.
                         self.held.insert((client, token));
-                        return;
                     }
                 }
                 Heard::Broken(error) => {
                     self.agent_lost(id, error);
                     return;
                 }
-            }
-            budget -= 1;
-            if budget == 0 {
-                self.again.insert(token);
-                return;
             }
         }
     }
@@ -181,6 +195,8 @@ impl Supervisor {
         let route = worker.routes.get(message.tag()).cloned()?;
         if message.is_final() {
             worker.routes.remove(message.tag());
+        } else if route.has_one_answer() {
+            return None;
         }
         match route {
             Route::Configure => match message {
@@ -229,11 +245,20 @@ impl Supervisor {
                 self.touched_sandboxes.insert(id.clone());
                 return None;
             }
+            // No answers.
+            Message::Request(_) | Message::Cancel { .. } => return None,
             _ => {}
         }
         message.retag(tag);
         if let Message::Err { tag, error } = message {
             message = Message::Err { tag, error: self.explain(id, error) };
+        }
+        if let Some(length) = message.over_long() {
+            // It fitted under the shorter tag that it has on the agent's link.
+            if !message.is_final() {
+                self.cancel(key, tag);
+            }
+            message = Message::err(tag, Error::line_too_long("the answer", length));
         }
         if message.is_final() {
             self.sandboxes.get_mut(id).into_iter().for_each(Sandbox::is_used);
@@ -284,26 +309,11 @@ impl Supervisor {
             }
             Message::Credit { channel, octets, .. } if channel == exec.input() => exec.stdin.allow(octets),
             Message::Item { fields, .. } => {
-                began = exec.code.as_ref().is_some_and(|run| !run.running);
-                let fields = match &mut exec.code {
-                    Some(run) => {
-                        run.running = fields.get("state") == Some("running");
-                        // Of a run in a context its agent tells it.
-                        if let Some(language) = fields.get("language").filter(|name| is_language_name(name))
-                            && run.language.is_empty()
-                        {
-                            run.language = language.to_string();
-                        }
-                        exec.trace.next(if run.running { RUN } else { QUEUE });
-                        Fields::new()
-                            .with("exec", number)
-                            .with("state", if run.running { "running" } else { "pending" })
-                    }
-                    None => {
-                        exec.trace.next(RUN);
-                        Fields::new().with("exec", number).with("pid", fields.number("pid").unwrap_or(0))
-                    }
-                };
+                let before = exec.code.clone();
+                let Some(fields) = exec.begins(&fields) else { return };
+                let running = exec.code.as_ref().is_none_or(|run| run.running);
+                exec.trace.next(if running { RUN } else { QUEUE });
+                began = exec.code != before;
                 for viewer in exec.viewers.iter().filter(|viewer| viewer.owner) {
                     if let Some(client) = self.clients.get_mut(&viewer.client) {
                         client.send(&Message::item(&viewer.tag, fields.clone()));
@@ -311,7 +321,7 @@ impl Supervisor {
                 }
             }
             Message::Ok { fields, .. } => {
-                let outcome = exec.unkept.take().map_or(Ok(fields), Err);
+                let outcome = exec.unkept.take().map_or(Ok(claims::outcome(&fields)), Err);
                 self.exec_ended(id, number, outcome);
             }
             Message::Err { error, .. } => {
@@ -334,6 +344,20 @@ impl Supervisor {
 
     /// A program has ended, one way or another.
     pub(super) fn exec_ended(&mut self, id: &SandboxId, number: u64, outcome: Result<Fields, Error>) {
+        self.end_exec(id, number, outcome);
+        self.forget_execs(id);
+        self.learn_working_set(id);
+    }
+
+    /// Programs of one sandbox have ended, all for the same reason.
+    pub(super) fn execs_ended(&mut self, id: &SandboxId, numbers: Vec<u64>, error: &Error) {
+        for number in numbers {
+            self.end_exec(id, number, Err(error.clone()));
+        }
+        self.forget_execs(id);
+    }
+
+    fn end_exec(&mut self, id: &SandboxId, number: u64, outcome: Result<Fields, Error>) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let Some(exec) = sandbox.execs.get_mut(&number) else { return };
         let routed = exec.route.is_some();
@@ -343,6 +367,17 @@ impl Supervisor {
             let tag = worker.agent.request(Request::new("", "exec.forget").set("exec", number));
             worker.routes.insert(tag, Route::Unheeded);
         }
+        // Before it may be forgotten: its record says how it ended.
+        self.record_exec(id, number);
+        self.touched_sandboxes.insert(id.clone());
+        self.touch_viewers(id, number);
+    }
+
+    /// Only the last of those that have ended are kept.
+    fn forget_execs(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id).filter(|sandbox| sandbox.execs.len() > FINISHED_KEPT) else {
+            return;
+        };
         let finished = sandbox.execs.values().filter(|exec| exec.outcome.is_some() && exec.viewers.is_empty());
         let mut finished: Vec<(bool, u64)> = finished.map(|exec| (!exec.collected, exec.number)).collect();
         finished.sort_unstable();
@@ -352,10 +387,6 @@ impl Supervisor {
                 self.database.submit(Change::RemoveExecution { sandbox_id: id.to_string(), exec_id: *number });
             }
         }
-        self.record_exec(id, number);
-        self.touched_sandboxes.insert(id.clone());
-        self.touch_viewers(id, number);
-        self.learn_working_set(id);
     }
 
     /// Starts a program, or a code run.
@@ -370,7 +401,12 @@ impl Supervisor {
         detach: bool,
         run: Option<CodeRun>,
     ) -> Result<(), Error> {
-        let id = self.find_running(key, given)?.id.clone();
+        let sandbox = self.find_running(key, given)?;
+        if sandbox.execs.len() >= EXECS_MAX {
+            let message = format!("sandbox {} has {EXECS_MAX} programs, the limit", sandbox.id);
+            return Err(Error::new(Code::NoCapacity, message).with("max", EXECS_MAX));
+        }
+        let id = sandbox.id.clone();
         // The source of a code run comes over its request, which lasts until that is there.
         let feeds = run.is_some();
         let watched = (!detach || feeds).then_some((key, tag));
@@ -438,6 +474,7 @@ impl Supervisor {
         let Some(worker) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut()) else { return };
         let tag = worker.agent.request(Request::new("", "exec.list"));
         worker.routes.insert(tag, Route::Survey);
+        worker.listing.begin();
         self.touched_sandboxes.insert(id.clone());
     }
 
@@ -446,9 +483,22 @@ impl Supervisor {
         match message {
             Message::Item { fields, .. } => {
                 let Some(number) = fields.number("exec") else { return };
+                let Some(worker) = &mut sandbox.worker else { return };
+                let running = fields.get("state") == Some("running");
+                let unknown = running && !sandbox.execs.contains_key(&number);
+                let mut counted = worker.listing.item();
+                if unknown {
+                    counted = counted.and_then(|()| worker.listing.unknown());
+                }
+                if number > EXEC_MAX {
+                    counted = Err(format!("it lists program {number}, over the limit of {EXEC_MAX}"));
+                }
+                if let Err(why) = counted {
+                    self.agent_lost(id, Error::new(Code::LinkLost, why));
+                    return;
+                }
                 // Also of one that has ended, as long as the agent knows it: two programs with one number are refused.
                 sandbox.next_exec = sandbox.next_exec.max(number.saturating_add(1));
-                let running = fields.get("state") == Some("running");
                 if running && sandbox.returned {
                     // It ended after the snapshot that the sandbox was put back to.
                     let ended = |exec: &&mut Exec| exec.outcome.is_some();
@@ -459,8 +509,7 @@ impl Supervisor {
                 }
                 if running && !sandbox.execs.contains_key(&number) {
                     // It was started in the last moments of the supervisor before, which could not write it down.
-                    let argv = vec![fields.bytes("argv").unwrap_or_default().to_vec()];
-                    let mut exec = Exec::new(number, argv, now_ms());
+                    let mut exec = Exec::new(number, claims::arguments(fields), now_ms());
                     if let Some(language) = fields.get("language") {
                         let language = language.chars().take(32).collect();
                         exec.is_run(CodeRun { language, context: None, running: true });
@@ -469,8 +518,11 @@ impl Supervisor {
                     sandbox.execs.insert(number, exec);
                 }
                 take_over(sandbox, number);
+                let unrecorded = sandbox.execs.get(&number).is_some_and(|exec| exec.record.is_none());
                 self.touched_sandboxes.insert(id.clone());
-                self.record_history(id, number);
+                if unrecorded {
+                    self.record_history(id, number);
+                }
             }
             Message::Ok { .. } => {
                 sandbox.returned = false;
@@ -482,10 +534,7 @@ impl Supervisor {
                     .map(|exec| exec.number)
                     .collect();
                 let waits = sandbox.waits_for_survey();
-                for number in lost {
-                    let error = Error::new(Code::LinkLost, "the program ended while nobody watched");
-                    self.exec_ended(id, number, Err(error));
-                }
+                self.execs_ended(id, lost, &Error::new(Code::LinkLost, "the program ended while nobody watched"));
                 if waits {
                     self.runs(id);
                 }

@@ -1,7 +1,7 @@
 //! Who did what: each request that changes something goes to the audit log when it is taken, and once more with its result.
 
 use super::supervisor::{Supervisor, now_ms};
-use crate::control::client::Ended;
+use crate::control::client::{Ended, Noted};
 use crate::storage::audit::{AuditEnd, AuditQuery, AuditRow};
 use crate::storage::state::{Change, Query};
 use crate::wire::{Arg, Code, Error, Fields, Message, Request};
@@ -28,7 +28,7 @@ impl Supervisor {
         let Some(client) = self.clients.get_mut(&key) else { return Ok(()) };
         let (who, id) = (client.identity().clone(), self.next_audit);
         self.next_audit += 1;
-        client.audits.insert(request.tag.clone(), id);
+        client.audits.insert(request.tag.clone(), Noted { row: id, names_sandbox: sandbox.is_some() });
         let row = AuditRow {
             id,
             began_ms: now_ms(),
@@ -57,7 +57,7 @@ impl Supervisor {
     pub(super) fn audit_gone(&mut self, key: u64) {
         self.audit_ends(key);
         let Some(client) = self.clients.get_mut(&key) else { return };
-        for id in std::mem::take(&mut client.audits).into_values() {
+        for Noted { row: id, .. } in std::mem::take(&mut client.audits).into_values() {
             let result = Code::Cancelled.as_str().to_string();
             self.database.submit(Change::EndAudit(AuditEnd { id, ended_ms: now_ms(), result, sandbox: None }));
         }

@@ -69,9 +69,7 @@ impl Supervisor {
         sandbox.reason = "stopped".to_string();
         sandbox.ended_ms = Some(now_ms());
         let running: Vec<u64> = sandbox.execs.values().filter(|e| e.outcome.is_none()).map(|e| e.number).collect();
-        for number in running {
-            self.exec_ended(id, number, Err(Error::new(Code::LinkLost, "the sandbox was stopped")));
-        }
+        self.execs_ended(id, running, &Error::new(Code::LinkLost, "the sandbox was stopped"));
         // Its row first: paused without files it could be nothing.
         let writing = self.record(id);
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
@@ -254,10 +252,7 @@ impl Supervisor {
             Some(sandbox) => sandbox.execs.values().filter(|e| e.outcome.is_none()).map(|e| e.number).collect(),
             None => Vec::new(),
         };
-        for number in running {
-            let error = Error::new(Code::LinkLost, format!("the sandbox ended: {cause}"));
-            self.exec_ended(id, number, Err(error));
-        }
+        self.execs_ended(id, running, &Error::new(Code::LinkLost, format!("the sandbox ended: {cause}")));
     }
 
     fn lose_routes(&mut self, id: &SandboxId, routes: std::collections::HashMap<String, Route>, cause: &str) {
@@ -274,6 +269,8 @@ impl Supervisor {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let Some(worker) = &mut sandbox.worker else { return };
         let token = std::mem::replace(&mut worker.tokens[2], mio::Token(usize::MAX));
+        // Nobody sends to it any more.
+        worker.agent.lose();
         let routes = std::mem::take(&mut worker.routes);
         worker.agent_losses += 1;
         for exec in sandbox.execs.values_mut() {
@@ -296,6 +293,19 @@ impl Supervisor {
         }
         self.unwatch(token);
         self.lose_routes(id, routes, &error.message);
+    }
+
+    /// A worker broke its link's protocol: it is ended, and its sandbox with it.
+    pub(super) fn worker_lost(&mut self, id: &SandboxId, error: &Error) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let Some(worker) = sandbox.worker.as_mut().filter(|worker| !worker.dead && worker.verdict.is_none()) else {
+            return;
+        };
+        log::error!("sandbox {id}: {error}; it is given up");
+        worker.verdict = Some(format!("worker-lost: {}", error.message));
+        if let Err(e) = sandbox.home.kill() {
+            log::error!("sandbox {id} cannot be killed: {e}");
+        }
     }
 
     /// Makes a lost link to an agent anew.

@@ -535,9 +535,7 @@ impl Supervisor {
         // What ran is what ran then: the guest says.
         sandbox.returned = true;
         let running: Vec<u64> = sandbox.execs.values().filter(|e| e.outcome.is_none()).map(|e| e.number).collect();
-        for number in running {
-            self.exec_ended(id, number, Err(Error::new(Code::LinkLost, "the sandbox was put back to a snapshot")));
-        }
+        self.execs_ended(id, running, &Error::new(Code::LinkLost, "the sandbox was put back to a snapshot"));
         if let Err(error) = self.settle_worker(id, None).and_then(|()| self.schedule(id)) {
             self.fail_start(id, error);
         }

@@ -20,6 +20,7 @@ use crate::control::list::ListQuery;
 use crate::init::ChildStatus;
 use crate::network::plan::Slot;
 use crate::sandbox::agent::Agent;
+use crate::sandbox::claims::Listing;
 use crate::sandbox::disk::DiskSpec;
 use crate::sandbox::exec::Exec;
 use crate::sandbox::guest_log::GuestLog;
@@ -66,6 +67,13 @@ pub enum Route {
     Unheeded,
 }
 
+impl Route {
+    /// Whether it ends with the first answer: anything before that is none.
+    pub fn has_one_answer(&self) -> bool {
+        matches!(self, Self::Configure | Self::Probe | Self::Parked | Self::Freeze | Self::Introduce)
+    }
+}
+
 /// A worker process and the links to it.
 #[derive(Debug)]
 pub struct Worker {
@@ -83,6 +91,10 @@ pub struct Worker {
     pub inquiries: HashMap<String, Inquiry>,
     /// Number of the last of them.
     pub next_inquiry: u64,
+    /// Tags of the supervisor's own requests on the control link that are answered once, and were not yet.
+    pub asked: Vec<&'static str>,
+    /// What its agent has listed.
+    pub listing: Listing,
     /// Event sources to forget with the worker: process, control link, agent link.
     pub tokens: [Token; 3],
     /// Why the machine could not be started, from `vm.start`.
@@ -105,6 +117,14 @@ pub struct Worker {
     pub disk_full: bool,
     /// It was asked which pages of that snapshot's memory its guest touched, and writes them there.
     pub learning: Option<(String, File)>,
+}
+
+impl Worker {
+    /// Whether it answers what it was asked; it may once.
+    pub fn answers(&mut self, tag: &str) -> bool {
+        let at = self.asked.iter().position(|asked| *asked == tag);
+        at.map(|at| self.asked.swap_remove(at)).is_some()
+    }
 }
 
 /// Whose request waits for a sandbox.

@@ -49,6 +49,7 @@ mod time_limits;
 mod timers;
 mod tracing;
 mod transfer;
+mod turn;
 mod warm;
 
 use std::ffi::OsString;

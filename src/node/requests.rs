@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use mio::Token;
 
 use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
-use super::supervisor::{Source, Supervisor, TURN};
+use super::supervisor::{Source, Supervisor};
 use super::transfer::{CHANNEL, Download, Upload};
+use super::turn::{Step, Turn};
 use crate::control::access::Role;
 use crate::control::client::{ANSWERS_HIGH, Client};
 use crate::control::command::{Command, VERBS, Verb};
@@ -17,7 +18,7 @@ use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
 use crate::sandbox::spec::Spec;
 use crate::storage::state::Ticket;
-use crate::wire::{Code, Decoded, Error, Fields, Filled, Message, PROTOCOL_VERSION, Request};
+use crate::wire::{Code, Decoded, Error, Fields, Message, PROTOCOL_VERSION, Request};
 
 /// A client's request under way.
 #[derive(Debug)]
@@ -110,39 +111,31 @@ impl Supervisor {
             }
             self.touched_clients.insert(key);
         }
-        let mut budget = TURN;
+        let mut turn = Turn::new();
         loop {
             let Some(client) = self.clients.get_mut(&key) else { return };
             if client.queued() >= ANSWERS_HIGH {
                 // It must take its answers first; `settle` comes back here.
                 return;
             }
-            let Some(decoded) = client.next() else {
-                match client.fill() {
-                    Ok(Filled::More) => continue,
-                    Ok(Filled::Drained) => return,
-                    Ok(Filled::Closed) => {
-                        client.half_closed = true;
-                        self.touched_clients.insert(key);
-                        return;
-                    }
-                    Err(_) => {
-                        self.drop_client(key);
-                        return;
-                    }
+            match turn.step(client, Client::next, Client::fill) {
+                Step::Heard(Decoded::Message(message)) => self.take_message(key, message),
+                Step::Heard(Decoded::Bad { tag, error }) => self.answer_aside(key, &Message::err(&tag, error)),
+                Step::Over => {
+                    self.again.insert(token);
+                    return;
                 }
-            };
-            if budget == 0 {
-                self.again.insert(token);
+                Step::Drained => return,
+                Step::Closed => {
+                    client.half_closed = true;
+                    self.touched_clients.insert(key);
+                    return;
+                }
+                Step::Failed(_) => {
+                    self.drop_client(key);
+                    return;
+                }
             }
-            match decoded {
-                Decoded::Message(message) => self.take_message(key, message),
-                Decoded::Bad { tag, error } => self.answer_aside(key, &Message::err(&tag, error)),
-            }
-            if budget == 0 {
-                return;
-            }
-            budget -= 1;
         }
     }
 
@@ -176,9 +169,19 @@ impl Supervisor {
         if let Some(token) = self.client_tokens.remove(&key) {
             self.unwatch(token);
         }
-        self.clients.remove(&key);
+        if self.clients.remove(&key).is_some_and(|mut client| client.as_port().is_some()) {
+            self.reopen_port();
+        }
         // Nobody takes those answers any more: their agents need not wait.
         self.release_held(key);
+    }
+
+    /// Ends what a client's request has begun, without an answer. Whether there was any.
+    pub(super) fn cancel(&mut self, key: u64, tag: &str) -> bool {
+        let job = self.clients.get_mut(&key).and_then(|client| client.jobs.remove(tag));
+        let found = job.is_some();
+        job.into_iter().for_each(|job| self.cancel_job(key, tag, job));
+        found
     }
 
     fn cancel_jobs(&mut self, key: u64) {
@@ -193,9 +196,7 @@ impl Supervisor {
         match message {
             Message::Request(request) => self.take_request(key, request),
             Message::Cancel { tag } => {
-                let job = self.clients.get_mut(&key).and_then(|client| client.jobs.remove(&tag));
-                if let Some(job) = job {
-                    self.cancel_job(key, &tag, job);
+                if self.cancel(key, &tag) {
                     let error = Error::new(Code::Cancelled, "the request was cancelled");
                     self.answer(key, &Message::err(&tag, error));
                 }
@@ -492,10 +493,7 @@ impl Supervisor {
         match taken {
             Ok(()) => self.pass_to_agent(key, tag, |route| Message::data(route, channel, payload)),
             Err(error) => {
-                let job = self.clients.get_mut(&key).and_then(|client| client.jobs.remove(tag));
-                if let Some(job) = job {
-                    self.cancel_job(key, tag, job);
-                }
+                self.cancel(key, tag);
                 self.answer(key, &Message::err(tag, error));
             }
         }

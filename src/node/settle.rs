@@ -1,12 +1,14 @@
 //! After each turn of the loop: whatever became sendable is sent, and credit is passed on where there is room.
 
+use super::instance::{Route, Worker};
 use super::requests::Job;
 use super::supervisor::Supervisor;
 use crate::control::client::{ANSWERS_HIGH, ANSWERS_MAX};
+use crate::sandbox::claims::{UNANSWERED_MAX, UNREAD_MAX};
 use crate::sandbox::exec::{OUTPUTS, Sink};
 use crate::sandbox::flow::QUEUE_HIGH;
 use crate::sandbox::id::SandboxId;
-use crate::wire::{Fields, Message};
+use crate::wire::{Code, Error, Fields, INITIAL_CREDIT, Message};
 
 impl Supervisor {
     /// Sends until nobody is touched any more: sending to one may allow another to send.
@@ -59,6 +61,16 @@ impl Supervisor {
             }
         }
         let _ = worker.agent.flush();
+        if worker.agent.has_unsent() {
+            self.again.insert(worker.tokens[2]);
+        }
+        if let Some(what) = unread(worker) {
+            self.agent_lost(id, Error::new(Code::LinkLost, what));
+        } else if worker.link.queued() > UNREAD_MAX {
+            let what =
+                format!("its worker left {} octets unread, over the limit of {UNREAD_MAX}", worker.link.queued());
+            self.worker_lost(id, &Error::new(Code::LinkLost, what));
+        }
     }
 
     fn settle_client(&mut self, key: u64) {
@@ -170,4 +182,21 @@ impl Supervisor {
             }
         }
     }
+}
+
+/// What is wrong with an agent that leaves too much unread, or unanswered. What streams may have under way does not count.
+fn unread(worker: &Worker) -> Option<String> {
+    let queued = worker.agent.queued();
+    if !worker.agent.is_ready() || queued <= UNREAD_MAX && worker.routes.len() <= UNANSWERED_MAX {
+        return None;
+    }
+    let streams = worker.routes.values().filter(|route| matches!(route, Route::Exec(_) | Route::Relay { .. })).count();
+    let window = usize::try_from(INITIAL_CREDIT).unwrap_or(usize::MAX);
+    let max = UNREAD_MAX.saturating_add(streams.saturating_mul(window));
+    if queued > max {
+        return Some(format!("it left {queued} octets unread, over the limit of {max}"));
+    }
+    let unanswered = worker.routes.len() - streams;
+    let over = unanswered > UNANSWERED_MAX;
+    over.then(|| format!("it left {unanswered} requests unanswered, over the limit of {UNANSWERED_MAX}"))
 }

@@ -10,13 +10,14 @@ use mio::net::UnixStream;
 use super::agents::{START_MACHINE, no_room};
 use super::health::Probe;
 use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
-use super::pools::Shape;
+use super::pools::{PREPARE, Shape};
 use super::supervisor::{Done, Source, Stopping, Supervisor, Timer, now_ms};
 use super::tracing::{ADMIT, AGENT_READY, REGISTER, VM};
 use super::warm::Parked;
 use crate::network::MTU;
 use crate::sandbox::agent::{Agent, Approach};
 use crate::sandbox::berth::Berth;
+use crate::sandbox::claims::Listing;
 use crate::sandbox::disk::Shelf;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::ledger::{Holding, Resource};
@@ -394,6 +395,8 @@ impl Supervisor {
             routes: std::collections::HashMap::new(),
             inquiries: std::collections::HashMap::new(),
             next_inquiry: 0,
+            asked: vec![START_MACHINE, PREPARE],
+            listing: Listing::default(),
             tokens: [token; 3],
             refusal: None,
             status: None,

@@ -307,9 +307,6 @@ const PORT_AGAIN: Duration = Duration::from_millis(200);
 /// Requests under way at once through the control port, which is one connection for all clients behind a bridge.
 const PORT_REQUESTS: usize = 4096;
 
-/// Messages that one source may bring in one turn, so that a flood leaves room for everybody else.
-pub(super) const TURN: usize = 256;
-
 impl Supervisor {
     /// A supervisor of the parts that have started.
     pub(super) fn of(parts: &mut Parts) -> Result<Self, String> {
@@ -417,6 +414,13 @@ impl Supervisor {
                 self.timers.after(PORT_AGAIN, Timer::Port);
             }
         }
+    }
+
+    /// The port was closed, by a fault of it or because its host took no answers: whoever is behind it has no other way here.
+    pub(super) fn reopen_port(&mut self) {
+        log::warn!("the control port is opened anew");
+        self.port_looks = 0;
+        self.timers.after(PORT_AGAIN, Timer::Port);
     }
 
     pub(super) fn import_templates(&mut self) {
@@ -555,6 +559,7 @@ impl Supervisor {
     pub(super) fn unwatch(&mut self, token: Token) {
         self.sources.remove(&token);
         self.again.remove(&token);
+        self.held.retain(|(_, held)| *held != token);
     }
 
     fn take_signals(&mut self) {

@@ -1,10 +1,12 @@
 //! The supervisor's link to a sandbox's agent, through the worker's socket.
 
+use std::collections::VecDeque;
 use std::io;
 use std::path::Path;
 
 use mio::net::UnixStream;
 
+use super::claims;
 use super::worker::{self, AGENT_PORT};
 use crate::wire::{Code, Decoded, Error, Filled, Link, Message, Request};
 
@@ -25,6 +27,8 @@ enum Phase {
     Greeting,
     /// Requests may be sent.
     Ready,
+    /// It is over.
+    Lost,
 }
 
 /// What the link brought.
@@ -46,6 +50,8 @@ pub struct Agent {
     next_tag: u64,
     /// It greeted with all programs frozen.
     frozen: bool,
+    /// Answers to requests that could not be sent.
+    unsent: VecDeque<Message>,
 }
 
 impl Agent {
@@ -60,7 +66,8 @@ impl Agent {
     pub fn prepare(socket: &Path) -> io::Result<Self> {
         let stream = worker::connect(socket)?;
         stream.set_nonblocking(true)?;
-        Ok(Self { link: Link::new(UnixStream::from_std(stream)), phase: Phase::Joining, next_tag: 1, frozen: false })
+        let link = Link::new(UnixStream::from_std(stream));
+        Ok(Self { link, phase: Phase::Joining, next_tag: 1, frozen: false, unsent: VecDeque::new() })
     }
 
     /// Asks the worker to make the connection; once.
@@ -94,8 +101,11 @@ impl Agent {
 
     /// The next thing that was heard.
     pub fn hear(&mut self) -> Option<Heard> {
+        if let Some(answer) = self.unsent.pop_front() {
+            return Some(Heard::Message(answer));
+        }
         let message = match self.link.next()? {
-            Decoded::Message(message) => message,
+            Decoded::Message(message) => claims::message(message),
             Decoded::Bad { error, .. } => {
                 return Some(Heard::Broken(Error::new(
                     Code::LinkLost,
@@ -126,8 +136,25 @@ impl Agent {
         let tag = self.next_tag.to_string();
         self.next_tag += 1;
         request.tag.clone_from(&tag);
-        self.link.send(&Message::Request(request));
+        let what = format!("{} to the agent", request.verb);
+        let request = Message::Request(request);
+        match request.over_long() {
+            None => self.link.send(&request),
+            // It would not know under which tag to refuse that.
+            Some(length) => self.unsent.push_back(Message::err(&tag, Error::line_too_long(&what, length))),
+        }
         tag
+    }
+
+    /// Whether `hear` has something that no stream brings.
+    pub fn has_unsent(&self) -> bool {
+        !self.unsent.is_empty()
+    }
+
+    /// The link is of no more use.
+    pub fn lose(&mut self) {
+        self.phase = Phase::Lost;
+        self.unsent.clear();
     }
 
     /// Queues a message.

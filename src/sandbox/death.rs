@@ -7,6 +7,7 @@
 //! | `guest-reset` | the guest reset itself | the reset register, or a triple fault |
 //! | `guest-hung` | the guest's agent does not answer | the node asks it (`node/health.rs`) |
 //! | `agent-lost` | the agent broke its link, again and again | the link |
+//! | `worker-lost` | the worker broke its link's protocol | the link |
 //! | `kvm-error` | the processor or KVM gave up on the guest | the worker's last words |
 //! | `device-error` | a device or its medium gave up | the same |
 //! | `internal` | the worker's own fault: a panic or a fatal signal | the same |

@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::flow::{Gate, QUEUE_HIGH};
 use super::home::Home;
 use super::trace::Trace;
+use crate::storage::languages::is_language_name;
 use crate::storage::ring::Ring;
 use crate::wire::{Code, Error, FRAME, Fields, INITIAL_CREDIT, Message};
 
@@ -128,6 +129,8 @@ pub struct Exec {
     pub detaches: bool,
     /// Somebody was told how it ended.
     pub collected: bool,
+    /// Its agent has said that it has begun: a code run's on this link.
+    begun: bool,
     outputs: [Output; 3],
 }
 
@@ -151,6 +154,7 @@ impl Exec {
             trace: Trace::since(Instant::now()),
             detaches: false,
             collected: false,
+            begun: false,
             outputs: [output(), output(), Output { ended: true, ..output() }],
         }
     }
@@ -248,6 +252,31 @@ impl Exec {
         }
     }
 
+    /// What its agent says of its beginning, as its owner is to hear it; `None` where that is no news. A program begins once. A
+    /// code run waits, then runs: once on each link.
+    pub fn begins(&mut self, said: &Fields) -> Option<Fields> {
+        let fields = Fields::new().with("exec", self.number);
+        let Some(run) = &mut self.code else {
+            let pid = said.number("pid")?;
+            return (!std::mem::replace(&mut self.begun, true)).then(|| fields.with("pid", pid));
+        };
+        let running = match said.get("state")? {
+            "running" => true,
+            "pending" => false,
+            _ => return None,
+        };
+        // Of a run in a context its agent tells it.
+        if let Some(language) = said.get("language").filter(|name| run.language.is_empty() && is_language_name(name)) {
+            run.language = language.to_string();
+        }
+        let first = !std::mem::replace(&mut self.begun, true);
+        if !first && (run.running || !running) {
+            return None;
+        }
+        run.running = running;
+        Some(fields.with("state", if running { "running" } else { "pending" }))
+    }
+
     /// A viewer allows more octets.
     pub fn credit(&mut self, client: u64, tag: &str, index: usize, octets: u64) {
         if let Some(viewer) = self.viewers.iter_mut().find(|v| v.client == client && v.tag == tag) {
@@ -313,6 +342,7 @@ impl Exec {
     /// A fresh link to the agent begins with a fresh window from where the output stands.
     pub fn rejoin(&mut self, route: String) {
         self.route = Some(route);
+        self.begun &= self.code.is_none();
         for output in &mut self.outputs {
             output.granted = output.total() + INITIAL_CREDIT;
         }
@@ -419,6 +449,26 @@ mod tests {
         fn queued(&self) -> usize {
             self.queued
         }
+    }
+
+    #[test]
+    fn a_beginning_is_news_once() {
+        let pid = |pid: u64| Fields::new().with("exec", 99).with("pid", pid);
+        let mut exec = Exec::new(1, vec![b"true".to_vec()], 0);
+        assert_eq!(exec.begins(&Fields::new().with("stdout_offset", 0)), None);
+        assert_eq!(exec.begins(&pid(7)), Some(Fields::new().with("exec", 1).with("pid", 7)));
+        exec.rejoin("2".to_string());
+        assert_eq!(exec.begins(&pid(7)), None);
+
+        let state = |state: &str| Fields::new().with("state", state);
+        let mut exec = Exec::new(2, Vec::new(), 0);
+        exec.is_run(CodeRun { language: String::new(), context: None, running: false });
+        let news = |exec: &mut Exec, word: &str| exec.begins(&state(word)).is_some();
+        let heard = ["pending", "pending", "sleeping", "running", "pending", "running"].map(|w| news(&mut exec, w));
+        assert_eq!(heard, [true, false, false, true, false, false]);
+        exec.rejoin("2".to_string());
+        assert_eq!(["pending", "running", "pending"].map(|word| news(&mut exec, word)), [true, true, false]);
+        assert!(exec.code.is_some_and(|run| run.running));
     }
 
     fn home(name: &str) -> (std::path::PathBuf, Home) {

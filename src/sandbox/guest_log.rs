@@ -39,10 +39,11 @@ impl GuestLog {
     /// Takes what came. Fails with `CREDIT_EXCEEDED` when that is more than was allowed. What is no line of JSON, and what
     /// cannot be written, is not kept.
     pub fn take(&mut self, home: &Home, id: &str, now_ms: u64, octets: &[u8]) -> Result<(), Error> {
-        self.received += octets.len() as u64;
-        if self.received > self.granted {
+        let received = self.received.saturating_add(octets.len() as u64);
+        if received > self.granted {
             return Err(Error::new(Code::CreditExceeded, "logs: the agent sent more than allowed"));
         }
+        self.received = received;
         let mut entries = Vec::new();
         for piece in octets.split_inclusive(|octet| *octet == b'\n') {
             if self.partial.len() + piece.len() <= LINE_MAX + 1 {
@@ -82,7 +83,7 @@ impl GuestLog {
     /// A second is over: what may come beyond what was allowed, and the tag that hears of it. `None` when as much may come as
     /// may at once.
     pub fn refill(&mut self) -> Option<(&str, u64)> {
-        let more = RATE.min(INITIAL_CREDIT - (self.granted - self.received));
+        let more = RATE.min(INITIAL_CREDIT.saturating_sub(self.granted.saturating_sub(self.received)));
         self.granted += more;
         (more > 0).then_some((self.route.as_str(), more))
     }
@@ -119,7 +120,8 @@ mod tests {
         }
         assert_eq!(log.refill(), Some(("7", RATE)));
         assert!(log.take(&home, "abc", 5, &[b' '; RATE as usize]).is_ok());
-        assert!(log.take(&home, "abc", 5, b" ").is_err());
+        assert!(log.take(&home, "abc", 5, &vec![b' '; 1 << 20]).is_err());
+        assert_eq!(log.refill(), Some(("7", RATE)), "what was refused is not counted");
         std::fs::remove_dir_all(&dir).expect("clean up");
     }
 }

@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod berth;
 pub mod census;
+pub mod claims;
 pub mod death;
 pub mod disk;
 pub mod exec;

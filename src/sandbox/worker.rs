@@ -12,6 +12,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::stat::{major, minor};
 
+use super::claims;
 use crate::wire::{Code, Decoded, Error, Fields, Message, OLDEST_WORKER_LINK, Request, WORKER_LINK};
 
 /// The vsock port that the agent listens on, and announces itself to.
@@ -181,7 +182,9 @@ fn read_answer(mut stream: &UnixStream, within: Duration) -> Result<Fields, Capt
     loop {
         match decoder.next() {
             Some(Decoded::Message(Message::Ok { fields, .. })) => return Ok(fields),
-            Some(Decoded::Message(Message::Err { error, .. })) => return Err(CaptureError::Refused(error)),
+            Some(Decoded::Message(Message::Err { error, .. })) => {
+                return Err(CaptureError::Refused(claims::error(error)));
+            }
             Some(_) => continue,
             None => {}
         }
@@ -243,8 +246,8 @@ impl LastWords {
         decoder.push(octets.split(|&b| b == 0).next()?);
         match decoder.next()? {
             crate::wire::Decoded::Message(Message::Item { fields, .. }) => Some(Self {
-                reason: fields.get("reason")?.to_string(),
-                detail: fields.get("detail").unwrap_or_default().to_string(),
+                reason: claims::sentence(fields.get("reason")?),
+                detail: claims::sentence(fields.get("detail").unwrap_or_default()),
             }),
             _ => None,
         }

@@ -58,7 +58,7 @@ pub struct AuditEnd {
     pub ended_ms: u64,
     /// `ok`, or the code of the error.
     pub result: String,
-    /// The sandbox, where only the answer names it.
+    /// The sandbox, for a row that names none.
     pub sandbox: Option<String>,
 }
 
@@ -106,7 +106,7 @@ pub(super) fn begin(connection: &Connection, row: &AuditRow) -> Result<(), State
 pub(super) fn end(connection: &Connection, end: &AuditEnd) -> Result<(), StateError> {
     connection
         .prepare(
-            "UPDATE audit SET ended_ms = ?2, result = ?3, sandbox = coalesce(?4, sandbox) WHERE id = ?1 AND result IS NULL",
+            "UPDATE audit SET ended_ms = ?2, result = ?3, sandbox = coalesce(sandbox, ?4) WHERE id = ?1 AND result IS NULL",
         )?
         .execute(params![signed(end.id), signed(end.ended_ms), end.result, end.sandbox])?;
     Ok(())

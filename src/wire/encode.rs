@@ -1,5 +1,6 @@
 //! From messages to octets.
 
+use super::MAX_LINE;
 use super::message::{Arg, Fields, Message};
 
 impl Message {
@@ -54,6 +55,38 @@ impl Message {
         let mut out = Vec::with_capacity(64);
         self.encode(&mut out);
         out
+    }
+
+    /// The length of its line where that is more than a line may have.
+    pub fn over_long(&self) -> Option<usize> {
+        let of = |fields: &Fields| fields.0.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>();
+        let octets = match self {
+            Self::Ok { fields, .. } | Self::Item { fields, .. } => of(fields),
+            Self::Err { error, .. } => error.message.len() + of(&error.fields),
+            Self::Request(request) => {
+                let of = |arg: &Arg| match arg {
+                    Arg::Positional(value) => value.len(),
+                    Arg::Named(key, value) => key.len() + value.len(),
+                };
+                request.args.iter().map(of).sum()
+            }
+            // A tag, a channel and a number at most.
+            _ => return None,
+        };
+        // Most are short, and need not be written to know that: an octet takes four at most, what is around a value four.
+        if octets < MAX_LINE / 16 && self.values() < MAX_LINE / 16 {
+            return None;
+        }
+        Some(self.to_bytes().len()).filter(|length| *length > MAX_LINE)
+    }
+
+    fn values(&self) -> usize {
+        match self {
+            Self::Ok { fields, .. } | Self::Item { fields, .. } => fields.0.len(),
+            Self::Err { error, .. } => error.fields.0.len(),
+            Self::Request(request) => request.args.len(),
+            _ => 0,
+        }
     }
 }
 
@@ -122,4 +155,24 @@ fn quoted(out: &mut Vec<u8>, v: &[u8]) {
         }
     }
     out.push(b'"');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{Code, Error, Request};
+
+    #[test]
+    fn a_line_that_is_too_long_is_known_before_it_is_sent() {
+        let exact =
+            |length: usize| Message::item("t", Fields::new().with("k", "x".repeat(length - "t item k=\n".len())));
+        assert_eq!(exact(MAX_LINE).to_bytes().len(), MAX_LINE);
+        assert_eq!(exact(MAX_LINE).over_long(), None);
+        assert_eq!(exact(MAX_LINE + 1).over_long(), Some(MAX_LINE + 1));
+        let escaped = Message::err("t", Error::new(Code::Internal, "\0".repeat(MAX_LINE / 4)));
+        assert!(escaped.over_long().is_some());
+        let many = (0..9000).fold(Request::new("t", "a.b"), |request, _| request.arg("x\0"));
+        assert!(Message::Request(many).over_long().is_some());
+        assert_eq!(Message::data("t", "c", vec![0; MAX_LINE * 2]).over_long(), None);
+    }
 }

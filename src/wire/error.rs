@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::MAX_LINE;
 use super::message::Fields;
 
 macro_rules! codes {
@@ -121,6 +122,12 @@ impl Error {
     /// An error of a known code.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
         Self { code: code.as_str().to_string(), message: message.into(), fields: Fields::new() }
+    }
+
+    /// The error of what makes no line, because that would be too long.
+    pub fn line_too_long(what: &str, length: usize) -> Self {
+        let message = format!("{what} makes a line of {length} octets, over the limit of {MAX_LINE}");
+        Self::new(Code::LineTooLong, message).with("max", MAX_LINE)
     }
 
     /// Adds a machine-readable detail.

@@ -35,5 +35,7 @@ pub const FRAME: usize = 16 * 1024;
 pub const INITIAL_CREDIT: u64 = 256 * 1024;
 /// Longest tag, in octets.
 pub const MAX_TAG: usize = 64;
+/// Largest number of a program: the agent has eight bits beside it in a token.
+pub const EXEC_MAX: u64 = u64::MAX >> 8;
 /// Longest channel name, in octets.
 pub const MAX_CHANNEL: usize = 16;

@@ -5,12 +5,12 @@ use std::time::Duration;
 use super::context::{Context, Start};
 use super::launch::{check_words, memory, memory_limit_mib};
 use super::run::{How, Run, SOURCE_MAX, Stage};
-use crate::guest::agent::{Agent, EXEC_MAX};
+use crate::guest::agent::Agent;
 use crate::guest::connection::{Connection, Job, Slot};
 use crate::guest::exec::{Attachment, Exec};
 use crate::guest::settings::check_environment;
 use crate::guest::verbs::Begun;
-use crate::wire::{Args, Code, Error, Fields, Message};
+use crate::wire::{Args, Code, EXEC_MAX, Error, Fields, Message};
 
 /// Contexts of a sandbox at most.
 const CONTEXTS_MAX: usize = 64;

@@ -1,11 +1,13 @@
 //! What the tests ask of the node from inside: `processes`, `state`, `talk SOCKET`, `disk OVERLAY BASE`, `claim VERSION
-//! REAL SOCKET`; and what they run in a sandbox: `registers ROUNDS`.
+//! REAL SOCKET`, `pose MODE REAL SOCKET`; and what they run in a sandbox: `registers ROUNDS`.
+
+mod stand_in;
 
 use std::error::Error;
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Write};
 use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -40,7 +42,13 @@ fn main() -> ExitCode {
             }
         }
         ["claim", version, real, socket] => {
-            if let Err(e) = claim(version, real, socket) {
+            if let Err(e) = stand_in::claim(version, real, socket) {
+                eprintln!("node-tool: {socket}: {e}");
+                return ExitCode::FAILURE;
+            }
+        }
+        ["pose", mode, real, socket] => {
+            if let Err(e) = stand_in::pose(mode, real, socket) {
                 eprintln!("node-tool: {socket}: {e}");
                 return ExitCode::FAILURE;
             }
@@ -54,51 +62,12 @@ fn main() -> ExitCode {
         },
         _ => {
             eprintln!(
-                "usage: node-tool processes | state | talk SOCKET | disk OVERLAY BASE | claim VERSION REAL SOCKET | registers ROUNDS"
+                "usage: node-tool processes | state | talk SOCKET | disk OVERLAY BASE | claim VERSION REAL SOCKET | pose MODE REAL SOCKET | registers ROUNDS"
             );
             return ExitCode::from(2);
         }
     }
     ExitCode::SUCCESS
-}
-
-/// Stands between a worker, whose socket moves from `socket` to `real`, and whoever connects to it from now on: the worker's
-/// greeting names another version of its link, or none for `-`.
-fn claim(version: &str, real: &str, socket: &str) -> io::Result<()> {
-    fs::rename(socket, real)?;
-    let listener = UnixListener::bind(socket)?;
-    loop {
-        let (client, _) = listener.accept()?;
-        let worker = UnixStream::connect(real)?;
-        let (mut up, mut down) = ((client.try_clone()?, worker.try_clone()?), (worker, client));
-        std::thread::spawn(move || {
-            let _ = io::copy(&mut up.0, &mut up.1);
-            let _ = up.1.shutdown(Shutdown::Write);
-        });
-        let version = version.to_string();
-        std::thread::spawn(move || {
-            let _ = answer(&version, &mut down.0, &mut down.1);
-            let _ = down.1.shutdown(Shutdown::Both);
-        });
-    }
-}
-
-/// Passes on what a worker says. Only the first line of a connection can be its greeting.
-fn answer(version: &str, worker: &mut UnixStream, client: &mut UnixStream) -> io::Result<()> {
-    let mut line = Vec::new();
-    let mut octet = [0];
-    while line.last() != Some(&b'\n') && worker.read(&mut octet)? == 1 {
-        line.push(octet[0]);
-    }
-    let text = String::from_utf8_lossy(&line).into_owned();
-    let words: Vec<String> = text.split(' ').map(str::to_string).collect();
-    let words = words.into_iter().filter_map(|word| match (word.starts_with("link="), version) {
-        (true, "-") => None,
-        (true, version) => Some(format!("link={version}")),
-        (false, _) => Some(word),
-    });
-    client.write_all(words.collect::<Vec<_>>().join(" ").as_bytes())?;
-    io::copy(worker, client).map(drop)
 }
 
 /// Every process with its arguments, but this one and the kernel's own threads (those have none).
