@@ -172,3 +172,55 @@ impl Agent {
         self.link.flush()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+    use crate::wire::MAX_LINE;
+
+    /// An agent whose side of the link says that.
+    fn agent(name: &str, said: &[u8]) -> (Agent, std::os::unix::net::UnixStream) {
+        let path = std::env::temp_dir().join(format!("warren-agent-{name}-{}", std::process::id()));
+        let listener = UnixListener::bind(&path).expect("a socket");
+        let agent = Agent::open(&path, Approach::Connect).expect("it connects");
+        let (mut peer, _) = listener.accept().expect("it is there");
+        std::fs::remove_file(&path).expect("clean up");
+        peer.write_all(said).expect("the socket takes it");
+        (agent, peer)
+    }
+
+    fn hear(agent: &mut Agent) -> Heard {
+        loop {
+            match agent.hear() {
+                Some(heard) => return heard,
+                None => assert_eq!(agent.fill().expect("the peer is there"), Filled::More),
+            }
+        }
+    }
+
+    #[test]
+    fn a_request_that_makes_too_long_a_line_is_answered_and_not_sent() {
+        let (mut agent, _peer) = agent("long", b"join ok\nhello ok\n");
+        assert!(matches!(hear(&mut agent), Heard::Ready));
+        let queued = agent.queued();
+        let tag = agent.request(Request::new("", "file.stat").set("path", "x".repeat(MAX_LINE)));
+        assert!(agent.has_unsent() && agent.queued() == queued);
+        let Heard::Message(Message::Err { tag: answered, error }) = hear(&mut agent) else { panic!("no answer") };
+        assert!(answered == tag && error.is(Code::LineTooLong), "{error}");
+        agent.request(Request::new("", "file.stat").set("path", "x"));
+        assert!(!agent.has_unsent() && agent.queued() > queued);
+        agent.lose();
+        assert!(!agent.is_ready());
+    }
+
+    #[test]
+    fn what_it_says_of_its_failure_is_cut() {
+        let said = format!("join ok\nhello err INTERNAL \"{}\"\n", "why ".repeat(15_000));
+        let (mut agent, _peer) = agent("cut", said.as_bytes());
+        let Heard::Broken(error) = hear(&mut agent) else { panic!("it serves") };
+        assert!(error.message.len() < 1100 && error.message.starts_with("why why"), "{}", error.message.len());
+    }
+}
