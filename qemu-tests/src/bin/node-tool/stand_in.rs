@@ -72,38 +72,45 @@ pub fn pose(mode: &str, real: &str, socket: &str) -> io::Result<()> {
 
 fn speak(mode: &str, mut link: Connection) -> io::Result<()> {
     let Message::Request(first) = link.receive()? else { return Ok(()) };
-    let is_agent = first.verb == "vsock.connect";
     let protocol = Fields::new().with("protocol", 1);
-    if is_agent {
-        link.send(&Message::ok(&first.tag, Fields::new()))?;
-        if mode == "refuse" {
-            return link.send(&Message::err("hello", Error::new(Code::Internal, "why ".repeat(15_000))));
+    let who = if first.verb == "vsock.connect" { "agent" } else { "worker" };
+    let greeting = match who {
+        "agent" => {
+            link.send(&Message::ok(&first.tag, Fields::new()))?;
+            Message::ok("hello", protocol)
         }
-        link.send(&Message::ok("hello", protocol))?;
-    } else {
-        let greeting = Message::ok(&first.tag, protocol.with("link", WORKER_LINK));
-        link.send(&greeting)?;
-        while mode == "greet" {
-            link.send(&greeting)?;
-        }
+        _ => Message::ok(&first.tag, protocol.with("link", WORKER_LINK)),
+    };
+    if (who, mode) == ("agent", "refuse") {
+        return link.send(&Message::err("hello", Error::new(Code::Internal, "why ".repeat(15_000))));
     }
-    while mode == "blank" {
-        link.send_raw(&[b'\n'; 64 * 1024])?;
+    link.send(&greeting)?;
+    match (who, mode) {
+        ("worker", "greet") => endless(&mut link, |_| greeting.to_bytes()),
+        (_, "blank") => endless(&mut link, |_| vec![b'\n'; 64 * 1024]),
+        ("agent", "deaf") => loop {
+            std::thread::park();
+        },
+        _ => answer_requests(who, mode, &mut link),
     }
-    while is_agent && mode == "deaf" {
-        std::thread::park();
-    }
+}
+
+fn answer_requests(who: &str, mode: &str, link: &mut Connection) -> io::Result<()> {
     loop {
         let Message::Request(request) = link.receive()? else { continue };
-        if is_agent && mode == "list" && request.verb == "exec.list" {
-            for number in 1_000_000_u64.. {
-                let row = Fields::new().with("exec", number).with("state", "running").with("argv", "x".repeat(200));
-                link.send(&Message::item(&request.tag, row))?;
+        let row = |fields: Fields| Message::item(&request.tag, fields).to_bytes();
+        match (who, mode, request.verb.as_str()) {
+            ("agent", "list", "exec.list") => {
+                let listed = Fields::new().with("state", "running").with("argv", "x".repeat(200));
+                endless(link, |number| row(listed.clone().with("exec", 1_000_000 + number)))?;
             }
+            ("agent", "begin", "exec.start") => endless(link, |_| row(Fields::new().with("exec", 1).with("pid", 7)))?,
+            _ => link.send(&Message::ok(&request.tag, Fields::new()))?,
         }
-        while is_agent && mode == "begin" && request.verb == "exec.start" {
-            link.send(&Message::item(&request.tag, Fields::new().with("exec", 1).with("pid", 7)))?;
-        }
-        link.send(&Message::ok(&request.tag, Fields::new()))?;
     }
+}
+
+/// Says the same until nobody listens any more.
+fn endless(link: &mut Connection, said: impl Fn(u64) -> Vec<u8>) -> io::Result<()> {
+    (0..).try_for_each(|number| link.send_raw(&said(number)))
 }
