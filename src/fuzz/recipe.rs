@@ -26,7 +26,7 @@ pub fn recipe(data: &[u8]) {
                     let lines = text.lines().count();
                     assert!(recipe.steps.iter().all(|step| (1..=lines).contains(&step.line)));
                     // A value that has what values are of in it is no variable once more.
-                    let value = |name: &str| (name.len() % 2 == 0).then_some("$A/..");
+                    let value = |name: &str| name.len().is_multiple_of(2).then_some("$A/..");
                     assert!(recipe.steps.iter().all(|step| step.what.expanded(&value) != Err(String::new())));
                 }
                 Err(error) => assert!(error.place.starts_with('D') && !error.message.is_empty()),

@@ -70,7 +70,8 @@ impl Context {
         }
         let meta = fs::symlink_metadata(path).map_err(failed(path))?;
         let comes = ignore.left_out(&held).is_none();
-        if !comes && !(meta.is_dir() && ignore.has_exceptions()) {
+        let is_looked_into = meta.is_dir() && ignore.has_exceptions();
+        if !(comes || is_looked_into) {
             return Ok(());
         }
         // Times are no part of what is built: the same files are the same archive.
