@@ -324,6 +324,17 @@ fn logs_are_printed_as_they_are() {
     assert_eq!(stdout(&run(&node, &["logs", "sb"])), "[    0.0] Linux\n");
 }
 
+#[test]
+fn what_a_slow_reader_lost_is_said_beside_what_is_printed() {
+    let node = Node::start();
+    let logs = run(&node, &["logs", "-f", "sb"]);
+    assert_eq!(stdout(&logs), "[    0.0] Linux\n");
+    assert_eq!(stderr(&logs), "warning: at least 5 octets are lost here\n");
+    let events = run(&node, &["events", "-f"]);
+    assert!(stdout(&events).contains("sandbox.running"), "{}", stdout(&events));
+    assert_eq!(stderr(&events), "warning: 7 events are lost here\n");
+}
+
 /// The program on a terminal of 100 by 30: the child, our side, and theirs to look at.
 fn on_terminal(command: &mut Command) -> (Child, File, File) {
     let size = Winsize { ws_row: 30, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };

@@ -207,6 +207,44 @@ mod tests {
 
     use super::*;
 
+    /// Takes messages for a client that has room for some.
+    #[derive(Default)]
+    struct Taken(Vec<Message>);
+
+    impl Sink for Taken {
+        fn send(&mut self, message: &Message) {
+            self.0.push(message.clone());
+        }
+        fn queued(&self) -> usize {
+            0
+        }
+    }
+
+    #[test]
+    fn who_stops_reading_a_ring_is_told_exactly_how_much_of_it_is_lost_and_goes_on_with_a_line() {
+        let path = std::env::temp_dir().join(format!("warren-follow-ring-{}", std::process::id()));
+        let mut ring = Ring::create(&path, 4096).expect("a ring");
+        let origin = Origin::Ring(Ring::open(&path, 4096).expect("the ring"));
+        let mut reader = Reader { sandbox: None, channel: "log", origin, offset: 0, credit: 10, follow: true };
+        let mut taken = Taken::default();
+        for number in 0..1000u32 {
+            ring.append(format!("line {number:04}\n").as_bytes()).expect("append");
+            assert!(!reader.pump("a", &mut taken, true));
+        }
+        assert_eq!(taken.0.len(), 1, "what it had credit for");
+        reader.credit(1 << 20);
+        assert!(!reader.pump("a", &mut taken, true));
+        let Message::Item { fields, .. } = &taken.0[1] else { panic!("{:?}", taken.0) };
+        let text = taken.0.iter().filter_map(|message| match message {
+            Message::Data { payload, .. } => Some(String::from_utf8_lossy(payload).into_owned()),
+            _ => None,
+        });
+        let text: String = text.collect();
+        assert_eq!(fields.number("lost").expect("a count") + text.len() as u64, 10_000);
+        assert!(text.starts_with("line 0000\nline 0") && text.ends_with("line 0999\n"), "{text}");
+        std::fs::remove_file(&path).expect("clean up");
+    }
+
     #[test]
     fn a_log_that_is_begun_anew_is_read_on_where_it_was_left_or_says_what_is_lost() {
         let path = std::env::temp_dir().join(format!("warren-follow-{}", std::process::id()));

@@ -286,7 +286,16 @@ impl Connection {
                 let target = one("memory_target_mib").unwrap_or_default();
                 self.say(Message::ok(&tag, Fields::new().with("id", &positional[0]).with("memory_target_mib", target)));
             }
+            "events.watch" => {
+                let fields = Fields::new().with("seq", 9).with("time_ms", 1).with("kind", "sandbox.running");
+                self.say(Message::item(&tag, Fields::new().with("lost", 7)));
+                self.say(Message::item(&tag, fields.with("owner", "root").with("sandbox", "sb")));
+                self.say(Message::ok(&tag, Fields::new().with("seq", 9)));
+            }
             "sandbox.logs" => {
+                if one("follow").is_some() {
+                    self.say(Message::item(&tag, Fields::new().with("lost", 5)));
+                }
                 self.say(Message::data(&tag, "log", &b"[    0.0] Linux\n"[..]));
                 self.say(Message::end(&tag, "log"));
                 self.say(Message::ok(&tag, Fields::new()));
