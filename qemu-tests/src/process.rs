@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, ChildStdout, Command, ExitStatus};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -56,6 +56,11 @@ impl Process {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// What it writes to standard output, where that is a pipe that nobody has taken yet.
+    pub fn take_output(&self) -> Option<ChildStdout> {
+        self.child.lock().expect("no thread panics with this lock").stdout.take()
     }
 
     /// Its process id.

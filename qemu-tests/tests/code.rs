@@ -197,6 +197,43 @@ fn a_detached_run_goes_on_when_its_source_is_there_and_is_attached_to_later() {
 }
 
 #[test]
+fn a_killed_supervisor_ends_neither_runs_nor_contexts() {
+    let node = node();
+    let sandbox = sandbox(&node, "python");
+    let context = Context::new(&sandbox, "python");
+    assert_eq!(context.run("kept = 41").exit(), "0");
+    let wait =
+        "import os, time\nprint('begun', flush=True)\nwhile not os.path.exists('/workspace/go'): time.sleep(0.05)\n";
+    let in_context = context.begin(&format!("{wait}kept += 1\nkept"));
+    let detached = language(&sandbox, "python").set("detach", true);
+    let exec = begin(&sandbox, detached, format!("{wait}print('done')\n6 * 7").as_bytes());
+    let exec = exec.finish_ok().field("exec").to_string();
+    let states = || {
+        let rows = sandbox.client().ok(sandbox.request("code.list")).items;
+        rows.iter().map(|row| row.get("state").unwrap_or_default().to_string()).collect::<Vec<_>>()
+    };
+    timing::wait_for("both to run", || (states() == ["completed", "running", "running"]).then_some(()));
+    let before = node.supervisor();
+    node.sh(&format!("kill -9 {before}"));
+    assert_eq!(in_context.finish().expect_err("its connection is gone").code, "NODE_RESTARTED");
+    timing::wait_for("another supervisor", || (node.supervisor() != before).then_some(()));
+    node.wait_until_ready();
+    assert_eq!(states(), ["completed", "running", "running"]);
+    sandbox.sh("touch /workspace/go");
+    let attached = Ran::of(sandbox.start(sandbox.request("exec.attach").set("exec", &exec)));
+    assert_eq!(
+        (attached.text("stdout").as_str(), attached.exit(), attached.value().as_str()),
+        ("begun\ndone\n", "0", "42")
+    );
+    timing::wait_for("both to end", || (states() == ["completed"; 3]).then_some(()));
+    // What the run in the context did is there, and so is what it knew before.
+    assert_eq!(context.run("kept").value(), "42");
+    let rows = node.control().ok(Request::new("", "history.list").set("sandbox", &sandbox.id)).items;
+    let ends: Vec<_> = rows.iter().filter(|row| row.get("kind") == Some("code")).map(|row| row.get("state")).collect();
+    assert_eq!(ends, [Some("completed"); 4]);
+}
+
+#[test]
 fn an_exception_comes_as_name_value_and_traceback() {
     let node = node();
     let sandbox = sandbox(&node, "python");
@@ -355,6 +392,10 @@ fn a_source_is_at_most_a_mebibyte_of_utf_8_without_nul() {
     assert_eq!(of(b"1\0").refused(Code::BadArgument).fields.get("octet"), Some("1"));
     assert_eq!(of(b"12\xff").refused(Code::BadArgument).fields.get("octet"), Some("2"));
     assert_eq!(python(&sandbox, "1 + 1").value(), "2");
+    // Packages, on a node that has no index.
+    let packages = language(&sandbox, "python").set("dependency", "words");
+    let refused = Ran::of(begin(&sandbox, packages, b"1")).refused(Code::NoIndex).fields.clone();
+    assert_eq!(refused.get("setting"), Some("packages.pip_index"));
 }
 
 #[test]

@@ -113,23 +113,66 @@ fn run_creates_runs_and_removes() {
     assert_eq!(stdout(&warren(&node, &["ps", "--all", "--json"])), stdout(&before));
 }
 
+/// How large the parts are that a copy goes through: supervisor, worker and agent, in KiB.
+struct Sizes<'a> {
+    node: &'a Node,
+    sandbox: &'a qemu_tests::Sandbox,
+    before: [u64; 3],
+}
+
+impl<'a> Sizes<'a> {
+    fn of(node: &'a Node, sandbox: &'a qemu_tests::Sandbox) -> Self {
+        let sizes = Self { node, sandbox, before: [0; 3] };
+        Self { before: sizes.now(), ..sizes }
+    }
+
+    fn now(&self) -> [u64; 3] {
+        let number = |text: String| text.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number");
+        let own = |pid: u64, kind: &str| number(self.node.sh(&format!("grep ^{kind}: /proc/{pid}/status")));
+        let agent = self.sandbox.exec_request(&["grep", "^VmRSS:", "/proc/1/status"]).set("user", 0);
+        // The supervisor's is the most that it ever had. The worker's is without the guest's memory, which is the private
+        // mapping of a file where it began from a snapshot.
+        let maps =
+            self.node.sh(&format!("grep -e - -e ^Anonymous: /proc/{}/smaps", self.node.worker(&self.sandbox.id)));
+        let (mut worker, mut of_file) = (0, false);
+        for line in maps.lines() {
+            match line.strip_prefix("Anonymous:") {
+                Some(kib) if !of_file => worker += number(format!("x {}", kib.trim())),
+                Some(_) => {}
+                None => of_file = line.contains(" /"),
+            }
+        }
+        [own(self.node.supervisor(), "VmHWM"), worker, number(self.sandbox.client().ok(agent).text("stdout"))]
+    }
+
+    fn assert_small(&self, what: &str) {
+        let (before, after) = (self.before, self.now());
+        println!("{what}: supervisor, worker, agent in KiB: {before:?} before, {after:?} after");
+        for (at, more) in [16 * 1024, 16 * 1024, 2 * 1024].into_iter().enumerate() {
+            assert!(after[at] < before[at] + more, "{what}: {before:?} before, {after:?} after");
+        }
+    }
+}
+
+/// `warren cp` with 16 MiB for its data.
+fn copy(node: &Node, from: &str, to: &str, (input, output): (std::process::Stdio, std::process::Stdio)) {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "ulimit -d 16384; exec \"$@\"", "sh"]).arg(Artefact::Warren.path()).arg("--socket");
+    shell.arg(node.socket()).args(["cp", from, to]).stdin(input).stdout(output).stderr(std::process::Stdio::piped());
+    let copied = shell.spawn().and_then(std::process::Child::wait_with_output).expect("a shell starts");
+    assert!(copied.status.success(), "{}", stderr(&copied));
+}
+
+fn soak(variable: &str, usual: usize) -> usize {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(usual)
+}
+
 #[test]
 fn a_large_file_goes_in_and_out_unchanged_with_little_memory_on_each_side() {
     let node = shared::node_with_templates();
-    let mib: usize = std::env::var("WARREN_SOAK_COPY_MIB").ok().and_then(|text| text.parse().ok()).unwrap_or(192);
+    let mib = soak("WARREN_SOAK_COPY_MIB", 192);
     let sandbox = node.sandbox(&[("disk_mib", &(mib + 512).to_string())]);
-    let id = sandbox.client().ok(sandbox.request("sandbox.inspect")).field("id").to_string();
-    let resident = |argv: &[&str]| {
-        let words = sandbox.client().ok(sandbox.exec_request(argv).set("user", 0)).text("stdout");
-        words.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).expect("statm has numbers") * 4
-    };
-    let pages = format!("/proc/{}/statm", node.supervisor());
-    let supervisor = || {
-        let words = node.sh(&format!("cat {pages}"));
-        words.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).expect("statm has numbers") * 4
-    };
-    let before = (supervisor(), resident(&["cat", "/proc/1/statm"]));
-
+    let sizes = Sizes::of(&node, &sandbox);
     let place = qemu_tests::files::TempDir::new().expect("a temporary directory");
     let (there, back) = (place.path().join("there"), place.path().join("back"));
     let block: Vec<u8> = (0..1u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
@@ -139,19 +182,39 @@ fn a_large_file_goes_in_and_out_unchanged_with_little_memory_on_each_side() {
     }
     drop(file);
     // With 16 MiB for its data this side could not hold the file.
-    let copy = |from: String, to: String| {
-        let mut shell = Command::new("sh");
-        shell.args(["-c", "ulimit -d 16384; exec \"$@\"", "sh"]).arg(Artefact::Warren.path()).arg("--socket");
-        let copied = shell.arg(node.socket()).args(["cp", &from, &to]).output().expect("a shell starts");
-        assert!(copied.status.success(), "{}", stderr(&copied));
-    };
-    copy(there.display().to_string(), format!("{id}:/workspace/large"));
-    copy(format!("{id}:/workspace/large"), back.display().to_string());
+    let inside = format!("{}:/workspace/large", sandbox.id);
+    let none = || (std::process::Stdio::null(), std::process::Stdio::null());
+    copy(&node, &there.display().to_string(), &inside, none());
+    copy(&node, &inside, &back.display().to_string(), none());
     let same = Command::new("cmp").arg(&there).arg(&back).status().expect("cmp starts");
     assert!(same.success(), "what came back is something else");
-    let after = (supervisor(), resident(&["cat", "/proc/1/statm"]));
-    assert!(after.0 < before.0 + 16 * 1024, "the supervisor went from {} to {} KiB", before.0, after.0);
-    assert!(after.1 < before.1 + 2 * 1024, "the agent went from {} to {} KiB", before.1, after.1);
+    sizes.assert_small(&format!("{mib} MiB both ways"));
+}
+
+#[test]
+fn a_directory_of_many_files_goes_in_and_out_as_an_archive_with_little_memory_on_each_side() {
+    let node = shared::node_with_templates();
+    let count = soak("WARREN_SOAK_COPY_FILES", 200);
+    let sandbox = node.sandbox(&[("disk_mib", "1024")]);
+    let sizes = Sizes::of(&node, &sandbox);
+    let place = qemu_tests::files::TempDir::new().expect("a temporary directory");
+    let shell = |script: &str| {
+        let output = Command::new("sh").args(["-euc", script]).current_dir(place.path()).output().expect("sh starts");
+        assert!(output.status.success(), "{script}: {}", stderr(&output));
+    };
+    std::fs::create_dir(place.path().join("many")).expect("a directory");
+    for number in 0..count {
+        let text = format!("{number} ").repeat(number % 500);
+        std::fs::write(place.path().join(format!("many/file-{number}")), text).expect("room for it");
+    }
+    shell("tar -cf there.tar many; mkdir out");
+    let inside = format!("{}:/workspace", sandbox.id);
+    let archive = std::fs::File::open(place.path().join("there.tar")).expect("it was made");
+    copy(&node, "-", &inside, (archive.into(), std::process::Stdio::null()));
+    let archive = std::fs::File::create(place.path().join("back.tar")).expect("there is room");
+    copy(&node, &format!("{inside}/many"), "-", (std::process::Stdio::null(), archive.into()));
+    shell("tar -xf back.tar -C out; diff -r many out/many");
+    sizes.assert_small(&format!("{count} files both ways"));
 }
 
 #[test]
@@ -230,4 +293,67 @@ fn a_program_in_the_background_is_listed_attached_to_and_signalled() {
     assert_eq!((attached.status.code(), stdout(&attached).as_str()), (Some(5), "begun\nasked to end\n"));
     let missing = warren(&node, &["attach", "background", "999"]);
     assert!(stderr(&missing).contains("NOT_FOUND"), "{}", stderr(&missing));
+}
+
+/// A command line that goes on, and its lines of standard output as they come.
+struct Follower {
+    _process: qemu_tests::process::Process,
+    lines: std::sync::mpsc::Receiver<String>,
+}
+
+impl Follower {
+    fn of(node: &Node, arguments: &[&str]) -> Self {
+        let mut command = qemu_tests::templates::command(node, arguments);
+        command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null());
+        let process = qemu_tests::process::Process::spawn(command).expect("warren starts");
+        let output = std::io::BufReader::new(process.take_output().expect("a pipe"));
+        let (sender, lines) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in std::io::BufRead::lines(output).map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        Self { _process: process, lines }
+    }
+
+    /// Reads on to a line with that text.
+    fn until(&self, text: &str) {
+        let next = || self.lines.recv_timeout(qemu_tests::timing::hang()).unwrap_or_else(|e| panic!("{text:?}: {e}"));
+        while !next().contains(text) {}
+    }
+}
+
+#[test]
+fn console_output_events_and_use_are_followed_and_who_stops_reading_is_told_what_it_lost() {
+    let node = shared::node_with_templates();
+    let sandbox = node.sandbox(&[("name", "followed")]);
+    let root = |script: &str| sandbox.client().ok(sandbox.exec_request(&["sh", "-c", script]).set("user", 0));
+    let console = Follower::of(&node, &["logs", "-f", "followed"]);
+    let events = Follower::of(&node, &["events", "-f"]);
+    let top = Follower::of(&node, &["top", "-f=1s", "followed"]);
+    top.until("CPU TIME");
+    root("echo said on the console > /dev/console");
+    console.until("said on the console");
+    events.until("exec.ended");
+    top.until("CPU TIME");
+
+    let script = "while [ ! -e /workspace/begin ]; do sleep 0.05; done; head -c 4000000 /dev/zero; echo; echo end";
+    let started = warren(&node, &["exec", "-d", "followed", "--", "sh", "-c", script]);
+    let number = stdout(&started).trim().to_string();
+    let mut attach = qemu_tests::templates::command(&node, &["attach", "followed", &number]);
+    attach.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let attach = attach.spawn().expect("warren starts");
+    qemu_tests::timing::wait_for("the attach", || {
+        let rows = sandbox.client().ok(sandbox.request("sandbox.inspect"));
+        (rows.field("executing") == "true").then_some(())
+    });
+    sandbox.sh("touch /workspace/begin");
+    // Nobody reads what the attach prints; the program ends all the same.
+    events.until("exec.ended");
+    events.until("exec.ended");
+    let output = attach.wait_with_output().expect("it ends");
+    let said = stderr(&output);
+    let lost = said.lines().filter_map(|line| line.strip_prefix("warning: ")?.split(' ').next()?.parse::<usize>().ok());
+    assert_eq!(output.stdout.len() + lost.sum::<usize>(), 4_000_005, "{said}");
+    assert!(output.stdout.ends_with(b"\0\nend\n") && said.contains("octets of stdout are lost here"), "{said}");
 }

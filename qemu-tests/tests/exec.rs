@@ -142,11 +142,15 @@ fn a_hundred_programs_run_at_once() {
         let running = rows.iter().filter(|row| row.get("state") == Some("running")).count();
         (running == 100 || rows.iter().any(|row| row.get("state") == Some("failed"))).then_some(())
     });
-    // Beside its program, which is in the memory of the initramfs whether it is mapped or not.
-    let agent = sandbox.sh("grep ^Rss /proc/1/status");
-    let own =
-        agent.lines().find_map(|line| line.strip_prefix("RssAnon:")?.split_whitespace().next()?.parse::<u64>().ok());
-    assert!(own.is_some_and(|kib| kib <= 512), "{agent}");
+    // All that is resident of it, its program among that; and what it has written itself.
+    let agent = sandbox.sh("grep -e ^VmRSS -e ^Rss /proc/1/status");
+    let kib = |key: &str| {
+        let line = agent.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+        line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).expect("a number")
+    };
+    println!("the agent with a hundred programs: {agent}");
+    assert!(kib("VmRSS") <= 2048, "{agent}");
+    assert!(kib("RssAnon") <= 512, "{agent}");
     for call in &calls {
         call.writer().write("stdin", b"done\n");
         call.writer().end("stdin");
@@ -240,6 +244,65 @@ fn a_program_in_the_background_is_listed_and_its_output_can_be_read_later() {
         assert_eq!(replayed.text("stdout"), "first\nsecond\n");
         assert_eq!(replayed.field("exit"), "0");
     }
+}
+
+/// What an attach took to its end: octets of standard output, how many were said to be lost, and the output's end.
+fn take_all(mut call: qemu_tests::Call) -> (u64, u64, String) {
+    let (mut came, mut lost, mut end) = (0, 0, Vec::new());
+    loop {
+        match call.message() {
+            Message::Item { fields, .. } => lost += fields.number("lost").unwrap_or(0),
+            Message::Data { channel, payload, .. } if channel == "stdout" => {
+                came += payload.len() as u64;
+                end.extend(payload);
+                end.drain(..end.len().saturating_sub(16));
+            }
+            Message::Ok { fields, .. } => {
+                assert_eq!(fields.get("exit"), Some("0"));
+                return (came, lost, String::from_utf8_lossy(&end).into_owned());
+            }
+            Message::Err { error, .. } => panic!("the attach failed: {error}"),
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn those_who_attach_and_do_not_read_hold_up_nobody_and_are_told_exactly_what_they_lost() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let wait = |file: &str| format!("while [ ! -e /workspace/{file} ]; do sleep 0.05; done");
+    let write = "head -c 3000000 /dev/zero; echo written > /workspace/written";
+    let script = format!("{}; {write}; {}; echo; echo the end", wait("begin"), wait("go"));
+    let started = sandbox.client().ok(sandbox.exec_request(&["sh", "-c", &script]).set("detach", true));
+    let exec = started.fields.get("exec").or_else(|| started.items.first()?.get("exec")).expect("a number").to_string();
+    let attach = |client: &qemu_tests::Client| client.start(sandbox.request("exec.attach").set("exec", &exec));
+    // One reads nothing at all, one a little; both have connections of their own.
+    let clients = [node.connect(), node.connect()];
+    let (mut dead, mut slow) = (attach(&clients[0]), attach(&clients[1]));
+    dead.hold_credit();
+    slow.hold_credit();
+    sandbox.sh("touch /workspace/begin");
+    slow.grant("stdout", 1000);
+    timing::wait_for("the program to have written all of it", || {
+        (sandbox.sh("ls /workspace").contains("written")).then_some(())
+    });
+    // One who comes after the ring was full is told what is gone, and has the rest as it comes.
+    let late = attach(sandbox.client());
+    sandbox.sh("touch /workspace/go");
+    let (came, lost, end) = take_all(late);
+    assert_eq!((came + lost, end.as_str()), (3_000_009, "\0\0\0\0\0\0\0\nthe end\n"));
+    assert!(lost > 1_000_000 && came >= 1 << 20, "{lost} lost, {came} came");
+    // The slow one reads on, over what it lost.
+    slow.grant("stdout", 1 << 40);
+    let (came, lost, end) = take_all(slow);
+    assert_eq!((came + lost, end.as_str()), (3_000_009, "\0\0\0\0\0\0\0\nthe end\n"));
+    assert!(lost > 0, "it was overtaken");
+    drop((dead, clients));
+    // The command line says it.
+    let output = qemu_tests::templates::warren(&node, &["attach", &sandbox.id, &exec]);
+    assert_eq!((output.code, output.stdout.len()), (Some(0), 1 << 20));
+    assert!(output.stderr.contains(&format!("warning: {} octets", 3_000_009 - (1 << 20))), "{}", output.stderr);
 }
 
 #[test]

@@ -215,8 +215,21 @@ fn what_cannot_be_installed_is_an_error_that_says_why_and_leaves_nothing() {
     assert!(output(&error).contains("nothing-like-it"), "{}", output(&error));
     let error = fails(&sandbox, "python", &["broken"], Code::InstallFailed);
     assert!(output(&error).contains("DO NOT MATCH THE HASHES"), "{}", output(&error));
-    // A page without an end: what bounds it is the builder's memory.
+    // Pages and files without an end: what bounds them is the builder, whose disk is full.
+    node.sh(&format!("mkdir -p {INDEX}/pip/endless-file"));
+    let link = "<a href=\"/pip-files/endless_file-1.0-py3-none-any.whl\">endless_file-1.0-py3-none-any.whl</a>";
+    node.write_file(&format!("{INDEX}/pip/endless-file/index.html"), 0o644, link.as_bytes());
+    let error = fails(&sandbox, "python", &["endless-file"], Code::NoCapacity);
+    assert_eq!(error.fields.get("resource"), Some("disk"), "{error}");
     fails(&sandbox, "python", &["endless"], Code::OutOfMemory);
+    let error = fails(&sandbox, "javascript", &["endless"], Code::InstallFailed);
+    assert!(output(&error).contains("more than 67108864 octets"), "{}", output(&error));
+    // An index that does not take the password any more.
+    node.sh(&format!("echo 'Basic b3RoZXI6b3RoZXI=' > {INDEX}/authorization"));
+    let error = fails(&sandbox, "python", &["half"], Code::InstallFailed);
+    assert!(output(&error).contains("401"), "{}", output(&error));
+    let error = fails(&sandbox, "javascript", &["half"], Code::InstallFailed);
+    assert!(output(&error).contains("401"), "{}", output(&error));
     wait_until_gone(&node, &before);
     assert_eq!(node.sh("ls /data/packages | grep -v '[.]tar$' || true"), "");
     // Nobody but the index was asked.
