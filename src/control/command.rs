@@ -354,7 +354,7 @@ verbs! {
     "a sandbox to fill the disk of a template in; it goes with the request", build::build;
     "template.step", "SANDBOX key=HEX", "keep what a builder is now for the next build", build::step;
     "template.commit",
-    "SANDBOX [user=UID] [cwd=PATH] [env=K=V]* [start=WORD]* [ready=COMMAND] [key=HEX] [description=TEXT] [trial=true [vcpus=] [memory_mib=] [disk_mib=] [network=on|off]]",
+    "SANDBOX [user=UID] [cwd=PATH] [env=K=V]* [start=WORD]* [ready=COMMAND] [languages=TOML] [key=HEX] [description=TEXT] [trial=true [vcpus=] [memory_mib=] [disk_mib=] [network=on|off]]",
     "make a template of a builder's disk, or try it first", build::commit;
     "template.publish", "SANDBOX", "take the snapshot of a trial and give its template its name", |_, mut args, _| {
         let sandbox = sandbox(&mut args)?;
