@@ -130,16 +130,21 @@ impl<'a> Sizes<'a> {
         let number = |text: String| text.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number");
         let own = |pid: u64, kind: &str| number(self.node.sh(&format!("grep ^{kind}: /proc/{pid}/status")));
         let agent = self.sandbox.exec_request(&["grep", "^VmRSS:", "/proc/1/status"]).set("user", 0);
-        // The supervisor's is the most that it ever had. The worker's is without the guest's memory, which is the private
-        // mapping of a file where it began from a snapshot.
+        // The supervisor's is the most that it ever had. The worker's is without the guest's memory: by far its largest mapping,
+        // or the private mapping of a file where it began from a snapshot.
+        let length = |line: &str| {
+            let ends = line.split(' ').next().and_then(|range| range.split_once('-'));
+            let end = |text: &str| u64::from_str_radix(text, 16).expect("an address");
+            ends.map_or(0, |(first, last)| end(last) - end(first))
+        };
         let maps =
             self.node.sh(&format!("grep -e - -e ^Anonymous: /proc/{}/smaps", self.node.worker(&self.sandbox.id)));
-        let (mut worker, mut of_file) = (0, false);
+        let (mut worker, mut of_guest) = (0, false);
         for line in maps.lines() {
             match line.strip_prefix("Anonymous:") {
-                Some(kib) if !of_file => worker += number(format!("x {}", kib.trim())),
+                Some(kib) if !of_guest => worker += number(format!("x {}", kib.trim())),
                 Some(_) => {}
-                None => of_file = line.contains(" /"),
+                None => of_guest = line.contains(" /") || length(line) >= 32 << 20,
             }
         }
         [own(self.node.supervisor(), "VmHWM"), worker, number(self.sandbox.client().ok(agent).text("stdout"))]

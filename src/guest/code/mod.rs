@@ -32,7 +32,7 @@ use crate::wire::{Code, Error, Fields, Message};
 /// Processes and threads of a context at most.
 const TASKS_MAX: u64 = 256;
 /// How long code may take to heed an interrupt, once its time is up.
-const GRACE: Duration = Duration::from_secs(1);
+const GRACE: Duration = Duration::from_secs(3);
 
 impl Agent {
     fn run_of(&mut self, id: u64) -> Option<&mut Run> {
