@@ -7,13 +7,17 @@
 
 Nothing of a package runs here: wheels are unpacked, sources are not taken."""
 
+import base64
 import errno
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import urllib.error
+import urllib.request
 from urllib.parse import quote, unquote
 
 WORK = "/var/tmp/warren-packages"
@@ -27,6 +31,23 @@ def plain(member):
     member.uname = member.gname = ""
     member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
     return member
+
+
+def refusal(index, login, name):
+    """What an index says that gives no page of a package: to pip that is as if there were none of that name."""
+    page = re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]*", name).group()).lower()
+    request = urllib.request.Request("%s/%s/" % (index.rstrip("/"), page))
+    if login:
+        # Not for whoever the index may send us to.
+        value = base64.b64encode(unquote(login).encode()).decode()
+        request.add_unredirected_header("Authorization", "Basic " + value)
+    try:
+        urllib.request.urlopen(request, timeout=10).close()
+    except urllib.error.HTTPError as error:
+        return None if error.code == 404 else "the index answers %d %s" % (error.code, error.reason)
+    except OSError:
+        pass
+    return None
 
 
 def install(wheel, index, names):
@@ -63,6 +84,9 @@ def install(wheel, index, names):
     if status != 0 and full:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if status != 0:
+        said = refusal(index, login, names[0])
+        if said:
+            print(said, file=sys.stderr)
         return status if status > 0 else 128 - status
     with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT) as archive:
         for name in sorted(os.listdir(target)):
