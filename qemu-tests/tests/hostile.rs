@@ -28,6 +28,12 @@ impl Neighbour {
         Self { sandbox, sum }
     }
 
+    /// Waits until another supervisor has its agent.
+    fn wait_for_agent(&self) {
+        let asked = || self.sandbox.client().call(self.sandbox.exec_request(&["true"])).ok();
+        timing::wait_for("the neighbour's agent", asked);
+    }
+
     fn assert_well(&self) {
         assert_eq!(self.sandbox.exec(&["echo", "on"]).text("stdout"), "on\n");
         assert_eq!(self.sandbox.sh(SUM), self.sum, "the neighbour's disk is not what it was");
@@ -125,6 +131,7 @@ fn a_worker_or_an_agent_that_floods_the_supervisor_is_given_up_and_nobody_else_n
         (sandbox, stand_in)
     });
     next_supervisor(&node);
+    neighbour.wait_for_agent();
     for ((sandbox, _), (mode, expected)) in posing.iter().zip(modes) {
         let reason = reason_of_the_end(sandbox, &neighbour);
         assert!(reason.starts_with(expected) && reason.len() < 1200, "{mode}: {reason}");
@@ -147,6 +154,7 @@ fn an_agent_that_says_or_reads_nothing_holds_up_nobody() {
         (sandbox, stand_in)
     });
     next_supervisor(&node);
+    neighbour.wait_for_agent();
     neighbour.assert_well();
     assert_eq!(blank.state(), "running");
 
