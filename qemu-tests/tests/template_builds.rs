@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use qemu_tests::files::TempDir;
 use qemu_tests::internet::{HOST, Internet};
-use qemu_tests::packages::{INDEX, URL};
+use qemu_tests::packages::INDEX;
 use qemu_tests::templates::{
     build, entry, fails, image, remove, said, sandbox, small, start, traces, wait_until_gone, write_image,
 };
@@ -113,7 +113,7 @@ fn a_step_has_the_network_that_its_build_asks_for_and_reaches_nothing_private() 
     node.sh(&format!("rm -rf {INDEX}; mkdir -p {INDEX} && echo fetched > {INDEX}/file"));
     // What must not be reached answers whoever gets there.
     node.sh("nc -ll -p 80 -e echo hello > /dev/null 2>&1 & echo");
-    let fetch = format!("busybox timeout 20 wget -q -O /fetched {URL}/file");
+    let fetch = format!("busybox timeout 20 wget -q -O /fetched http://{HOST}:8000/file");
     let place = Place::new(&format!(
         "FROM ./image\n\
          RUN {fetch}\n\
