@@ -10,6 +10,7 @@ use warren::archive::Entry;
 use warren::wire::Request;
 
 use crate::artefacts::Artefact;
+use crate::files::TempDir;
 use crate::node::Node;
 use crate::process::Process;
 use crate::sandbox::Sandbox;
@@ -72,6 +73,50 @@ pub fn start(node: &Node, arguments: &[&str], log: &Path) -> Process {
     let mut command = command(node, arguments);
     command.stdout(Stdio::null()).stderr(fs::File::create(log).expect("a log can be made"));
     Process::spawn(command).expect("warren starts")
+}
+
+/// A directory to build from, with its recipe.
+pub struct Place(pub TempDir);
+
+impl Place {
+    /// One with that recipe.
+    ///
+    /// # Panics
+    /// When it cannot be made, as everything here.
+    pub fn new(recipe: &str) -> Self {
+        let place = Self(TempDir::new().expect("a directory can be made"));
+        place.write("Dockerfile", recipe.as_bytes());
+        place
+    }
+
+    /// Puts a file into it, in directories that need not be there.
+    pub fn write(&self, name: &str, content: &[u8]) -> PathBuf {
+        let path = self.0.path().join(name);
+        fs::create_dir_all(path.parent().expect("it is in the place")).expect("a directory can be made");
+        fs::write(&path, content).expect("a file can be written");
+        path
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> String {
+        self.0.path().display().to_string()
+    }
+
+    /// Starts a build of it and waits until a step says `begun`.
+    pub fn begin(&self, node: &Node, name: &str, more: &[&str]) -> Process {
+        let building = start(node, &small(name, more, &self.path()), &self.log());
+        timing::wait_for("the step to begin", || self.said().contains("begun\n").then_some(()));
+        building
+    }
+
+    fn log(&self) -> PathBuf {
+        self.0.path().join("log")
+    }
+
+    /// What that build has said so far.
+    pub fn said(&self) -> String {
+        fs::read_to_string(self.log()).unwrap_or_default()
+    }
 }
 
 /// A sandbox of a template.

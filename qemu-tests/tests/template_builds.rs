@@ -2,39 +2,15 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use qemu_tests::files::TempDir;
 use qemu_tests::internet::{HOST, Internet};
 use qemu_tests::packages::INDEX;
 use qemu_tests::templates::{
-    build, entry, fails, image, remove, said, sandbox, small, start, traces, wait_until_gone, write_image,
+    Place, build, entry, fails, image, remove, said, sandbox, small, start, traces, wait_until_gone, write_image,
 };
 use qemu_tests::{Request, shared, timing};
 use warren::archive::{Entry, Kind, pack};
-
-/// A directory to build from.
-struct Place(TempDir);
-
-impl Place {
-    fn new(recipe: &str) -> Self {
-        let place = Self(TempDir::new().unwrap());
-        place.write("Dockerfile", recipe.as_bytes());
-        place
-    }
-
-    fn write(&self, name: &str, content: &[u8]) -> PathBuf {
-        let path = self.0.path().join(name);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, content).unwrap();
-        path
-    }
-
-    fn path(&self) -> String {
-        self.0.path().display().to_string()
-    }
-}
 
 const RECIPE: &str = "FROM base\n\
     ENV COLOUR=blue WHERE=/srv/app\n\

@@ -6,43 +6,8 @@ use std::path::Path;
 use qemu_tests::fault::assert_agree;
 use qemu_tests::files::TempDir;
 use qemu_tests::node::Boot;
-use qemu_tests::process::Process;
-use qemu_tests::templates::{build, fails, remove, sandbox, small, start, traces, wait_until_gone, warren};
+use qemu_tests::templates::{Place, build, fails, remove, sandbox, small, traces, wait_until_gone, warren};
 use qemu_tests::{Call, Node, Request, timing};
-
-/// A directory with a recipe, and one for its build's log.
-struct Place(TempDir);
-
-impl Place {
-    fn new(recipe: &str) -> Self {
-        let place = Self(TempDir::new().unwrap());
-        place.write("Dockerfile", recipe.as_bytes());
-        place
-    }
-
-    fn write(&self, name: &str, content: &[u8]) {
-        fs::write(self.0.path().join(name), content).unwrap();
-    }
-
-    fn path(&self) -> String {
-        self.0.path().display().to_string()
-    }
-
-    /// Starts a build of it and waits until a step says `begun`.
-    fn begin(&self, node: &Node, name: &str, more: &[&str]) -> Process {
-        let building = start(node, &small(name, more, &self.path()), &self.log());
-        timing::wait_for("the step to begin", || self.said().contains("begun\n").then_some(()));
-        building
-    }
-
-    fn log(&self) -> std::path::PathBuf {
-        self.0.path().join("log")
-    }
-
-    fn said(&self) -> String {
-        fs::read_to_string(self.log()).unwrap_or_default()
-    }
-}
 
 /// Waits in the builder until the test says that it may go on.
 const WAIT: &str = "echo begun; until [ -e /run/go ]; do sleep 0.1; done";
