@@ -265,6 +265,7 @@ impl Supervisor {
         }
         self.touched_sandboxes.insert(id.clone());
         self.watch_health(id);
+        self.meeting.expect(id);
         if stopping {
             self.timers.after(Duration::ZERO, Timer::Stop(id.clone()));
         }

@@ -106,6 +106,7 @@ impl Supervisor {
                 sandbox.reason.clone_from(&error.message);
                 worker.foreign = Some(error);
                 self.record(id);
+                self.met(id);
             }
         }
     }
@@ -538,9 +539,10 @@ impl Supervisor {
                 if waits {
                     self.runs(id);
                 }
+                self.met(id);
             }
             Message::Err { error, .. } if sandbox.waits_for_survey() => self.fail_start(id, error.clone()),
-            _ => {}
+            _ => self.met(id),
         }
     }
 }

@@ -282,7 +282,7 @@ fn start_control(node: &mut Node) -> Result<(), String> {
         .map_err(failed("control socket"))?;
     supervisor.sources.insert(Token(2), Source::Listener);
     supervisor.listener = Some(listener);
-    supervisor.open_port();
+    supervisor.receive_clients();
     Ok(())
 }
 

@@ -29,6 +29,7 @@ mod ledger;
 mod listener;
 pub mod logging;
 mod logs;
+mod meeting;
 mod merging;
 mod network;
 mod packages;

@@ -29,6 +29,7 @@ use super::health::{Watched, Wheel};
 use super::instance::Sandbox;
 use super::ledger::Ledger;
 use super::listener::Listener;
+use super::meeting::Meeting;
 use super::network::NetworkChange;
 use super::packages::Packages;
 use super::pools::{Pools, Shape};
@@ -108,6 +109,8 @@ pub(super) enum Timer {
     Logs,
     /// The control port was not there: look again.
     Port,
+    /// Agents of sandboxes that ran on have had their time.
+    Meeting,
     /// A difference was found in the ledger: look again.
     Look,
     /// The database refused to write: put the rows again that are not in it.
@@ -286,6 +289,7 @@ pub struct Supervisor {
     pub(super) probes: Wheel<Watched>,
     /// The control socket, while clients are taken.
     pub(super) listener: Option<Listener>,
+    pub(super) meeting: Meeting,
     signals: SignalFd,
 }
 
@@ -377,6 +381,7 @@ impl Supervisor {
             externals,
             probes,
             listener: None,
+            meeting: Meeting::default(),
             signals,
             config,
         })
@@ -494,7 +499,10 @@ impl Supervisor {
         }
     }
 
-    fn accept(&mut self) {
+    pub(super) fn accept(&mut self) {
+        if !self.meeting.is_over() {
+            return;
+        }
         loop {
             let Some(listener) = &self.listener else { return };
             match listener.accept() {
@@ -670,6 +678,7 @@ impl Supervisor {
             Timer::GuestLog(id) => self.refill_guest_log(&id),
             Timer::Logs => self.logs_due(),
             Timer::Port => self.open_port(),
+            Timer::Meeting => self.meeting_expired(),
             Timer::Record => self.record_all(),
             Timer::Look => self.look(),
             Timer::TimeLimit(id, at) => self.time_limit_due(&id, at),

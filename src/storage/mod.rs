@@ -9,6 +9,7 @@ pub mod languages;
 pub mod medium;
 pub mod memory_file;
 pub mod overlay;
+mod owed;
 pub mod raw;
 pub mod ring;
 mod schema;

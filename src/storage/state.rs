@@ -9,7 +9,7 @@
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -20,6 +20,7 @@ use super::audit::{self, AuditQuery, AuditRow};
 use super::backup;
 use super::events::{self, EventRow};
 use super::history::{self, HistoryQuery, OpenRecord, Record, RecordQuery, RecordRow};
+use super::owed::Owed;
 use super::schema;
 pub use super::schema::{AllocationRow, Change, DrainRow, ExecutionRow, SCHEMA_VERSION, SandboxRow, TemplateRow};
 use super::snapshots::rows as snapshots;
@@ -27,6 +28,8 @@ pub use super::snapshots::rows::{LayerRow, SnapshotKind, SnapshotRow, SnapshotSt
 
 /// Changes in one transaction at most: bounds how long a durable change waits for others.
 const MAX_BATCH: usize = 1024;
+/// Pause before removals that were refused are tried again, where nothing else is written meanwhile.
+const OWED_AGAIN: Duration = Duration::from_secs(5);
 /// How long to wait for a predecessor that still holds the file (it was told to end) before giving up.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Where it is kept that the node is being drained.
@@ -169,10 +172,18 @@ enum Order {
     Copy(Ticket, PathBuf),
 }
 
-struct Job {
+pub(super) struct Job {
     ticket: Ticket,
-    change: Change,
+    pub(super) change: Change,
     durable: bool,
+}
+
+#[cfg(test)]
+impl Job {
+    /// For tests of those that handle jobs.
+    pub(super) fn of(change: Change) -> Self {
+        Self { ticket: Ticket(0), change, durable: false }
+    }
 }
 
 /// Results by ticket.
@@ -364,8 +375,13 @@ fn run(
     readings: &Readings,
     notify: &impl Fn(),
 ) {
-    while let Ok(first) = queue.recv() {
-        let (mut batch, mut next) = (Vec::new(), Some(first));
+    let mut owed = Owed::default();
+    loop {
+        let (mut batch, mut next) = match next_order(queue, &owed) {
+            Ok(first) => (Vec::new(), Some(first)),
+            Err(RecvTimeoutError::Timeout) => (Vec::new(), None),
+            Err(RecvTimeoutError::Disconnected) => break,
+        };
         let aside = loop {
             match next {
                 Some(Order::Write(job)) => batch.push(job),
@@ -373,7 +389,9 @@ fn run(
             }
             next = if batch.len() < MAX_BATCH { queue.try_recv().ok() } else { None };
         };
+        owed.settle(&batch, |jobs| write_transaction(&mut connection, jobs).map(drop));
         let results = write_batch(&mut connection, &batch);
+        owed.keep(batch, results.iter().map(|(_, result)| result));
         completions.lock().unwrap_or_else(PoisonError::into_inner).extend(results);
         match aside {
             Some(Order::Read(ticket, query)) => {
@@ -392,10 +410,19 @@ fn run(
         }
         notify();
     }
+    owed.settle(&[], |jobs| write_transaction(&mut connection, jobs).map(drop));
     // So that the next start finds one file and no log to replay. A failure costs nothing: the log is kept.
     if let Err(error) = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())) {
         log::warn!("state database: last checkpoint failed: {error}");
     }
+}
+
+/// Waits for what the thread is asked for next; not for ever where removals are owed.
+fn next_order(queue: &Receiver<Order>, owed: &Owed) -> Result<Order, RecvTimeoutError> {
+    if owed.is_empty() {
+        return queue.recv().map_err(|_| RecvTimeoutError::Disconnected);
+    }
+    queue.recv_timeout(OWED_AGAIN)
 }
 
 /// Makes all changes in one transaction. Where that fails as a whole (no room, I/O), each is tried by itself, so

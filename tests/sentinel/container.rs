@@ -157,10 +157,18 @@ fn buildah_makes_an_image_of_the_recipe_and_the_sentinel_runs_in_it() {
         let before = ["run", "--isolation", "chroot", "-v", &volume, &container, "--"];
         run(&[&before[..], &entry.iter().chain(more).map(String::as_str).collect::<Vec<_>>()].concat())
     };
-    let mut running = Running(inside(&start).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    let log = scratch.path("log");
+    let out = std::fs::File::create(&log).unwrap();
+    let mut running = Running(inside(&start).stdout(out.try_clone().unwrap()).stderr(out).spawn().unwrap());
+    let said = || std::fs::read_to_string(&log).unwrap();
+    // Two that set their places up in one root at the same time get into each other's way: the first has to be through.
+    until("its control socket", || {
+        assert!(running.0.try_wait().unwrap().is_none(), "it ended: {}", said());
+        scratch.path("volume/control.sock").exists().then_some(())
+    });
     let asked = |word: &str| inside(&[&[word.to_string()], &start[1..]].concat()).output().unwrap();
     let status = until("an answer", || {
-        assert!(running.0.try_wait().unwrap().is_none(), "it ended");
+        assert!(running.0.try_wait().unwrap().is_none(), "it ended: {}", said());
         serde_json::from_slice::<serde_json::Value>(&asked("status").stdout).ok()
     });
     assert_eq!(status["state"], "running", "{status}");
