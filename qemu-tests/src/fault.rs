@@ -9,12 +9,30 @@ use warren::wire::{Error, Request};
 
 use crate::client::Reply;
 use crate::files::TempDir;
-use crate::node::Node;
+use crate::node::{Boot, Node};
 use crate::timing;
 use crate::witness;
 
 /// Where the node looks for what is to fail; it goes when the last of that was reached.
 pub const FILE: &str = "/run/faults";
+
+/// A node that looks there.
+pub fn boot() -> Boot {
+    Boot::kernel().parameter(&format!("WARREN_FAULTS={FILE}"))
+}
+
+/// Has what is done go no further than a point.
+pub fn hold_at(node: &Node, point: Point) {
+    node.write_file(FILE, 0o600, format!("{} wait", point.name()).as_bytes());
+}
+
+/// Waits until the last of the points was reached.
+///
+/// # Panics
+/// When it is not.
+pub fn wait_until_reached(node: &Node, what: &str) {
+    timing::wait_for(what, || (node.run(&["test", "-e", FILE]).exit != 0).then_some(()));
+}
 
 /// What is to happen at a point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,9 +83,7 @@ pub fn strike_at<T: std::fmt::Debug>(node: &Node, blows: &[(Point, Blow)], what:
     let first = node.supervisor();
     node.write_file(FILE, 0o600, lines.join("\n").as_bytes());
     let result = what();
-    timing::wait_for(&format!("{lines:?} to be reached; it came to {result:?}"), || {
-        (node.run(&["test", "-e", FILE]).exit != 0).then_some(())
-    });
+    wait_until_reached(node, &format!("{lines:?} to be reached; it came to {result:?}"));
     if blows.iter().any(|(_, blow)| blow.ends_supervisor()) {
         next_supervisor(node, first);
     }

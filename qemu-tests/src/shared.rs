@@ -46,7 +46,7 @@ pub fn node_with_code_and(more: impl FnOnce(Boot) -> Boot) -> Turn {
 
 /// The same for a file of tests that have the node fail at given points (`fault`): all of them have to ask here.
 pub fn node_with_faults() -> Turn {
-    node_from(|| Boot::kernel().parameter(&format!("WARREN_FAULTS={}", crate::fault::FILE)))
+    node_from(crate::fault::boot)
 }
 
 fn node_from(boot: impl FnOnce() -> Boot) -> Turn {

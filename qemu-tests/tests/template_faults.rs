@@ -3,11 +3,12 @@
 use std::fs;
 use std::path::Path;
 
-use qemu_tests::fault::assert_agree;
+use qemu_tests::fault::{self, assert_agree};
 use qemu_tests::files::TempDir;
 use qemu_tests::node::Boot;
 use qemu_tests::templates::{Place, build, fails, remove, sandbox, small, traces, wait_until_gone, warren};
 use qemu_tests::{Call, Node, Request, timing};
+use warren::node::faults::Point;
 
 /// Waits in the builder until the test says that it may go on.
 const WAIT: &str = "echo begun; until [ -e /run/go ]; do sleep 0.1; done";
@@ -40,6 +41,15 @@ fn assert_first_step_is_kept(node: &Node, recipe: &str, name: &str) {
 fn staged(node: &Node) -> Vec<String> {
     let listed = node.sh("ls -A /data/templates 2>/dev/null || true");
     listed.lines().filter(|name| name.starts_with(".build-")).map(str::to_string).collect()
+}
+
+/// Waits until that much is written of an image that has no name yet.
+fn wait_for_an_image_of(node: &Node, octets: usize) {
+    timing::wait_for("a part of an image", || {
+        let sizes = node.sh("du -k /data/templates/.build-*/rootfs.img 2>/dev/null || true");
+        let largest = sizes.lines().filter_map(|line| line.split_whitespace().next()?.parse::<usize>().ok()).max();
+        (largest? * 1024 > octets).then_some(())
+    });
 }
 
 /// Fills the node's disk at a step of a build, and has that go on.
@@ -75,11 +85,7 @@ fn faults_in_a_build_or_an_import_leave_what_was_kept_and_nothing_else() {
     let building = place.begin(&node, "cut", &[]);
     let import = node.control().start(Request::new("", "template.import").set("name", "half"));
     assert!(import.writer().write("content", &octets[..octets.len() / 2]));
-    timing::wait_for("half of it to arrive", || {
-        let sizes = node.sh("du -k /data/templates/.build-*/rootfs.img 2>/dev/null || true");
-        let largest = sizes.lines().filter_map(|line| line.split_whitespace().next()?.parse::<usize>().ok()).max();
-        (largest? * 1024 > octets.len() / 4).then_some(())
-    });
+    wait_for_an_image_of(&node, octets.len() / 4);
     assert_eq!(staged(&node).len(), 1);
     let disk = node.power_cut().remove(0);
     drop(import);
@@ -116,6 +122,45 @@ fn faults_in_a_build_or_an_import_leave_what_was_kept_and_nothing_else() {
     wait_until_gone(&node, &before);
     assert_agree(&node, "full disks of builders");
     remove(&node, "there");
+    drop(node.power_off());
+}
+
+#[test]
+fn a_power_cut_while_a_template_is_made_leaves_the_old_one_or_the_new_one_whole() {
+    let recipe = |version: usize| {
+        format!("FROM base\nRUN echo begun; dd if=/dev/urandom of=/more bs=64k count=200; echo {version} > /version\n")
+    };
+    let version = |node: &Node| sandbox(node, "made").sh("cat /version").trim().parse::<usize>().unwrap();
+    let mut node = fault::boot().start();
+    build(&node, &small("made", &[], &Place::new(&recipe(0)).path()));
+    let before = traces(&node);
+    let points = Point::OF_TEMPLATES.map(Some);
+    for (new, point) in std::iter::once(None).chain(points).enumerate().map(|(at, point)| (at + 1, point)) {
+        let old = version(&node);
+        let place = Place::new(&recipe(new));
+        point.inspect(|point| fault::hold_at(&node, *point));
+        let building = place.begin(&node, "made", &[]);
+        match point {
+            Some(point) => fault::wait_until_reached(&node, &format!("{point:?}")),
+            None => wait_for_an_image_of(&node, 1 << 20),
+        }
+        let disk = node.power_cut().remove(0);
+        assert_eq!(building.wait(timing::hang()).expect("it ends").code(), Some(1), "{}", place.said());
+
+        node = fault::boot().data_disk(disk).start();
+        wait_until_gone(&node, &before);
+        assert_agree(&node, &format!("{point:?}"));
+        let found = version(&node);
+        match point {
+            Some(Point::TemplatePublished) => assert!([old, new].contains(&found), "{found}"),
+            _ => assert_eq!(found, old, "{point:?}"),
+        }
+    }
+    // It is what its manifest says, and can be made anew.
+    let files = TempDir::new().unwrap();
+    export(&node, "made", &files.path().join("made.template"));
+    build(&node, &small("made", &[], &Place::new(&recipe(9)).path()));
+    assert_eq!(version(&node), 9);
     drop(node.power_off());
 }
 

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::checkpoint::Want;
 use super::events::BUILD_FAILED;
+use super::faults::{self, Point};
 use super::instance::{Awaited, Waiter};
 use super::requests::Job;
 use super::supervisor::{Done, Supervisor};
@@ -325,6 +326,7 @@ impl Supervisor {
             let made = disk.and_then(|disk| {
                 template_file::flatten(&disk, manifest, &place, &stop).map_err(|error| to_error(&error))
             });
+            faults::pass(Point::TemplateFlattened);
             Done::TemplateMade { build: owned, client, tag, result: made }
         };
         self.background.run("template", work).map_err(|e| Error::new(Code::NoCapacity, format!("no thread: {e}")))
@@ -394,6 +396,7 @@ impl Supervisor {
         let (owned, whose) = (root.clone(), tag.to_string());
         let work = move || {
             let result = template_file::publish(&template, &folder).map_err(|error| to_error(&error));
+            faults::pass(Point::TemplatePublished);
             Done::TemplatePublished { build: owned, client, tag: whose, result }
         };
         let free = self.template_name_is_free(&name);

@@ -3,7 +3,8 @@
 //!
 //! The variable names a file. A point that is reached reads its first line; where the first word of it is that point, the line
 //! goes, and the file with its last, so that the next supervisor goes on. The words after it happen in their order: a number
-//! is a process that is killed, `die` kills the supervisor, `term` has it hand over to the next one, `full` has the step fail as on a full disk.
+//! is a process that is killed, `die` kills the supervisor, `term` has it hand over to the next one, `full` has the step fail as on a full disk,
+//! `wait` has it go no further: the power is about to go.
 
 use std::fs;
 use std::io;
@@ -73,10 +74,17 @@ pub enum Point {
     ImportSynced,
     /// Rows have them, and the client was not told.
     ImportWritten,
+    /// The image that a build came to is on the medium, and has no name.
+    TemplateFlattened,
+    /// It has its name; no row has it.
+    TemplatePublished,
 }
 
 impl Point {
-    /// Those that are not of files and layers.
+    /// Those of templates that are built.
+    pub const OF_TEMPLATES: [Self; 2] = [Self::TemplateFlattened, Self::TemplatePublished];
+
+    /// Those of sandboxes and snapshots that are not of files and layers.
     pub const OF_NODE: [Self; 24] = [
         Self::ForkBegun,
         Self::RollbackWritten,
@@ -104,7 +112,7 @@ impl Point {
         Self::ImportWritten,
     ];
 
-    /// All of them.
+    /// All of sandboxes and snapshots.
     pub fn all() -> impl Iterator<Item = Self> {
         FaultPoint::ALL.into_iter().map(Self::Storage).chain(Self::OF_NODE)
     }
@@ -149,6 +157,9 @@ pub(super) fn reached(point: Point) -> io::Result<()> {
             "full" => return Err(io::Error::from_raw_os_error(libc::ENOSPC)),
             "die" => loop {
                 let _ = kill(getpid(), Signal::SIGKILL);
+                thread::sleep(Duration::from_secs(1));
+            },
+            "wait" => loop {
                 thread::sleep(Duration::from_secs(1));
             },
             "term" => kill(getpid(), Signal::SIGTERM)?,
