@@ -489,16 +489,6 @@ impl Supervisor {
         }
     }
 
-    /// A client no longer waits. A sandbox whose id nobody was told is of no use to anybody.
-    pub(super) fn cancel_wait(&mut self, key: u64, tag: &str, id: &SandboxId) {
-        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
-        let Some(at) = sandbox.waiters.iter().position(|w| w.client == key && w.tag == tag) else { return };
-        let waiter = sandbox.waiters.remove(at);
-        if matches!(waiter.what, Awaited::Created { .. }) {
-            self.remove(id);
-        }
-    }
-
     /// Begins the end of the node: the sandboxes are stopped, then everything else. `mode` is what init is asked for then.
     pub(super) fn begin_stop(&mut self, mode: Option<StopMode>, waiter: Option<(u64, String)>) {
         let stopping = self.stopping.get_or_insert_default();

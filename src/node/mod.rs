@@ -51,6 +51,7 @@ mod timers;
 mod tracing;
 mod transfer;
 mod turn;
+mod waiters;
 mod warm;
 
 use std::ffi::OsString;

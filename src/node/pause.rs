@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use super::faults::{self, Point};
 use super::flattening::to_error;
 use super::fork::RollingBack;
-use super::instance::{Awaited, Waiter};
+use super::instance::Awaited;
 use super::start::MIB;
 use super::supervisor::{Done, Supervisor, Timer};
 use crate::sandbox::home::{Home, Settling};
@@ -326,15 +326,6 @@ impl Supervisor {
         faults::pass(Point::Unpaused);
         if self.sandboxes.get(id).is_some_and(|sandbox| sandbox.state == State::Resuming) {
             self.introduce(id);
-        }
-    }
-
-    /// Ends the requests that wait for something of a sandbox with an error.
-    pub(super) fn answer_waiters(&mut self, id: &SandboxId, what: Awaited, error: &Error) {
-        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
-        let waiters: Vec<Waiter> = sandbox.waiters.extract_if(.., |waiter| waiter.what == what).collect();
-        for waiter in waiters {
-            self.finish(waiter.client, &Message::err(&waiter.tag, error.clone().with("sandbox", id)));
         }
     }
 }

@@ -601,14 +601,6 @@ impl Supervisor {
         Ok(())
     }
 
-    pub(super) fn await_(&mut self, key: u64, tag: &str, id: &SandboxId, what: Awaited) {
-        self.add_job(key, tag, Job::Wait(id.clone()));
-        if let Some(sandbox) = self.sandboxes.get_mut(id) {
-            sandbox.waiters.push(Waiter { client: key, tag: tag.to_string(), what });
-        }
-        self.notify_waiters(id);
-    }
-
     /// Registers what has to be watched of a new worker. Gives the three tokens of `Worker::tokens`.
     pub(super) fn watch_worker(
         &mut self,
