@@ -80,7 +80,8 @@ fn misuse_is_exit_code_2_and_asks_nothing_of_the_node() {
         &["no-such-verb"],
         &["create", "--memory", "lots"],
         &["exec", "sb"],
-        &["exec", "-d", "-i", "sb", "cat"],
+        &["attach", "-t", "sb", "4"],
+        &["attach", "-it", "sb", "4"],
         &["exec", "-it", "sb", "cat"],
         &["cp", "a", "b"],
         &["cp", "sb:a", "sb:b"],
@@ -194,6 +195,9 @@ fn exec_passes_exit_codes_and_streams_through() {
     assert_eq!(stderr(&output), "error: EXEC_FAILED: missing: no such file\n");
     assert_eq!(run(&node, &["exec", "nobody", "out", "x"]).status.code(), Some(125));
     assert_eq!(stdout(&run(&node, &["exec", "-d", "sb", "wait"])), "4\n");
+    assert_eq!(stdout(&run(&node, &["exec", "-dit", "other", "sh"])), "4\n");
+    let request = node.await_seen("exec.start other");
+    assert!(request.ends_with("tty=true cols=80 rows=24 stdin=true detach=true"), "{request}");
 }
 
 #[test]
@@ -410,6 +414,36 @@ fn keys_reach_the_command_as_they_are_and_the_terminal_is_set_back_at_its_end() 
     kill(Pid::from_raw(child.id() as i32), Signal::SIGHUP).unwrap();
     assert_eq!(finish(&mut child), 129);
     assert!(!is_raw(&theirs));
+}
+
+#[test]
+fn a_terminal_that_is_attached_to_has_our_size_is_fed_and_is_left_by_a_key() {
+    let node = Node::start();
+    let (mut child, mut ours, theirs) = on_terminal(warren(&node).args(["attach", "-it", "sb", "4"]));
+    let request = node.await_seen("exec.attach");
+    assert!(request.ends_with("exec.attach sb exec=4 stdin=true"), "{request}");
+    node.await_seen("exec.resize sb exec=4 cols=100 rows=30");
+    assert!(is_raw(&theirs));
+    ours.write_all(b"a\x03b").unwrap();
+    read_until(&mut ours, "a\x03b");
+    ours.write_all(b"last\x1dtoo late").unwrap();
+    assert_eq!(finish(&mut child), 0);
+    assert!(!is_raw(&theirs));
+    node.await_seen(" cancel");
+    assert!(!node.store.lock().unwrap().seen.iter().any(|line| line.contains("end stdin")), "it stays open");
+}
+
+#[test]
+fn the_end_of_our_input_ends_that_of_what_is_attached_to() {
+    let node = Node::start();
+    let mut command = warren(&node);
+    let mut child =
+        command.args(["attach", "-i", "sb", "4"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"fed").unwrap();
+    let mut back = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut back).unwrap();
+    assert_eq!((finish(&mut child), back.as_str()), (0, "fed"));
+    node.await_seen("end stdin");
 }
 
 #[test]

@@ -54,44 +54,121 @@ fn a_python_script_is_copied_in_run_and_its_exit_code_passed_through() {
     guard.keep();
 }
 
+/// `warren` on a terminal of 101 by 33.
+struct Terminal {
+    script: std::process::Child,
+    keys: std::process::ChildStdin,
+    output: std::process::ChildStdout,
+    shown: String,
+}
+
+impl Terminal {
+    fn of(node: &Node, arguments: &str) -> Self {
+        let warren = Artefact::Warren.path();
+        let line =
+            format!("stty rows 33 cols 101; {} --socket {} {arguments}", warren.display(), node.socket().display());
+        let mut command = Command::new("script");
+        command.args(["-qec", &line, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut script = command.spawn().expect("script(1) starts");
+        let keys = script.stdin.take().expect("it has a standard input");
+        let output = script.stdout.take().expect("it has a standard output");
+        Self { script, keys, output, shown: String::new() }
+    }
+
+    /// Types that, and waits until it shows the answer.
+    fn types(&mut self, keys: &[u8], answer: &str) {
+        self.keys.write_all(keys).expect("it reads");
+        let mut chunk = [0; 4096];
+        while !self.shown.contains(answer) {
+            let n = self.output.read(&mut chunk).expect("it writes");
+            assert!(n > 0, "it ended early: {}", self.shown);
+            self.shown.push_str(&String::from_utf8_lossy(&chunk[..n]));
+        }
+    }
+
+    /// Its exit code, and all that it has shown.
+    fn end(mut self) -> (Option<i32>, String) {
+        self.output.read_to_string(&mut self.shown).expect("it writes text");
+        (self.script.wait().expect("it ends").code(), self.shown)
+    }
+}
+
 #[test]
 fn a_shell_on_a_terminal_has_its_size_and_passes_its_exit_code_on() {
     let node = shared::node();
     let sandbox = node.sandbox(&[]);
-    let binary = Artefact::Warren.path();
-    let shell =
-        format!("stty rows 33 cols 101; {} --socket {} sh {}", binary.display(), node.socket().display(), sandbox.id);
-    let mut command = Command::new("script");
-    command.args(["-qec", &shell, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut script = command.spawn().expect("script(1) starts");
-    let mut keys = script.stdin.take().expect("it has a standard input");
+    let mut terminal = Terminal::of(&node, &format!("sh {}", sandbox.id));
+    terminal.types(b"", "$ ");
+    terminal.types(b"tty && stty size && echo $TERM\n", "33 101");
     // An interrupt key ends what runs in there, and not the shell.
-    let typed: [(&[u8], &str); 6] = [
-        (b"", "$ "),
-        (b"tty && stty size && echo $TERM\n", "33 101"),
-        (b"sleep 1000\n", "sleep 1000"),
-        (b"\x03", "^C"),
-        (b"echo interrupted=$?\n", "interrupted=130"),
-        (b"exit 7\n", ""),
-    ];
-    let mut output = script.stdout.take().expect("it has a standard output");
-    let (mut shown, mut chunk) = (String::new(), [0; 4096]);
-    for (line, answer) in typed {
-        keys.write_all(line).expect("it reads");
-        while !shown.contains(answer) {
-            let n = output.read(&mut chunk).expect("it writes");
-            assert!(n > 0, "it ended early: {shown}");
-            shown.push_str(&String::from_utf8_lossy(&chunk[..n]));
-        }
-        if answer.starts_with("sleep") {
-            timing::wait_for("sleep to run", || {
-                sandbox.sh("cat /proc/[0-9]*/comm 2>/dev/null; true").lines().any(|name| name == "sleep").then_some(())
-            });
-        }
-    }
-    output.read_to_string(&mut shown).expect("it writes text");
-    assert_eq!(script.wait().expect("it ends").code(), Some(7), "{shown}");
+    terminal.types(b"sleep 1000\n", "sleep 1000");
+    timing::wait_for("sleep to run", || {
+        sandbox.sh("cat /proc/[0-9]*/comm 2>/dev/null; true").lines().any(|name| name == "sleep").then_some(())
+    });
+    terminal.types(b"\x03", "^C");
+    terminal.types(b"echo interrupted=$?\n", "interrupted=130");
+    terminal.types(b"exit 7\n", "");
+    let (code, shown) = terminal.end();
+    assert_eq!(code, Some(7), "{shown}");
     assert!(shown.contains("/dev/pts/") && shown.contains("xterm"), "{shown}");
+}
+
+#[test]
+fn a_shell_in_the_background_is_gone_to_and_left_by_a_key() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let started = warren(&node, &["exec", "-dit", &sandbox.id, "--", "sh"]);
+    let attach = format!("attach -it {} {}", sandbox.id, stdout(&started).trim());
+    let mut terminal = Terminal::of(&node, &attach);
+    terminal.types(b"", "$ ");
+    terminal.types(b"kept=yes; stty size\n", "33 101");
+    terminal.types(b"\x1d", "");
+    let (code, shown) = terminal.end();
+    assert_eq!(code, Some(0), "{shown}");
+    assert!(shown.contains("Ctrl-]"), "{shown}");
+    let mut terminal = Terminal::of(&node, &attach);
+    terminal.types(b"", "33 101");
+    terminal.types(b"echo it is $kept; exit 7\n", "it is yes");
+    let (code, shown) = terminal.end();
+    assert_eq!(code, Some(7), "{shown}");
+}
+
+#[test]
+fn a_program_in_the_background_is_fed_by_one_command_line_after_the_other() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let started = warren(&node, &["exec", "-d", "-i", &sandbox.id, "--", "cat"]);
+    let number = stdout(&started).trim().to_string();
+    let attach = ["attach", "-i", &sandbox.id, &number];
+    let spawn = || {
+        let mut command = qemu_tests::templates::command(&node, &attach);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("warren starts")
+    };
+    let mut first = spawn();
+    let mut input = first.stdin.take().expect("a pipe");
+    input.write_all(b"one\n").expect("it reads");
+    let mut line = [0; 4];
+    first.stdout.as_mut().expect("a pipe").read_exact(&mut line).expect("it comes back");
+    assert_eq!(&line, b"one\n");
+    let second = warren(&node, &attach);
+    assert_eq!(second.status.code(), Some(125), "{}", stderr(&second));
+    assert!(stderr(&second).starts_with("error: BAD_STATE: "), "{}", stderr(&second));
+    // An interrupt ends the watching, and leaves the program and its standard input as they are.
+    let interrupted = Command::new("kill").args(["-INT", &first.id().to_string()]).status().expect("kill starts");
+    assert!(interrupted.success());
+    assert_eq!(first.wait().expect("it ends").code(), Some(130));
+    drop(input);
+    timing::wait_for("nobody to feed it", || {
+        let mut call = sandbox.client().start(sandbox.request("exec.attach").set("exec", &number).set("stdin", true));
+        matches!(call.message(), qemu_tests::Message::Item { .. }).then(|| {
+            call.cancel();
+            drop(call.finish());
+        })
+    });
+    let mut last = spawn();
+    last.stdin.take().expect("a pipe").write_all(b"two\n").expect("it reads");
+    let last = last.wait_with_output().expect("it ends");
+    assert_eq!((last.status.code(), stdout(&last).as_str()), (Some(0), "one\ntwo\n"), "{}", stderr(&last));
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use qemu_tests::{Code, Message, Sandbox, shared, timing};
+use qemu_tests::stand_in::next_supervisor;
+use qemu_tests::{Call, Client, Code, Fields, Message, Request, Sandbox, shared, timing};
 use sha2::{Digest, Sha256};
 
 /// Octets without a pattern, the same on every run.
@@ -244,6 +245,198 @@ fn a_program_in_the_background_is_listed_and_its_output_can_be_read_later() {
         assert_eq!(replayed.text("stdout"), "first\nsecond\n");
         assert_eq!(replayed.field("exit"), "0");
     }
+}
+
+/// A program in the background whose standard input is open.
+struct Fed<'a> {
+    sandbox: &'a Sandbox,
+    exec: String,
+}
+
+impl<'a> Fed<'a> {
+    fn start(sandbox: &'a Sandbox, request: Request) -> Self {
+        let started = sandbox.client().ok(request.set("stdin", true).set("detach", true));
+        Self { sandbox, exec: started.field("exec").to_string() }
+    }
+
+    fn shell(sandbox: &'a Sandbox, script: &str) -> Self {
+        Self::start(sandbox, sandbox.exec_request(&["sh", "-c", script]))
+    }
+
+    fn attach(&self) -> Request {
+        self.sandbox.request("exec.attach").set("exec", &self.exec)
+    }
+
+    /// Attaches to feed it, beginning at that octet.
+    fn feed(&self, client: &Client, offset: u64) -> Call {
+        let mut call = client.start(self.attach().set("stdin", true));
+        let row = call.item();
+        assert_eq!((row.get("exec"), row.number("stdin_offset")), (Some(self.exec.as_str()), Some(offset)), "{row:?}");
+        call
+    }
+
+    /// The same, as soon as nobody else does and what came before is read.
+    fn feed_next(&self, client: &Client, offset: u64, until: Code) -> Call {
+        timing::wait_for("the turn to feed it", || {
+            let mut call = client.start(self.attach().set("stdin", true));
+            match call.message() {
+                Message::Item { fields, .. } => {
+                    assert_eq!(fields.number("stdin_offset"), Some(offset), "{fields:?}");
+                    Some(call)
+                }
+                Message::Err { error, .. } if error.is(until) => None,
+                other => panic!("neither a row nor {until:?}: {other:?}"),
+            }
+        })
+    }
+
+    /// Why it cannot be fed.
+    fn refused(&self) -> String {
+        let error = self.sandbox.client().err(self.attach().set("stdin", true));
+        assert!(error.is(Code::BadState), "{error}");
+        assert_eq!(error.fields.get("exec"), Some(self.exec.as_str()), "{error}");
+        error.message
+    }
+}
+
+fn cancelled(call: Call) {
+    call.cancel();
+    let error = call.finish().expect_err("it was cancelled");
+    assert!(error.is(Code::Cancelled), "{error}");
+}
+
+#[test]
+fn a_program_in_the_background_is_fed_by_one_client_after_the_other() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let cat = Fed::start(&sandbox, sandbox.exec_request(&["cat"]));
+    let (first, second) = (node.connect(), node.connect());
+    let mut call = cat.feed(&first, 0);
+    assert!(call.writer().write("stdin", b"one\n"));
+    assert_eq!(call.read_until("stdout", "\n"), "one\n");
+    assert!(cat.refused().contains("another client"), "{}", cat.refused());
+    // To watch is another matter; what a watcher sends reaches nobody.
+    let mut watcher = second.start(cat.attach());
+    assert!(watcher.writer().write("stdin", b"not this\n"));
+    watcher.writer().end("stdin");
+    watcher.read_until("stdout", "one\n");
+    first.cut();
+    let mut call = cat.feed_next(&second, 4, Code::BadState);
+    assert!(call.writer().write("stdin", b"two\n"));
+    assert_eq!(call.read_until("stdout", "two\n"), "one\ntwo\n");
+    cancelled(call);
+    let call = cat.feed(sandbox.client(), 8);
+    assert!(call.writer().write("stdin", b"three\n"));
+    call.writer().end("stdin");
+    let reply = call.finish_ok();
+    assert_eq!((reply.field("exit"), reply.text("stdout").as_str()), ("0", "one\ntwo\nthree\n"));
+    assert_eq!(watcher.finish_ok().text("stdout"), "two\nthree\n");
+    assert!(cat.refused().contains("has ended"), "{}", cat.refused());
+    assert_eq!(sandbox.client().ok(cat.attach()).text("stdout"), "one\ntwo\nthree\n");
+    let audit = node.control().ok(Request::new("", "node.audit").set("limit", 100)).items;
+    let attached = |row: &&Fields| row.get("verb") == Some("exec.attach") && row.get("sandbox") == Some(&sandbox.id);
+    assert!(audit.iter().filter(attached).count() >= 5, "who feeds a program is on record");
+}
+
+#[test]
+fn nothing_is_lost_or_doubled_when_feeders_go_before_a_program_has_read_what_they_sent() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let hash = Fed::shell(&sandbox, "while [ ! -e /workspace/go ]; do sleep 0.05; done; exec sha256sum");
+    let window = warren::wire::INITIAL_CREDIT;
+    let sent = noise(4 << 20);
+    let part = |from: u64, to: u64| &sent[from as usize..to as usize];
+    for turn in 0..2 {
+        let call = hash.feed(sandbox.client(), turn * window);
+        // A window needs no credit, and its end is not waited for.
+        assert!(call.writer().write("stdin", part(turn * window, (turn + 1) * window)));
+        cancelled(call);
+    }
+    // What the program has not read yet and its agent has no room for is the most that waits.
+    let full = sandbox.client().err(hash.attach().set("stdin", true));
+    assert!(full.is(Code::NoCapacity) && full.fields.number("waiting").is_some_and(|n| n <= window), "{full}");
+    sandbox.sh("touch /workspace/go");
+    let call = hash.feed_next(sandbox.client(), 2 * window, Code::NoCapacity);
+    assert!(call.writer().write("stdin", &sent[2 * window as usize..]));
+    call.writer().end("stdin");
+    let expected: String = Sha256::digest(&sent).iter().map(|octet| format!("{octet:02x}")).collect();
+    assert_eq!(call.finish_ok().text("stdout"), format!("{expected}  -\n"));
+}
+
+#[test]
+fn what_cannot_be_fed_is_a_typed_error() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let started = sandbox.client().ok(sandbox.exec_request(&["sleep", "1000"]).set("detach", true));
+    let without = Fed { sandbox: &sandbox, exec: started.field("exec").to_string() };
+    assert!(without.refused().contains("not open"), "{}", without.refused());
+    let closed = Fed::shell(&sandbox, "cat; echo over; exec sleep 1000");
+    let mut call = closed.feed(sandbox.client(), 0);
+    call.writer().end("stdin");
+    call.read_until("stdout", "over");
+    cancelled(call);
+    assert!(closed.refused().contains("not open"), "{}", closed.refused());
+    // One whose owner feeds it.
+    let mut owner = sandbox.start(sandbox.exec_request(&["cat"]).set("stdin", true));
+    let exec = owner.item().get("exec").expect("a number").to_string();
+    let owned = Fed { sandbox: &sandbox, exec };
+    assert!(owned.refused().contains("another client"), "{}", owned.refused());
+    // A code run has a source, and no standard input.
+    let run = sandbox.start(sandbox.request("code.run").set("language", "sh").set("detach", true));
+    assert!(run.writer().write("source", b"sleep 1000"));
+    run.writer().end("source");
+    let run = Fed { sandbox: &sandbox, exec: run.finish_ok().field("exec").to_string() };
+    assert!(run.refused().contains("code run"), "{}", run.refused());
+    let nobody = sandbox.client().err(sandbox.request("exec.attach").set("exec", 999).set("stdin", true));
+    assert!(nobody.is(Code::NotFound), "{nobody}");
+    // After a restart it is the agent that says which of them are open.
+    let fed = Fed::start(&sandbox, sandbox.exec_request(&["cat"]));
+    drop(owner);
+    next_supervisor(&node);
+    for closed in [without, closed, run] {
+        closed.refused();
+    }
+    cancelled(fed.feed(sandbox.client(), 0));
+    sandbox.client().ok(sandbox.request("sandbox.stop"));
+    assert!(fed.refused().contains("ended"), "{}", fed.refused());
+}
+
+#[test]
+fn a_program_is_fed_on_after_a_restart_of_the_supervisor_and_over_a_pause() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[("memory_mib", "128")]);
+    let cat = Fed::start(&sandbox, sandbox.exec_request(&["cat"]));
+    let mut call = cat.feed(sandbox.client(), 0);
+    assert!(call.writer().write("stdin", b"one\n"));
+    call.read_until("stdout", "one\n");
+    next_supervisor(&node);
+    assert_eq!(call.finish().expect_err("its supervisor is gone").code, "NODE_RESTARTED");
+    let mut call = cat.feed(sandbox.client(), 4);
+    assert!(call.writer().write("stdin", b"two\n"));
+    call.read_until("stdout", "two\n");
+    // What is sent while it stands still is there when it goes on.
+    sandbox.client().ok(sandbox.request("sandbox.pause"));
+    assert!(call.writer().write("stdin", b"three\n"));
+    sandbox.client().ok(sandbox.request("sandbox.resume"));
+    call.read_until("stdout", "three\n");
+    call.writer().end("stdin");
+    assert_eq!(call.finish_ok().field("exit"), "0");
+    assert_eq!(sandbox.client().ok(cat.attach()).text("stdout"), "one\ntwo\nthree\n");
+}
+
+#[test]
+fn a_terminal_in_the_background_is_typed_into_later() {
+    let node = shared::node();
+    let sandbox = node.sandbox(&[]);
+    let script = "trap 'stty size' WINCH; stty -echo; echo ready; while :; do sleep 0.1; done";
+    let request = sandbox.exec_request(&["sh", "-c", script]).set("tty", true).set("cols", 80).set("rows", 24);
+    let shell = Fed::start(&sandbox, request);
+    let mut call = shell.feed(sandbox.client(), 0);
+    call.read_until("stdout", "ready");
+    sandbox.client().ok(sandbox.request("exec.resize").set("exec", &shell.exec).set("cols", 132).set("rows", 43));
+    call.read_until("stdout", "43 132");
+    assert!(call.writer().write("stdin", b"\x03"));
+    assert_eq!(call.finish_ok().field("exit"), "130");
 }
 
 /// What an attach took to its end: octets of standard output, how many were said to be lost, and the output's end.

@@ -65,8 +65,14 @@ pub enum Verb {
         #[arg(value_name = "SANDBOX")]
         id: String,
     },
-    /// Replay a program's output and follow it; an interrupt leaves the program running
+    /// Replay a program's output and follow it, and feed it; an interrupt leaves the program running
     Attach {
+        /// Feed a program that was started with -i; the end of standard input ends the program's, for good
+        #[arg(short, long)]
+        interactive: bool,
+        /// The program has a terminal (-t): be its keyboard and size. Ctrl-] leaves it running
+        #[arg(short, long, requires = "interactive")]
+        tty: bool,
         /// Id or name
         #[arg(value_name = "SANDBOX")]
         id: String,
@@ -523,14 +529,14 @@ pub struct ExecArgs {
 /// How a command runs.
 #[derive(Debug, Default, Clone, Args)]
 pub struct HowArgs {
-    /// Pass standard input on to the command
+    /// Pass standard input on to the command; with --detach, leave it open for attach -i
     #[arg(short, long)]
     pub interactive: bool,
     /// Give the command a terminal
     #[arg(short, long)]
     pub tty: bool,
     /// Leave the command running in the background
-    #[arg(short, long, conflicts_with_all = ["interactive", "tty"])]
+    #[arg(short, long)]
     pub detach: bool,
     /// Working directory
     #[arg(short, long, value_name = "PATH")]

@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, raise};
 use nix::unistd::{read, write};
 
+use super::Failure;
 use super::client::{Call, Client, Event, LOCAL_IO, local};
 use super::code::Shown;
 use super::code::result::Lines;
@@ -26,6 +27,8 @@ pub const BROKEN_PIPE: u8 = 141;
 pub const OWN_FAILURE: u8 = 125;
 /// The channel of what comes of a code run.
 const RESULT: &str = "result";
+/// Ctrl-], which leaves a program's terminal, as telnet has it.
+const LEAVE_KEY: u8 = 0x1d;
 /// So many interrupts in a row end a command that does not care for them.
 const PATIENCE: u32 = 3;
 
@@ -43,7 +46,7 @@ pub struct Mode {
 impl Mode {
     /// Adds to a request what this mode needs of the node.
     pub fn apply(self, mut request: Request) -> Request {
-        if self.tty {
+        if self.tty && !self.watches {
             let (cols, rows) = terminal::size().unwrap_or((80, 24));
             request = request.set("tty", true).set("cols", cols).set("rows", rows);
         }
@@ -51,6 +54,14 @@ impl Mode {
             request = request.set("stdin", true);
         }
         request
+    }
+
+    /// It, where it can be done.
+    pub fn checked(self) -> Result<Self, Failure> {
+        if self.tty && self.stdin && !io::stdin().is_terminal() {
+            return Err(Failure::Misuse("-t with -i needs a terminal on standard input; leave -t out".to_string()));
+        }
+        Ok(self)
     }
 
     /// Standard streams that are a terminal make a shell interactive.
@@ -236,7 +247,11 @@ impl<'a> Session<'a> {
                     let of = fields.get("channel").unwrap_or("earlier output");
                     super::output::complain(&format!("warning: {lost} octets of {of} are lost here"));
                 }
-                self.number = self.number.or(fields.number("exec"));
+                let number = self.number.or(fields.number("exec"));
+                if std::mem::replace(&mut self.number, number).is_none() && self.mode.watches {
+                    // Its terminal had another size until now.
+                    self.send_size();
+                }
                 for signal in std::mem::take(&mut self.early) {
                     self.send_signal(signal);
                 }
@@ -291,13 +306,20 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// Reads what standard input has now; `false` at its end.
+    /// Reads what standard input has now; `false` at its end, and when we leave.
     fn read_stdin(&mut self, stdin: &io::Stdin, held: &mut Vec<u8>) -> bool {
         held.resize(FRAME, 0);
         let got = read(stdin.as_fd(), held);
         held.truncate(got.unwrap_or(0));
         match got {
-            Ok(n) if n > 0 => true,
+            Ok(n) if n > 0 => {
+                let leaves = (self.raw.is_some() && self.mode.watches).then_some(LEAVE_KEY);
+                let Some(at) = held.iter().position(|octet| Some(*octet) == leaves) else { return true };
+                self.client.write(&self.call, "stdin", &held[..at]);
+                held.clear();
+                self.leave(0);
+                false
+            }
             Err(Errno::EAGAIN | Errno::EINTR) => true,
             _ => {
                 self.client.end(&self.call, "stdin");

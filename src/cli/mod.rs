@@ -36,6 +36,7 @@ mod watch;
 
 use args::{Cli, NodeVerb, Verb};
 use client::Client;
+use exec::Mode;
 
 /// Why a verb ended without an exit code of its own.
 #[derive(Debug)]
@@ -128,7 +129,9 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Fork { from, count } => snapshot::fork(&mut connect()?, from, *count, cli.json),
         Verb::Rm { ids, force } => show::rm(&mut connect()?, ids, *force, cli.json),
         Verb::Logs { id, follow, guest } => show::logs(&mut connect()?, id, *follow, *guest),
-        Verb::Attach { id, exec } => watch::attach(cli, id, *exec),
+        Verb::Attach { interactive, tty, id, exec } => {
+            watch::attach(cli, id, *exec, Mode { stdin: *interactive, tty: *tty, watches: true })
+        }
         Verb::Execs { id } => watch::execs(&mut connect()?, id, cli.json),
         Verb::Signal { id, exec, signal } => watch::signal(&mut connect()?, id, *exec, signal),
         Verb::Watch(args) => watch::watch(&mut connect()?, args, cli.json),

@@ -57,7 +57,7 @@ pub fn run(cli: &Cli, args: &RunArgs) -> Result<u8, Failure> {
     let request = with_how(request, &args.how, &[], mode);
     let done = if args.how.detach {
         client.interrupt_on(None);
-        client.call(request.set("detach", true)).map(|_| 0)
+        client.call(mode.apply(request).set("detach", true)).map(|_| 0)
     } else {
         Session::run(&mut client, &signals, &id, request, mode)
     };
@@ -85,7 +85,7 @@ pub fn exec(cli: &Cli, args: &ExecArgs) -> Result<u8, Failure> {
     let request = with_how(request, &args.how, &args.env, mode);
     if args.how.detach {
         let mut client = Client::connect(&cli.socket()).map_err(Failure::Exec)?;
-        let reply = client.call(request.set("detach", true)).map_err(Failure::Exec)?;
+        let reply = client.call(mode.apply(request).set("detach", true)).map_err(Failure::Exec)?;
         let fields = reply.items.first().filter(|item| item.get("exec").is_some()).unwrap_or(&reply.fields);
         if cli.json {
             print_json(&json_object(fields))?;
@@ -111,10 +111,8 @@ fn serve(cli: &Cli, id: &str, request: Request, mode: Mode) -> Result<u8, Failur
 }
 
 fn mode_of(how: &HowArgs) -> Result<Mode, Failure> {
-    if how.tty && how.interactive && !io::stdin().is_terminal() {
-        return Err(Failure::Misuse("-t with -i needs a terminal on standard input; leave -t out".to_string()));
-    }
-    Ok(Mode { stdin: how.interactive, tty: how.tty, ..Mode::default() })
+    let mode = Mode { stdin: how.interactive, tty: how.tty, ..Mode::default() };
+    if how.detach { Ok(mode) } else { mode.checked() }
 }
 
 fn with_how(mut request: Request, how: &HowArgs, env: &[String], mode: Mode) -> Request {

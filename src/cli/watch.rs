@@ -96,13 +96,17 @@ fn rows(client: &mut Client, request: Request, json: bool, line: impl Fn(&Fields
     }
 }
 
-/// `warren attach`: a program's output from the start of what is kept, and its exit code. An interrupt leaves the program
-/// running.
-pub fn attach(cli: &Cli, id: &str, exec: u64) -> Result<u8, Failure> {
+/// `warren attach`: a program's output from the start of what is kept, what it reads where it is to be fed, and its exit code.
+/// An interrupt leaves the program running.
+pub fn attach(cli: &Cli, id: &str, exec: u64, mode: Mode) -> Result<u8, Failure> {
+    let mode = mode.checked()?;
+    if mode.tty {
+        complain("Ctrl-] leaves the program running");
+    }
     let signals = take_signals().map_err(Failure::Exec)?;
     let mut client = Client::connect(&cli.socket()).map_err(Failure::Exec)?;
     let request = Request::new("", "exec.attach").arg(id).set("exec", exec);
-    Session::run(&mut client, &signals, id, request, Mode { watches: true, ..Mode::default() }).map_err(Failure::Exec)
+    Session::run(&mut client, &signals, id, request, mode).map_err(Failure::Exec)
 }
 
 /// `warren execs`: the programs of a sandbox that run, or whose end is kept.

@@ -211,6 +211,8 @@ pub enum Command {
         sandbox: String,
         /// The program's number.
         exec: u64,
+        /// Feeds its stdin.
+        feeds: bool,
     },
     /// Runs code.
     CodeRun {
@@ -452,7 +454,7 @@ verbs! {
         let sandbox = sandbox(&mut args)?;
         done(args, Command::ExecList(sandbox))
     };
-    "exec.attach", "SANDBOX exec=N", "replay a program's output and follow it", exec_attach;
+    "exec.attach", "SANDBOX exec=N [stdin=true]", "replay a program's output, follow it, feed its stdin", exec_attach;
     "exec.signal", "SANDBOX exec=N signal=NAME|NUMBER", "signal a program's process group", exec_signal;
     "exec.resize", "SANDBOX exec=N cols=N rows=N", "new size of a program's terminal", exec_resize;
     "code.run",
@@ -624,8 +626,7 @@ fn exec_start(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error>
             request = request.set_bytes(key, &value);
         }
     }
-    let stdin = args.flag("stdin")?;
-    let flags = [("stdin", stdin), ("tty", args.flag("tty")?), ("privileged", args.flag("privileged")?)];
+    let flags = [("stdin", args.flag("stdin")?), ("tty", args.flag("tty")?), ("privileged", args.flag("privileged")?)];
     request = flags.iter().filter(|(_, on)| *on).fold(request, |request, (key, _)| request.set(key, true));
     for (key, limits) in
         [("cols", 1..=MAX_TERMINAL), ("rows", 1..=MAX_TERMINAL), ("timeout_ms", 1..=u64::MAX / 2_000_000)]
@@ -635,17 +636,14 @@ fn exec_start(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error>
         }
     }
     let detach = args.flag("detach")?;
-    if detach && stdin {
-        let message = "detach=true leaves nobody to feed the program: it has no standard input";
-        return Err(Error::new(Code::BadArgument, message).with("argument", "stdin"));
-    }
     done(args, Command::ExecStart { sandbox, argv, request, detach })
 }
 
 fn exec_attach(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
     let sandbox = sandbox(&mut args)?;
     let exec = args.number("exec", 0..=u64::MAX)?.ok_or_else(|| missing("exec"))?;
-    done(args, Command::ExecAttach { sandbox, exec })
+    let feeds = args.flag("stdin")?;
+    done(args, Command::ExecAttach { sandbox, exec, feeds })
 }
 
 fn exec_signal(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {

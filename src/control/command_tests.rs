@@ -28,6 +28,21 @@ fn an_exec_becomes_the_agents_request() {
 }
 
 #[test]
+fn an_exec_may_be_left_alone_with_its_stdin_open_and_attached_to_feed_it() {
+    let request = Request::new("9", "exec.start").arg("sb").arg("cat").set("stdin", true).set("detach", true);
+    let Ok(Command::ExecStart { request, detach: true, .. }) = Command::of(request, DEFAULTS) else { panic!() };
+    assert_eq!(request, Request::new("", "exec.start").arg("cat").set("stdin", true));
+    for (said, feeds) in [("true", true), ("false", false)] {
+        let request = Request::new("9", "exec.attach").arg("sb").set("exec", 4).set("stdin", said);
+        assert!(
+            matches!(Command::of(request, DEFAULTS), Ok(Command::ExecAttach { exec: 4, feeds: f, .. }) if f == feeds)
+        );
+    }
+    let request = Request::new("9", "exec.attach").arg("sb").set("exec", 4).set("stdin", "open");
+    assert!(Command::of(request, DEFAULTS).is_err_and(|error| error.is(Code::BadArgument)));
+}
+
+#[test]
 fn what_changes_something_is_audited_and_no_viewers() {
     for (name, role, audited) in [
         ("hello", Role::Monitor, false),

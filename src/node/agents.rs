@@ -15,6 +15,7 @@ use crate::sandbox::exec::{CodeRun, Exec, Sink, output_index};
 use crate::sandbox::flow::QUEUE_HIGH;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
+use crate::sandbox::stdin::Stdin;
 use crate::sandbox::worker::{self, LEARN};
 use crate::storage::state::Change;
 use crate::wire::{Code, Decoded, EXEC_MAX, Error, Fields, Link, Message, Request};
@@ -308,7 +309,13 @@ impl Supervisor {
                     exec.end(index);
                 }
             }
-            Message::Credit { channel, octets, .. } if channel == exec.input() => exec.stdin.allow(octets),
+            Message::Credit { channel, octets, .. } if channel == exec.input() => match exec.code {
+                Some(_) => exec.feed.allow(octets),
+                None => exec.stdin.allow(octets),
+            },
+            Message::Item { fields, .. } if exec.code.is_none() && fields.get("stdout_offset").is_some() => {
+                return self.streams_stand(id, number, &fields);
+            }
             Message::Item { fields, .. } => {
                 let before = exec.code.clone();
                 let Some(fields) = exec.begins(&fields) else { return };
@@ -338,7 +345,7 @@ impl Supervisor {
         self.touch_viewers(id, number);
     }
 
-    fn touch_viewers(&mut self, id: &SandboxId, number: u64) {
+    pub(super) fn touch_viewers(&mut self, id: &SandboxId, number: u64) {
         let exec = self.sandboxes.get(id).and_then(|sandbox| sandbox.execs.get(&number));
         self.touched_clients.extend(exec.into_iter().flat_map(|exec| exec.viewers.iter().map(|viewer| viewer.client)));
     }
@@ -438,11 +445,13 @@ impl Supervisor {
         let sandbox = self.sandboxes.get_mut(id)?;
         let number = sandbox.next_exec;
         let worker = sandbox.worker.as_mut()?;
+        let has_stdin = request.has("stdin");
         let route = worker.agent.request(request.set("id", number));
         worker.routes.insert(route.clone(), Route::Exec(number));
         sandbox.next_exec += 1;
         let mut exec = Exec::new(number, argv, now_ms());
         exec.route = Some(route);
+        exec.stdin = Stdin::of_new(has_stdin);
         trace.next(START);
         exec.trace = trace;
         if let Some(run) = run {
@@ -456,18 +465,6 @@ impl Supervisor {
         self.record_exec(id, number);
         self.touched_sandboxes.insert(id.clone());
         Some(number)
-    }
-
-    pub(super) fn attach_exec(&mut self, key: u64, tag: &str, given: &str, number: u64) -> Result<(), Error> {
-        let id = self.find(key, given)?;
-        let exec = self.sandboxes.get_mut(&id).and_then(|sandbox| sandbox.execs.get_mut(&number));
-        let Some(exec) = exec else {
-            return Err(Error::new(Code::NotFound, format!("sandbox {id} has no exec {number}")).with("exec", number));
-        };
-        let lost = exec.watch(key, tag, false);
-        self.answer(key, &Message::item(tag, Fields::new().with("exec", number).with("lost", lost)));
-        self.add_job(key, tag, Job::Exec { sandbox: id, number });
-        Ok(())
     }
 
     /// Asks an agent that was there before us what runs.

@@ -18,6 +18,7 @@ mod events;
 mod exchange;
 mod externals;
 pub mod faults;
+mod feeding;
 mod finish;
 mod flattening;
 mod fork;

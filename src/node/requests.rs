@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use mio::Token;
 
+use super::feeding::is_audited;
 use super::instance::{Awaited, Route, Sandbox, Waiter, Worker};
 use super::supervisor::{Source, Supervisor};
 use super::transfer::{CHANNEL, Download, Upload};
@@ -224,7 +225,7 @@ impl Supervisor {
             _ => Ok(()),
         };
         self.taken = Some(Instant::now());
-        let noted = if verb.is_some_and(Verb::is_audited) { self.audit(key, &request) } else { Ok(()) };
+        let noted = if is_audited(&request) { self.audit(key, &request) } else { Ok(()) };
         let done = noted.and(allowed).and_then(|()| Command::of(request, defaults));
         if let Err(error) = done.and_then(|command| self.execute(key, &tag, command)) {
             self.answer(key, &Message::err(&tag, error));
@@ -357,7 +358,7 @@ impl Supervisor {
             Command::CodeContextCreate { sandbox, language, bounds } => {
                 self.create_context(key, tag, &sandbox, &language, bounds)?;
             }
-            Command::ExecAttach { sandbox, exec } => self.attach_exec(key, tag, &sandbox, exec)?,
+            Command::ExecAttach { sandbox, exec, feeds } => self.attach_exec(key, tag, &sandbox, exec, feeds)?,
             Command::ExecControl { sandbox, request } | Command::File { sandbox, request } => {
                 self.relay(key, tag, &sandbox, request)?;
             }
@@ -459,6 +460,7 @@ impl Supervisor {
         match self.clients.get_mut(&key).and_then(|client| client.jobs.get_mut(tag)) {
             Some(Job::Restore { upload, .. } | Job::Import(upload)) => upload.end(),
             Some(Job::Packages { early, .. }) => early.end(),
+            Some(Job::Exec { .. }) if channel == "stdin" => self.end_feed(key, tag),
             _ => {
                 self.pass_to_agent(key, tag, |route| Message::end(route, channel));
                 self.source_ended(key, tag, channel);
@@ -481,9 +483,10 @@ impl Supervisor {
             Job::Exec { sandbox, number } if matches!(channel, "stdin" | "source") => {
                 match self.sandboxes.get_mut(sandbox).and_then(|sandbox| sandbox.execs.get_mut(number)) {
                     Some(exec) if exec.input() != channel => Err(no_channel(channel)),
-                    Some(exec) if exec.viewers.iter().any(|v| v.owner && v.client == key && v.tag == tag) => {
+                    Some(exec) if exec.code.is_none() => self.feed(key, tag, std::mem::take(&mut payload)),
+                    Some(exec) if exec.is_fed_by(key, tag) => {
                         exec.source.take(&payload);
-                        exec.stdin.take(channel, payload.len())
+                        exec.feed.take(channel, payload.len())
                     }
                     _ => return,
                 }
@@ -491,6 +494,7 @@ impl Supervisor {
             _ => Err(no_channel(channel)),
         };
         match taken {
+            Ok(()) if channel == "stdin" => {}
             Ok(()) => self.pass_to_agent(key, tag, |route| Message::data(route, channel, payload)),
             Err(error) => {
                 self.cancel(key, tag);
@@ -506,8 +510,8 @@ impl Supervisor {
             Job::Relay { sandbox, route, .. } => (sandbox.clone(), Some(route.clone())),
             Job::Exec { sandbox, number } => {
                 let exec = self.sandboxes.get(sandbox).and_then(|sandbox| sandbox.execs.get(number));
-                let owned = exec.filter(|exec| exec.viewers.iter().any(|v| v.owner && v.client == key && v.tag == tag));
-                (sandbox.clone(), owned.and_then(|exec| exec.route.clone()))
+                let fed = exec.filter(|exec| exec.is_fed_by(key, tag));
+                (sandbox.clone(), fed.and_then(|exec| exec.route.clone()))
             }
             _ => return,
         };

@@ -1,5 +1,6 @@
 //! After each turn of the loop: whatever became sendable is sent, and credit is passed on where there is room.
 
+use super::feeding::pour;
 use super::instance::{Route, Worker};
 use super::requests::Job;
 use super::supervisor::Supervisor;
@@ -26,6 +27,7 @@ impl Supervisor {
 
     fn settle_sandbox(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        pour(sandbox);
         let Some(worker) = &mut sandbox.worker else { return };
         // A failing link shows as closed when it is read.
         let _ = worker.link.flush();
@@ -37,12 +39,14 @@ impl Supervisor {
                 }
             }
             let input = exec.input();
-            if let Some(owner) = exec.viewers.iter().find(|viewer| viewer.owner)
-                && let Some(octets) = exec.stdin.grant(worker.agent.queued())
-                && let Some(client) = self.clients.get_mut(&owner.client)
+            let Some((key, tag)) = exec.feeder().map(|viewer| (viewer.client, viewer.tag.clone())) else { continue };
+            let queued = worker.agent.queued();
+            let grant = if exec.code.is_some() { exec.feed.grant(queued) } else { exec.stdin.grant(queued) };
+            if let Some(octets) = grant
+                && let Some(client) = self.clients.get_mut(&key)
             {
-                client.send(&Message::credit(&owner.tag, input, octets));
-                self.touched_clients.insert(owner.client);
+                client.send(&Message::credit(&tag, input, octets));
+                self.touched_clients.insert(key);
             }
         }
         for (key, client) in &mut self.clients {

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::flow::{Gate, QUEUE_HIGH};
 use super::home::Home;
+use super::stdin::Stdin;
 use super::trace::Trace;
 use crate::storage::languages::is_language_name;
 use crate::storage::ring::Ring;
@@ -48,11 +49,23 @@ pub struct Viewer {
     pub client: u64,
     /// The tag of its request.
     pub tag: String,
-    /// Whether the program is this client's: it feeds stdin, and the program ends with it.
+    /// Whether the program is this client's: it ends with it.
     pub owner: bool,
+    /// Whether it feeds the program's input, as an owner does. One at a time.
+    pub feeds: bool,
+    greeting: Option<Greeting>,
     seen: [u64; 3],
     credit: [u64; 3],
     ended: [bool; 3],
+}
+
+/// What who attaches is told first.
+#[derive(Debug, Clone, Copy)]
+struct Greeting {
+    /// Octets of output that are not kept any more.
+    lost: u64,
+    /// Where in stdin it begins, if it feeds that and it is known by now.
+    start: Option<u64>,
 }
 
 /// What a viewer is to be sent; the caller has the client.
@@ -109,8 +122,10 @@ pub struct Exec {
     pub route: Option<String>,
     /// How it ended.
     pub outcome: Option<Result<Fields, Error>>,
-    /// From the owner to the program.
-    pub stdin: Gate,
+    /// Its source, from its owner, where it is a code run.
+    pub feed: Gate,
+    /// Its stdin, where it is a program.
+    pub stdin: Stdin,
     /// Why its output could not be kept: it is being ended for that, and what still comes is dropped.
     pub unkept: Option<Error>,
     /// Who watches it.
@@ -144,7 +159,8 @@ impl Exec {
             started_ms,
             route: None,
             outcome: None,
-            stdin: Gate::default(),
+            feed: Gate::default(),
+            stdin: Stdin::unknown(),
             unkept: None,
             viewers: Vec::new(),
             code: None,
@@ -165,7 +181,7 @@ impl Exec {
         self.outputs[PROGRAM_OUTPUTS].ended = false;
     }
 
-    /// The channel that its owner feeds.
+    /// The channel that is fed.
     pub fn input(&self) -> &'static str {
         if self.code.is_some() { "source" } else { "stdin" }
     }
@@ -202,12 +218,33 @@ impl Exec {
             client,
             tag: tag.to_string(),
             owner,
+            feeds: owner,
+            greeting: None,
             seen,
             credit: [INITIAL_CREDIT; 3],
             // Of a channel that it does not have nobody hears.
             ended: [false, false, channels == PROGRAM_OUTPUTS],
         });
         seen.iter().sum()
+    }
+
+    /// Adds a viewer whose program it is not, and which may feed it all the same. `pump` greets it.
+    pub fn attach(&mut self, client: u64, tag: &str, feeds: bool) {
+        let start = if feeds { self.stdin.begin() } else { None };
+        let lost = self.watch(client, tag, false);
+        if let Some(viewer) = self.viewers.last_mut() {
+            (viewer.feeds, viewer.greeting) = (feeds, Some(Greeting { lost, start }));
+        }
+    }
+
+    /// Who feeds it.
+    pub fn feeder(&self) -> Option<&Viewer> {
+        self.viewers.iter().find(|viewer| viewer.feeds)
+    }
+
+    /// Whether that request feeds it.
+    pub fn is_fed_by(&self, client: u64, tag: &str) -> bool {
+        self.feeder().is_some_and(|viewer| viewer.client == client && viewer.tag == tag)
     }
 
     /// Takes output from the agent. Fails when the agent broke its credit (`CREDIT_EXCEEDED`) or the ring cannot
@@ -247,6 +284,7 @@ impl Exec {
             Err(error) => self.trace.fail(None, error),
         }
         self.outcome = Some(outcome);
+        self.stdin.close();
         for output in &mut self.outputs {
             output.ended = true;
         }
@@ -288,6 +326,22 @@ impl Exec {
     pub fn pump(&mut self, at: usize, sink: &mut dyn Sink) -> bool {
         let (viewers, outputs) = (&mut self.viewers, &self.outputs);
         let viewer = &mut viewers[at];
+        if let Some(Greeting { lost, start }) = viewer.greeting {
+            let mut fields = Fields::new().with("exec", self.number).with("lost", lost);
+            if viewer.feeds {
+                match (start.or(self.stdin.said()), &self.outcome) {
+                    (Some(start), _) => fields = fields.with("stdin_offset", start),
+                    // Its agent is to say.
+                    (None, None) => return false,
+                    (None, Some(_)) => {
+                        sink.send(&Message::err(&viewer.tag, has_ended(self.number)));
+                        return true;
+                    }
+                }
+            }
+            sink.send(&Message::item(&viewer.tag, fields));
+            viewer.greeting = None;
+        }
         for (index, output) in outputs.iter().enumerate() {
             while viewer.seen[index] < output.total() && viewer.credit[index] > 0 && sink.queued() < QUEUE_HIGH {
                 // Who only watches holds nobody up, and may be overtaken.
@@ -321,15 +375,20 @@ impl Exec {
         true
     }
 
-    /// Credit to give the agent for an output now: its owner is never more than a window behind what may come. Who watches it
-    /// besides is not waited for.
+    /// Credit to give the agent for an output now: its owner, and who feeds it, is never more than a window behind what may come.
+    /// Who only watches is not waited for.
     pub fn grant(&mut self, index: usize) -> Option<u64> {
         let output = &mut self.outputs[index];
         if output.ended {
             return None;
         }
-        let seen =
-            self.viewers.iter().filter(|v| v.owner).map(|v| v.seen[index]).min().unwrap_or_else(|| output.total());
+        let seen = self
+            .viewers
+            .iter()
+            .filter(|v| v.owner || v.feeds)
+            .map(|v| v.seen[index])
+            .min()
+            .unwrap_or_else(|| output.total());
         let target = seen + INITIAL_CREDIT;
         let more = target.saturating_sub(output.granted);
         if more < INITIAL_CREDIT / 4 {
@@ -342,6 +401,7 @@ impl Exec {
     /// A fresh link to the agent begins with a fresh window from where the output stands.
     pub fn rejoin(&mut self, route: String) {
         self.route = Some(route);
+        self.stdin.away();
         self.begun &= self.code.is_none();
         for output in &mut self.outputs {
             output.granted = output.total() + INITIAL_CREDIT;
@@ -399,6 +459,11 @@ impl Exec {
     }
 }
 
+/// The error of who would feed a program that has ended.
+pub fn has_ended(number: u64) -> Error {
+    Error::new(Code::BadState, format!("exec {number} has ended: it cannot be fed")).with("exec", number)
+}
+
 /// Arguments as one readable line.
 pub fn shell_line(argv: &[Vec<u8>]) -> Vec<u8> {
     let mut line = Vec::new();
@@ -425,146 +490,5 @@ pub fn shell_line(argv: &[Vec<u8>]) -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::sandbox::home::Places;
-    use crate::sandbox::id::SandboxId;
-
-    struct Reader {
-        got: Vec<u8>,
-        lost: u64,
-        done: Option<Message>,
-        queued: usize,
-    }
-
-    impl Sink for Reader {
-        fn send(&mut self, message: &Message) {
-            match message {
-                Message::Data { payload, .. } => self.got.extend_from_slice(payload),
-                Message::Item { fields, .. } => self.lost += fields.number("lost").unwrap_or(0),
-                Message::Ok { .. } | Message::Err { .. } => self.done = Some(message.clone()),
-                _ => {}
-            }
-        }
-        fn queued(&self) -> usize {
-            self.queued
-        }
-    }
-
-    #[test]
-    fn a_beginning_is_news_once() {
-        let pid = |pid: u64| Fields::new().with("exec", 99).with("pid", pid);
-        let mut exec = Exec::new(1, vec![b"true".to_vec()], 0);
-        assert_eq!(exec.begins(&Fields::new().with("stdout_offset", 0)), None);
-        assert_eq!(exec.begins(&pid(7)), Some(Fields::new().with("exec", 1).with("pid", 7)));
-        exec.rejoin("2".to_string());
-        assert_eq!(exec.begins(&pid(7)), None);
-
-        let state = |state: &str| Fields::new().with("state", state);
-        let mut exec = Exec::new(2, Vec::new(), 0);
-        exec.is_run(CodeRun { language: String::new(), context: None, running: false });
-        let news = |exec: &mut Exec, word: &str| exec.begins(&state(word)).is_some();
-        let heard = ["pending", "pending", "sleeping", "running", "pending", "running"].map(|w| news(&mut exec, w));
-        assert_eq!(heard, [true, false, false, true, false, false]);
-        exec.rejoin("2".to_string());
-        assert_eq!(["pending", "running", "pending"].map(|word| news(&mut exec, word)), [true, true, false]);
-        assert!(exec.code.is_some_and(|run| run.running));
-    }
-
-    fn home(name: &str) -> (std::path::PathBuf, Home) {
-        let dir = std::env::temp_dir().join(format!("warren-exec-{name}-{}", std::process::id()));
-        let id = SandboxId::random().expect("urandom");
-        std::fs::create_dir_all(dir.join(id.as_str()).join("exec")).expect("temp dir");
-        let places = Places { disks: dir.clone(), sockets: dir.clone(), cgroups: dir.join("cgroups") };
-        (dir, places.of(&id))
-    }
-
-    #[test]
-    fn a_slow_viewer_holds_the_agent_and_loses_nothing() {
-        let (dir, home) = home("slow");
-        let mut exec = Exec::new(1, vec![b"yes".to_vec()], 0);
-        exec.watch(7, "a", true);
-        let mut reader = Reader { got: Vec::new(), lost: 0, done: None, queued: 0 };
-        let mut sent = 0u64;
-        let mut allowed = INITIAL_CREDIT;
-        for round in 0..100u64 {
-            while sent < allowed {
-                let piece = vec![
-                    u8::try_from(round).expect("small");
-                    10_000.min(usize::try_from(allowed - sent).expect("fits"))
-                ];
-                exec.take(&home, 1024 * 1024, 0, &piece).expect("within credit");
-                sent += piece.len() as u64;
-            }
-            exec.pump(0, &mut reader);
-            if let Some(more) = exec.grant(0) {
-                allowed += more;
-            }
-            if round % 3 == 0 {
-                exec.credit(7, "a", 0, 100_000);
-            }
-        }
-        assert!(
-            exec.take(&home, 1024 * 1024, 0, &vec![0; usize::try_from(allowed - sent).expect("fits") + 1]).is_err()
-        );
-        exec.finish(Ok(Fields::new().with("exit", 0)));
-        exec.credit(7, "a", 0, u64::MAX);
-        assert!(exec.pump(0, &mut reader));
-        assert_eq!(reader.got.len() as u64, sent);
-        assert!(matches!(reader.done, Some(Message::Ok { .. })));
-        std::fs::remove_dir_all(&dir).expect("clean up");
-    }
-
-    #[test]
-    fn without_viewers_the_program_runs_on_and_an_attach_is_told_what_it_lost() {
-        let (dir, home) = home("lost");
-        let capacity = 512 * 1024;
-        let mut exec = Exec::new(1, vec![b"yes".to_vec()], 0);
-        let mut total = 0u64;
-        for _ in 0..100 {
-            exec.take(&home, capacity, 0, &[b'y'; 16 * 1024]).expect("granted as it comes");
-            total += 16 * 1024;
-            exec.grant(0);
-        }
-        assert_eq!(exec.watch(7, "a", false), total - capacity);
-        let mut reader = Reader { got: Vec::new(), lost: 0, done: None, queued: 0 };
-        exec.credit(7, "a", 0, u64::MAX);
-        assert!(!exec.pump(0, &mut reader));
-        assert_eq!(reader.got.len() as u64, capacity);
-        exec.forget(&home);
-        std::fs::remove_dir_all(&dir).expect("clean up");
-    }
-
-    #[test]
-    fn a_slow_watcher_holds_nobody_up_and_is_told_what_it_lost_of_which_channel() {
-        let (dir, home) = home("watcher");
-        let capacity = 512 * 1024;
-        let mut exec = Exec::new(1, vec![b"yes".to_vec()], 0);
-        exec.watch(7, "slow", false);
-        let mut reader = Reader { got: Vec::new(), lost: 0, done: None, queued: 0 };
-        exec.take(&home, capacity, 0, &[b'x'; 1000]).expect("within credit");
-        exec.credit(7, "slow", 0, 0);
-        exec.pump(0, &mut reader);
-        assert_eq!(reader.got.len(), 1000);
-        let mut total = 1000;
-        for _ in 0..100 {
-            exec.take(&home, capacity, 0, &[b'y'; 16 * 1024]).expect("granted as it comes");
-            total += 16 * 1024;
-            exec.grant(0);
-        }
-        exec.finish(Ok(Fields::new().with("exit", 0)));
-        assert!(!exec.collected);
-        exec.credit(7, "slow", 0, u64::MAX);
-        assert!(exec.pump(0, &mut reader) && exec.collected);
-        assert_eq!(reader.lost, total - 1000 - capacity);
-        assert_eq!(reader.got.len() as u64, 1000 + capacity);
-        exec.forget(&home);
-        std::fs::remove_dir_all(&dir).expect("clean up");
-    }
-
-    #[test]
-    fn argv_is_shown_as_a_shell_would_read_it() {
-        let argv = [b"sh".to_vec(), b"-c".to_vec(), b"echo 'a b'".to_vec(), b"".to_vec()];
-        assert_eq!(shell_line(&argv), b"sh -c 'echo '\\''a b'\\''' ''");
-    }
-}
+#[path = "exec_tests.rs"]
+mod tests;

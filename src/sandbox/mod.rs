@@ -21,6 +21,7 @@ pub mod packages;
 pub mod restart;
 pub mod spawn;
 pub mod spec;
+pub mod stdin;
 pub mod time_limits;
 pub mod trace;
 pub mod uids;

@@ -40,6 +40,11 @@ impl Request {
         self
     }
 
+    /// Whether it has `key=true`.
+    pub fn has(&self, key: &str) -> bool {
+        self.args.iter().any(|arg| matches!(arg, Arg::Named(name, value) if name == key && value == b"true"))
+    }
+
     /// Adds `key=value` with a value of raw octets.
     pub fn set_bytes(mut self, key: &str, value: &[u8]) -> Self {
         self.args.push(Arg::Named(key.to_string(), value.to_vec()));

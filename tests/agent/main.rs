@@ -359,6 +359,7 @@ fn another_link_takes_over_where_a_lost_one_stopped() {
     match second.next() {
         Message::Item { fields, .. } => {
             assert_eq!((fields.number("stdout_offset"), fields.number("stderr_offset")), (Some(4), Some(0)));
+            assert_eq!((fields.number("stdin_offset"), fields.number("stdin_credit")), (Some(0), Some(INITIAL_CREDIT)));
         }
         other => panic!("unexpected: {other:?}"),
     }
@@ -401,6 +402,27 @@ fn a_program_waits_for_a_reader_that_stops() {
     assert_eq!((row.get("state"), row.number("stdout_offset")), (Some("running"), Some(INITIAL_CREDIT)));
     client.send(&Message::credit("x", "stdout", 10_000_000));
     assert_eq!(client.finish("x").stdout.len() as u64 + received, 2_000_000);
+}
+
+#[test]
+fn a_link_that_takes_over_may_send_what_the_one_before_left_of_the_window() {
+    let agent = Agent::start();
+    let mut first = agent.connect();
+    let id = first.start(shell("echo there; exec sleep 1000").set("stdin", true));
+    first.wait_for("there");
+    for _ in 0..INITIAL_CREDIT / FRAME as u64 {
+        first.send(&Message::data("x", "stdin", vec![b'x'; FRAME]));
+    }
+    // Once this is answered all of that is there.
+    first.done_beside(Request::new("l", "exec.list"));
+    drop(first);
+    // However often: what waits for the program is never more than a window. Its pipe has taken the rest.
+    for _ in 0..6 {
+        let mut next = agent.connect();
+        next.request(Request::new("y", "exec.attach").set("exec", id).set("stdout", 6));
+        let Message::Item { fields, .. } = next.next() else { panic!("no row") };
+        assert_eq!((fields.number("stdin_offset"), fields.number("stdin_credit")), (Some(INITIAL_CREDIT), Some(65536)));
+    }
 }
 
 #[test]

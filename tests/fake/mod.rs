@@ -346,6 +346,10 @@ impl Connection {
                     }
                 }
             }
+            "exec.attach" => {
+                self.say(Message::item(&tag, Fields::new().with("exec", 4).with("lost", 0).with("stdin_offset", 0)));
+                self.running.insert(tag, Running::Cat { content: Vec::new(), into: None, taken: 0 });
+            }
             "exec.resize" => {
                 let size = format!("{}x{}\r\n", one("cols").unwrap(), one("rows").unwrap());
                 let of = self.running.iter().find(|(_, r)| matches!(r, Running::Size)).map(|(tag, _)| tag.clone());

@@ -8,8 +8,6 @@ use crate::wire::{Code, Error, INITIAL_CREDIT, Link, Message};
 
 /// Credit is given back in portions of this many octets.
 const CREDIT_PORTION: u64 = 64 * 1024;
-/// Octets that wait for a program at most; more than one link's credit when links were replaced.
-const QUEUE_MAX: usize = 4 * INITIAL_CREDIT as usize;
 /// Small chunks are joined up to this size, so that a chunk's own cost does not count.
 const CHUNK: usize = 16 * 1024;
 /// Ctrl-D: what ends the input of a terminal.
@@ -69,7 +67,7 @@ impl Input {
             return Err(Error::new(Code::BadState, "stdin is not open: exec.start without stdin=true, or ended"));
         }
         self.received += chunk.len() as u64;
-        if self.received > self.granted || self.queued + chunk.len() > QUEUE_MAX {
+        if self.received > self.granted {
             return Err(Error::new(
                 Code::CreditExceeded,
                 format!("stdin has {} octets, credit is for {}", self.received, self.granted),
@@ -113,11 +111,13 @@ impl Input {
         (self.queued, self.written) = (0, 0);
     }
 
-    /// A new link takes over: it may send `INITIAL_CREDIT` octets from `offset()` on.
-    pub(super) fn renew_credit(&mut self) {
-        self.granted = self.received.saturating_add(INITIAL_CREDIT);
-        // What is still queued was sent on the old link's credit.
+    /// A new link takes over. Gives how many octets it may send from `offset()` on: with what is still queued, as many as ever
+    /// wait for a program.
+    pub(super) fn renew_credit(&mut self) -> u64 {
+        let credit = INITIAL_CREDIT.saturating_sub(self.queued as u64);
+        self.granted = self.received.saturating_add(credit);
         self.owed = 0;
+        credit
     }
 
     /// Writes what the pipe takes. `true` when it did something.

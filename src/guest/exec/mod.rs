@@ -244,7 +244,7 @@ impl Exec {
     pub(super) fn attach(&mut self, attachment: Attachment, [stdout, stderr, result]: [u64; 3]) -> Fields {
         self.attached = Some(attachment);
         self.announced = true;
-        self.stdin.renew_credit();
+        let credit = self.stdin.renew_credit();
         let stdout = self.stdout.rewind(stdout);
         let stderr = self.stderr.rewind(stderr);
         let fields = Fields::new().with("exec", self.id).with("stdout_offset", stdout).with("stderr_offset", stderr);
@@ -253,7 +253,10 @@ impl Exec {
             run.announced = None;
             return fields.with("result_offset", result);
         }
-        if self.stdin.is_open() { fields.with("stdin_offset", self.stdin.offset()) } else { fields }
+        match self.stdin.is_open() {
+            true => fields.with("stdin_offset", self.stdin.offset()).with("stdin_credit", credit),
+            false => fields,
+        }
     }
 
     /// Does what needs no link: looks whether it started, feeds its stdin.
