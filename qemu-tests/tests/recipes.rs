@@ -103,9 +103,29 @@ fn a_recipe_says_what_is_started_and_when_it_is_ready() {
         let found = said(&of, "pwd; cat made; command -v own; echo $PATH");
         assert_eq!(found, "/workspace/at\nown\n/opt/bin/own\n/opt/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin\n");
     }
+    // What stands on it has both, and is tried again; a start command of its own, or none, takes the place of both.
+    for (recipe, start, ready) in [
+        ("ENV MORE=1\nUSER root\n", &["own", "serve", "ready"][..], "test -s /tmp/up"),
+        ("CMD [\"own\", \"serve\", \"mine\"]\n", &["own", "serve", "mine"], ""),
+        ("CMD []\n", &[], ""),
+    ] {
+        write(&place, "Dockerfile", &format!("FROM ready\n{recipe}"));
+        let done = build(&node, &small("on-ready", &["--no-cache"], &path(&place)));
+        assert_eq!(done.stderr.contains("ready: test -s /tmp/up"), !ready.is_empty(), "{recipe}: {}", done.stderr);
+        assert_eq!(all(&node, "on-ready", "start"), start, "{recipe}");
+        assert_eq!(all(&node, "on-ready", "ready").concat(), ready, "{recipe}");
+        assert_eq!(snapshots(&node, "on-ready"), usize::from(!ready.is_empty()), "{recipe}");
+        let of = sandbox(&node, "on-ready");
+        match start.last() {
+            Some(word) => assert_eq!(up(&of), format!("{word} {}\n", if ready.is_empty() { 1000 } else { 0 })),
+            None => assert!(of.client().ok(of.request("exec.list")).items.is_empty(), "{recipe}"),
+        }
+        drop(of);
+        remove(&node, "on-ready");
+    }
     remove(&node, "ready");
 
-    // What stands on it takes the start command back, or is not there.
+    // What it stands on is not there.
     write(&place, "Dockerfile", "FROM nothing-like-it:3.11\nCMD []\n");
     let failed = fails(&node, &small("none", &["--no-cache"], &path(&place)), "NOT_FOUND");
     let told =

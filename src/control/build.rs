@@ -31,7 +31,8 @@ pub struct BuildAsk {
     pub services: BTreeSet<SocketAddrV4>,
 }
 
-/// What a template is to be beside its disk. What is not said is as the template's that it was built on.
+/// What a template is to be beside its disk. What is not said is as the template's that it was built on, but for the two
+/// commands: that there is none of them is said by leaving them out.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CommitAsk {
     /// Of programs.

@@ -15,6 +15,7 @@ use crate::cli::client::{Call, Client, Event, INTERRUPTED, LOCAL_IO, local};
 use crate::cli::output::{complain, json_object, print, print_json};
 use crate::cli::show::text;
 use crate::cli::signals::{ENDING, Signals, exit_code};
+use crate::recipe::dockerfile::Instruction;
 use crate::recipe::image::Settings;
 use crate::recipe::key::{Key, Summed};
 use crate::wire::{Code, Error, Fields, Request};
@@ -70,10 +71,11 @@ impl<'a> Builder<'a> {
         let (tasks, mut around, last) = plan(source, begin, around)?;
         if let Some(start) = &args.start {
             let shell = || ["/bin/sh", "-c", start].map(str::to_string).to_vec();
-            (around.entrypoint, around.cmd) = (Vec::new(), if start.is_empty() { Vec::new() } else { shell() });
+            around.take(&Instruction::Entrypoint(Vec::new()));
+            around.take(&Instruction::Cmd(if start.is_empty() { Vec::new() } else { shell() }));
         }
         if let Some(ready) = &args.ready {
-            around.ready.clone_from(ready);
+            around.take(&Instruction::Ready(ready.clone()));
         }
         let whole = whole_key(&last, &around, source.languages.as_deref());
         let ask = |steps: &[&Task]| {
@@ -439,10 +441,13 @@ fn begin(client: &mut Client, source: &Source, args: &BuildArgs) -> Result<(Key,
             let template = client.call(Request::new("", "template.inspect").arg(name));
             let template = template.map_err(|error| no_base(error, source, name))?.fields;
             for (key, value) in &template.0 {
-                if let ("env", Some((name, value))) =
-                    (key.as_str(), std::str::from_utf8(value).ok().and_then(|e| e.split_once('=')))
-                {
-                    around.set(name, value);
+                let Ok(value) = std::str::from_utf8(value) else { continue };
+                match (key.as_str(), value.split_once('=')) {
+                    ("env", Some((name, value))) => around.set(name, value),
+                    // How much of it was an entry point is not known: a CMD takes the place of all of it.
+                    ("start", _) => around.cmd.push(value.to_string()),
+                    ("ready", _) => around.ready = value.to_string(),
+                    _ => {}
                 }
             }
             // Its user stays the template's where a recipe says no other; steps run as root until then.

@@ -211,6 +211,8 @@ pub(super) struct Surroundings {
     pub has_cmd: bool,
     pub entrypoint: Vec<String>,
     pub ready: String,
+    /// `ready` is the recipe's, and not the base's.
+    pub has_ready: bool,
 }
 
 impl Surroundings {
@@ -246,16 +248,27 @@ impl Surroundings {
             Instruction::Env(pairs) => pairs.iter().for_each(|(name, value)| self.set(name, value)),
             Instruction::WorkDir(path) => self.workdir = Some(self.path(path)),
             Instruction::User(user) => self.user = Some(user.clone()),
-            Instruction::Cmd(words) => (self.cmd, self.has_cmd) = (words.clone(), true),
+            Instruction::Cmd(words) => {
+                (self.cmd, self.has_cmd) = (words.clone(), true);
+                self.start_is_another();
+            }
             Instruction::Entrypoint(words) => {
                 self.entrypoint.clone_from(words);
                 // The base's is of the base's entry point.
                 if !self.has_cmd {
                     self.cmd.clear();
                 }
+                self.start_is_another();
             }
-            Instruction::Ready(command) => self.ready.clone_from(command),
+            Instruction::Ready(command) => (self.ready, self.has_ready) = (command.clone(), true),
             Instruction::Run(_) | Instruction::Copy { .. } => {}
+        }
+    }
+
+    /// The base's ready command is of the base's start command.
+    fn start_is_another(&mut self) {
+        if !self.has_ready {
+            self.ready.clear();
         }
     }
 
@@ -427,5 +440,27 @@ mod tests {
         assert_eq!(start("ENTRYPOINT []\n"), "");
         assert_eq!(start("CMD [\"mine\"]\nENTRYPOINT []\n"), "mine");
         assert_eq!(start("ENTRYPOINT []\nCMD []\n"), "");
+    }
+
+    #[test]
+    fn the_base_s_ready_command_goes_with_its_start_command() {
+        let of = |recipe: &str| {
+            let base =
+                Surroundings { cmd: vec!["base".to_string()], ready: "base-up".to_string(), ..Surroundings::default() };
+            let source = source(&format!("FROM base\n{recipe}"), Path::new("/"));
+            let (_, around, _) = plan(&source, Key::new(), base).unwrap();
+            (around.start().join(" "), around.ready)
+        };
+        for (recipe, start, ready) in [
+            ("ENV A=1\n", "base", "base-up"),
+            ("CMD [\"mine\"]\n", "mine", ""),
+            ("ENTRYPOINT [\"mine\"]\n", "mine", ""),
+            ("CMD []\n", "", ""),
+            ("READY mine-up\n", "base", "mine-up"),
+            ("READY mine-up\nCMD [\"mine\"]\n", "mine", "mine-up"),
+            ("CMD [\"mine\"]\nREADY mine-up\n", "mine", "mine-up"),
+        ] {
+            assert_eq!(of(recipe), (start.to_string(), ready.to_string()), "{recipe}");
+        }
     }
 }
