@@ -47,6 +47,8 @@ pub enum Blow {
     HandOver,
     /// The step fails as on a full disk.
     Full,
+    /// What begins there is out of time at once.
+    Late,
 }
 
 impl Blow {
@@ -61,6 +63,7 @@ impl Blow {
             Self::Both(pid) => format!("{pid} die"),
             Self::HandOver => "term".to_string(),
             Self::Full => "full".to_string(),
+            Self::Late => "late".to_string(),
         }
     }
 }

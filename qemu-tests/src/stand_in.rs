@@ -26,11 +26,27 @@ impl<'a> StandIn<'a> {
         Self { node, socket, real }
     }
 
+    /// Has it live in its sandbox's control group, as what was a worker does, with as many threads as it likes.
+    pub fn join_worker(&self, sandbox: &Sandbox) {
+        let worker = self.node.worker(&sandbox.id);
+        self.node.sh(&format!(
+            "group=/sys/fs/cgroup$(cut -d: -f3 /proc/{worker}/cgroup); echo max > $group/pids.max; \
+             for pid in {}; do echo $pid > $group/cgroup.procs; done",
+            self.processes()
+        ));
+    }
+
+    /// What a shell finds it by.
+    fn processes(&self) -> String {
+        format!("$(node-tool processes | grep '^[0-9]* node-tool .* {} ' | cut -d' ' -f1)", self.real)
+    }
+
     /// Ends it. The worker has its socket again, where it is not gone with its sandbox.
     pub fn end(self) {
+        let processes = self.processes();
         let Self { node, socket, real } = self;
         node.sh(&format!(
-            "for pid in $(node-tool processes | grep '^[0-9]* node-tool .* {real} ' | cut -d' ' -f1); do kill -9 $pid; done; \
+            "for pid in {processes}; do kill -9 $pid; done; \
              if [ -e {socket} ]; then mv {real} {socket}; else rm -f {real}; fi"
         ));
     }

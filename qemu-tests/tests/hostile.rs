@@ -4,9 +4,12 @@
 //! Each run of the former is `vm-rig hostile` with a mode of `hostile-guest`. `WARREN_HOSTILE_ROUNDS` makes the runs longer (40),
 //! `WARREN_HOSTILE_SEED` makes them others (1); both are printed with what came of each run.
 
+use qemu_tests::fault::{Blow, assert_agree, strike};
 use qemu_tests::stand_in::{StandIn, next_supervisor};
 use qemu_tests::state::NodeState;
 use qemu_tests::{Code, Message, Node, Request, Sandbox, shared, timing};
+use warren::node::faults::Point;
+use warren::storage::snapshots::files::FaultPoint;
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -42,7 +45,7 @@ impl Neighbour {
 
 /// Runs modes, with the keys of `vm-rig hostile` behind them, one after the other beside a sandbox.
 fn attack(modes: &[(&str, &str)], rounds: u64) {
-    let node = shared::node();
+    let node = shared::node_with_faults();
     // The first sandbox may leave caches and directories that stay.
     drop(node.sandbox(&[]));
     let before = NodeState::of(&node);
@@ -118,7 +121,7 @@ fn reason_of_the_end(sandbox: &Sandbox, neighbour: &Neighbour) -> String {
 
 #[test]
 fn a_worker_or_an_agent_that_floods_the_supervisor_is_given_up_and_nobody_else_notices() {
-    let node = shared::node();
+    let node = shared::node_with_faults();
     let neighbour = Neighbour::new(&node);
     let modes = [
         ("greet", "worker-lost: its worker answered hello, which it was not asked"),
@@ -146,7 +149,7 @@ fn a_worker_or_an_agent_that_floods_the_supervisor_is_given_up_and_nobody_else_n
 
 #[test]
 fn an_agent_that_says_or_reads_nothing_holds_up_nobody() {
-    let node = shared::node();
+    let node = shared::node_with_faults();
     let neighbour = Neighbour::new(&node);
     let [(blank, before_blank), (deaf, before_deaf), (begin, before_begin)] = ["blank", "deaf", "begin"].map(|mode| {
         let sandbox = node.sandbox(&[("memory_mib", "128")]);
@@ -196,4 +199,34 @@ fn an_agent_that_says_or_reads_nothing_holds_up_nobody() {
     neighbour.assert_well();
     deaf.remove().expect("it can be removed");
     before_deaf.end();
+}
+
+#[test]
+fn a_worker_that_never_finishes_writing_is_ended_when_its_time_is_over() {
+    let node = shared::node_with_faults();
+    let neighbour = Neighbour::new(&node);
+    let modes = [
+        ("pause", "sandbox.pause", Point::PauseWritten),
+        ("snapshot", "snapshot.create", Point::Storage(FaultPoint::RowWritten)),
+    ];
+    let posing = modes.map(|_| {
+        let sandbox = node.sandbox(&[("memory_mib", "128")]);
+        let stand_in = StandIn::start(&node, &sandbox, "pose hold");
+        stand_in.join_worker(&sandbox);
+        (sandbox, stand_in)
+    });
+    next_supervisor(&node);
+    neighbour.wait_for_agent();
+    for ((sandbox, stand_in), (what, verb, point)) in posing.into_iter().zip(modes) {
+        let asked = || node.control().call(sandbox.request("file.stat").set("path", "/")).ok();
+        timing::wait_for("the agent to be reached", asked);
+        let error = strike(&node, &[(point, Blow::Late)], sandbox.request(verb)).expect_err("nothing is written");
+        assert!(error.is(Code::Timeout) && error.fields.get("timeout_ms") == Some("1000"), "{what}: {error}");
+        let reason = reason_of_the_end(&sandbox, &neighbour);
+        assert!(reason.starts_with(&format!("{what}-timeout: ")), "{what}: {reason}");
+        assert!(node.control().ok(Request::new("", "snapshot.list")).items.is_empty());
+        assert_agree(&node, what);
+        sandbox.remove().expect("it can be removed");
+        stand_in.end();
+    }
 }

@@ -5,11 +5,13 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use super::capture::FREEZE;
 use super::faults::{self, Point};
-use super::instance::{Route, Sandbox};
-use super::pause::FREEZE;
+use super::instance::Sandbox;
 use super::requests::Job;
 use super::snapshots::{AGAIN, Then, has_pushed};
 use super::start::MIB;
@@ -24,7 +26,7 @@ use crate::storage::snapshots::files::{self, FaultPoint, Shape};
 use crate::storage::snapshots::{Shelves, SnapshotKind, SnapshotRow, SnapshotState};
 use crate::storage::state::{Change, LayerRow};
 use crate::storage::templates::Template;
-use crate::wire::{Code, Error, Fields, Message, Request};
+use crate::wire::{Code, Error, Fields, Message};
 
 /// A snapshot that is being made.
 #[derive(Debug)]
@@ -32,6 +34,8 @@ pub(super) struct Making {
     sandbox: SandboxId,
     step: Step,
     want: Want,
+    /// The worker has written all that it is to write.
+    written: Arc<AtomicBool>,
     /// Octets of the disk's layer, once that is frozen.
     layer_bytes: Option<u64>,
     /// Why there will be no snapshot: only its disk's half is carried to its end.
@@ -51,6 +55,19 @@ enum Step {
     Writing,
     /// The rows that make it a snapshot are on their way to the database.
     Committing,
+}
+
+impl Making {
+    /// Has it fail where it still waits for its worker. Whether it does.
+    pub(super) fn give_up(&mut self, error: Error) -> bool {
+        let waits = matches!(self.step, Step::Freezing(_) | Step::Holding | Step::Writing)
+            && self.failure.is_none()
+            && !self.written.load(Ordering::Relaxed);
+        if waits {
+            self.failure = Some(error);
+        }
+        waits
+    }
 }
 
 /// What it is wanted for.
@@ -156,7 +173,8 @@ impl Supervisor {
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
             sandbox.snapshotting = Some(snapshot.clone());
         }
-        let making = Making { sandbox: id.clone(), step: Step::Recording, want, layer_bytes: None, failure: None };
+        let (sandbox, written) = (id.clone(), Arc::default());
+        let making = Making { sandbox, step: Step::Recording, want, written, layer_bytes: None, failure: None };
         self.snapshots.making.insert(snapshot, making);
         Ok(())
     }
@@ -171,10 +189,10 @@ impl Supervisor {
 
     /// The row is durable: the programs are frozen.
     pub(super) fn snapshot_begun(&mut self, snapshot: &str) {
-        faults::pass(Point::Storage(FaultPoint::RowWritten));
+        let Some(id) = self.snapshots.making.get(snapshot).map(|making| making.sandbox.clone()) else { return };
+        let began = self.limit_capture(&id, Point::Storage(FaultPoint::RowWritten));
         let Some(making) = self.snapshots.making.get_mut(snapshot) else { return };
-        making.step = Step::Freezing(Instant::now());
-        let id = making.sandbox.clone();
+        making.step = Step::Freezing(began);
         if !self.ask_freeze(&id) {
             self.snapshot_failed(snapshot, Error::new(Code::LinkLost, "the sandbox ended before it was taken"));
         }
@@ -224,13 +242,13 @@ impl Supervisor {
     pub(super) fn snapshot_held(&mut self, snapshot: &str, held: Held) {
         let Some(making) = self.snapshots.making.get_mut(snapshot) else { return };
         making.step = Step::Writing;
-        let id = making.sandbox.clone();
+        let (id, all) = (making.sandbox.clone(), Arc::clone(&making.written));
         self.thaw(&id);
         let Some(sandbox) = self.sandboxes.get(&id) else { return };
         let Some(row) = self.snapshots.store.snapshot(snapshot) else { return };
         let (home, shelves, row) = (sandbox.home.clone(), self.snapshots.shelves.clone(), row.clone());
         let owned = snapshot.to_string();
-        let work = move || Done::SnapshotWritten { snapshot: owned, written: write(held, &row, &home, &shelves) };
+        let work = move || Done::SnapshotWritten { snapshot: owned, written: write(held, &row, &home, &shelves, &all) };
         if let Err(e) = self.background.run("snapshot", work) {
             // What was taken is lost with the thread that was not started; its disk's half is settled at the next start.
             log::error!("snapshot {snapshot}: no thread: {e}");
@@ -244,7 +262,7 @@ impl Supervisor {
         let (bytes, is_difference) = match written.files {
             Ok(found) => found,
             Err(error) => {
-                making.failure = Some(error);
+                making.failure.get_or_insert(error);
                 (0, false)
             }
         };
@@ -369,6 +387,8 @@ impl Supervisor {
         let row = self.snapshots.store.remove_snapshot(snapshot);
         let Some(making) = self.end_snapshot(snapshot) else { return };
         let id = making.sandbox;
+        // What came first is why.
+        let error = making.failure.unwrap_or(error);
         log::warn!("sandbox {id}: no snapshot {snapshot}: {error}");
         // Its row goes with its files, as those that nobody needs do.
         if row.is_some() {
@@ -406,34 +426,7 @@ impl Supervisor {
         self.sweep_snapshots();
         Some(making)
     }
-
-    // ---- Freezing and thawing, also for `pause` ----
-
-    /// Asks the agent to freeze the guest's programs; `Route::Freeze` or `Timer::Freeze` goes on. `false` where there is none.
-    pub(super) fn ask_freeze(&mut self, id: &SandboxId) -> bool {
-        let worker = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut());
-        let Some(worker) = worker.filter(|worker| !worker.dead && worker.agent.is_ready()) else { return false };
-        let freeze = Request::new("", "system.freeze").set("wait_ms", FREEZE_MS).set("id", id);
-        let tag = worker.agent.request(freeze);
-        worker.routes.insert(tag, Route::Freeze);
-        self.touched_sandboxes.insert(id.clone());
-        self.timers.after(FREEZE, Timer::Freeze(id.clone()));
-        true
-    }
-
-    /// Lets the guest's programs go on as they are.
-    pub(super) fn thaw(&mut self, id: &SandboxId) {
-        let worker = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.worker.as_mut());
-        let Some(worker) = worker.filter(|worker| !worker.dead && worker.agent.is_ready()) else { return };
-        let tag = worker.agent.request(Request::new("", "system.thaw"));
-        worker.routes.insert(tag, Route::Unheeded);
-        self.touched_sandboxes.insert(id.clone());
-    }
 }
-
-/// How long the guest's programs have to stand still, in milliseconds. One that does not (it waits in the kernel for a
-/// disk) is taken as it is.
-const FREEZE_MS: u64 = 1000;
 
 /// The shape of a root disk's overlay.
 pub(super) fn overlay_shape(template: &Template, disk_bytes: u64) -> Shape {
@@ -507,10 +500,11 @@ fn open_below(shelves: &Shelves, below: &str, memory: &File, memory_bytes: u64) 
 }
 
 /// Waits for a snapshot's files and puts them on the medium. Blocks.
-fn write(held: Held, row: &SnapshotRow, home: &Home, shelves: &Shelves) -> Written {
+fn write(held: Held, row: &SnapshotRow, home: &Home, shelves: &Shelves, all: &AtomicBool) -> Written {
     let files = held.result.and_then(|capture| {
         let is_difference = capture.is_difference();
         let written = capture.finish().map_err(failed("its memory"))?.number("memory_bytes");
+        all.store(true, Ordering::Relaxed);
         faults::storage(FaultPoint::Captured).map_err(failed("its memory"))?;
         let bytes = shelves.sync(&row.id, is_difference, &mut faults::storage).map_err(failed("its files"))?;
         if is_difference {

@@ -4,7 +4,7 @@
 //! The variable names a file. A point that is reached reads its first line; where the first word of it is that point, the line
 //! goes, and the file with its last, so that the next supervisor goes on. The words after it happen in their order: a number
 //! is a process that is killed, `die` kills the supervisor, `term` has it hand over to the next one, `full` has the step fail as on a full disk,
-//! `wait` has it go no further: the power is about to go.
+//! `wait` has it go no further: the power is about to go; `late` has what begins there be out of time at once.
 
 use std::fs;
 use std::io;
@@ -155,6 +155,7 @@ pub(super) fn reached(point: Point) -> io::Result<()> {
     for word in words {
         match word {
             "full" => return Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            "late" => return Err(io::ErrorKind::TimedOut.into()),
             "die" => loop {
                 let _ = kill(getpid(), Signal::SIGKILL);
                 thread::sleep(Duration::from_secs(1));

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mio::Token;
 use mio::net::UnixStream;
@@ -185,8 +185,8 @@ pub struct Sandbox {
     pub restarting: bool,
     /// How far its pause is, while it is being paused.
     pub pausing: Option<Pausing>,
-    /// When the last pause began.
-    pub pause_began: Option<Instant>,
+    /// When the last pause or snapshot began, and how long it may take.
+    pub capture: Option<(Instant, Duration)>,
     /// A thread makes the memory whole that it is paused as, and what is to be taken down when that has ended.
     pub settling: bool,
     /// See `settling`.
@@ -269,7 +269,7 @@ impl Sandbox {
             reason: String::new(),
             restarting: false,
             pausing: None,
-            pause_began: None,
+            capture: None,
             settling: false,
             after_settling: None,
             snapshotting: None,

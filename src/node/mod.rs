@@ -7,6 +7,7 @@ mod audit;
 mod background;
 mod backup;
 mod build;
+mod capture;
 mod catalogue;
 mod checkpoint;
 mod code;

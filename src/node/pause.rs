@@ -13,14 +13,15 @@
 //! a thread makes it whole, and a resume waits for that (`Home::settle_paused`).
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use super::capture::FREEZE;
 use super::faults::{self, Point};
 use super::flattening::to_error;
 use super::fork::RollingBack;
 use super::instance::Awaited;
 use super::start::MIB;
-use super::supervisor::{Done, Supervisor, Timer};
+use super::supervisor::{Done, Supervisor};
 use crate::sandbox::home::{Home, Settling};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::lifecycle::State;
@@ -28,12 +29,6 @@ use crate::sandbox::worker;
 use crate::storage::memory_file;
 use crate::storage::snapshots::SnapshotRow;
 use crate::wire::{Code, Error, Fields, Message, Request};
-
-/// How long the agent has to say that they do.
-pub(super) const FREEZE: Duration = Duration::from_secs(5);
-/// How long a pause may take, with a second for each `SLOWEST_MIB` of memory besides: more than any medium needs.
-const PAUSE: Duration = Duration::from_secs(60);
-const SLOWEST_MIB: u64 = 16;
 
 /// How far a pause is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,34 +74,14 @@ impl Supervisor {
 
     /// The row says `pausing`: whoever comes after a kill knows.
     pub(super) fn pausing_recorded(&mut self, id: &SandboxId) {
-        let Some(sandbox) = self.sandboxes.get_mut(id).filter(|s| s.pausing == Some(Pausing::Recording)) else {
+        if self.sandboxes.get(id).is_none_or(|sandbox| sandbox.pausing != Some(Pausing::Recording)) {
             return;
-        };
-        faults::pass(Point::PauseWritten);
-        let began = Instant::now();
-        sandbox.pausing = Some(Pausing::Freezing(began));
-        sandbox.pause_began = Some(began);
-        let most = PAUSE + Duration::from_secs(u64::from(sandbox.spec.memory_mib) / SLOWEST_MIB);
-        self.timers.after(most, Timer::Pause(id.clone(), began));
+        }
+        let began = self.limit_capture(id, Point::PauseWritten);
+        if let Some(sandbox) = self.sandboxes.get_mut(id) {
+            sandbox.pausing = Some(Pausing::Freezing(began));
+        }
         self.ask_freeze(id);
-    }
-
-    /// A pause has had its time. Until its end no limit of the sandbox holds, so that a worker could run on in it for ever.
-    pub(super) fn pause_expired(&mut self, id: &SandboxId, began: Instant) {
-        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
-        if sandbox.pausing.is_none() || sandbox.pause_began != Some(began) {
-            return;
-        }
-        log::error!(
-            "sandbox {id}: its pause did not come to an end within {} s: it is ended",
-            began.elapsed().as_secs()
-        );
-        if let Some(worker) = &mut sandbox.worker {
-            worker.verdict = Some("pause-timeout: its worker did not write or end in time".to_string());
-        }
-        if let Err(e) = sandbox.home.kill() {
-            log::error!("sandbox {id} cannot be killed: {e}");
-        }
     }
 
     /// The agent has had its time to freeze the guest's programs.

@@ -87,8 +87,8 @@ pub(super) enum Timer {
     Relink(SandboxId),
     /// The agent must have frozen the guest's programs by now.
     Freeze(SandboxId),
-    /// A worker must have ended by now for a pause, which began then.
-    Pause(SandboxId, Instant),
+    /// A worker must have written by now what a pause or a snapshot needs, which began then.
+    Capture(SandboxId, Instant),
     /// What did not work of a snapshot is tried again.
     Snapshot(String),
     /// A merge of layers that failed is tried again.
@@ -667,7 +667,7 @@ impl Supervisor {
             Timer::Obituary(id) => self.bury_anyway(&id),
             Timer::Relink(id) => self.relink(&id),
             Timer::Freeze(id) => self.freeze_expired(&id),
-            Timer::Pause(id, began) => self.pause_expired(&id, began),
+            Timer::Capture(id, began) => self.capture_expired(&id, began),
             Timer::Merge => self.merge_layers(),
             Timer::Flatten => self.flatten_again(),
             Timer::Retention => self.retention_due(),

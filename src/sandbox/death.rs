@@ -8,6 +8,7 @@
 //! | `guest-hung` | the guest's agent does not answer | the node asks it (`node/health.rs`) |
 //! | `agent-lost` | the agent broke its link, again and again | the link |
 //! | `worker-lost` | the worker broke its link's protocol | the link |
+//! | `pause-timeout`, `snapshot-timeout` | the worker did not write in time what a pause or a snapshot needs | the node's clock (`node/capture.rs`) |
 //! | `kvm-error` | the processor or KVM gave up on the guest | the worker's last words |
 //! | `device-error` | a device or its medium gave up | the same |
 //! | `internal` | the worker's own fault: a panic or a fatal signal | the same |

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use qemu_tests::connection::Connection;
@@ -57,6 +58,7 @@ fn answer(version: &str, worker: &mut UnixStream, client: &mut UnixStream) -> io
 /// | `refuse` | agent | says in 60,000 octets why it cannot serve |
 /// | `deaf` | agent | greets, then reads nothing |
 /// | `begin` | agent | says without end that a program has begun |
+/// | `hold` | worker | says that it has taken its machine, and writes nothing |
 pub fn pose(mode: &str, real: &str, socket: &str) -> io::Result<()> {
     fs::rename(socket, real)?;
     let listener = UnixListener::bind(socket)?;
@@ -71,6 +73,13 @@ pub fn pose(mode: &str, real: &str, socket: &str) -> io::Result<()> {
 }
 
 fn speak(mode: &str, mut link: Connection) -> io::Result<()> {
+    if mode == "hold" && first_word(&link)? == *b"capture" {
+        // Who does not read has the descriptors that came with it all the same.
+        link.send(&Message::ok("capture", Fields::new()))?;
+        loop {
+            std::thread::park();
+        }
+    }
     let Message::Request(first) = link.receive()? else { return Ok(()) };
     let protocol = Fields::new().with("protocol", 1);
     let who = if first.verb == "vsock.connect" { "agent" } else { "worker" };
@@ -92,6 +101,17 @@ fn speak(mode: &str, mut link: Connection) -> io::Result<()> {
             std::thread::park();
         },
         _ => answer_requests(who, mode, &mut link),
+    }
+}
+
+/// The first word that waits on a connection, which stays there.
+fn first_word(link: &Connection) -> io::Result<[u8; 7]> {
+    let mut word = [0; 7];
+    let flags = libc::MSG_PEEK | libc::MSG_WAITALL;
+    // SAFETY: `word` has room for its own length.
+    match unsafe { libc::recv(link.stream().as_raw_fd(), word.as_mut_ptr().cast(), word.len(), flags) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(word),
     }
 }
 
