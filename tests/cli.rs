@@ -326,6 +326,18 @@ fn a_shell_without_a_terminal_reads_its_commands_from_stdin() {
 fn logs_are_printed_as_they_are() {
     let node = Node::start();
     assert_eq!(stdout(&run(&node, &["logs", "sb"])), "[    0.0] Linux\n");
+    assert_eq!(stdout(&run(&node, &["logs", "hostile"])), "\x1b]0;owned\x07\tover\n");
+    assert!(run(&node, &["logs", "-n", "5", "--guest", "--since", "1h", "sb"]).status.success());
+    node.await_seen("sandbox.logs sb source=guest tail=5 since_ms=");
+    assert_eq!(run(&node, &["logs", "--since", "1h", "sb"]).status.code(), Some(2), "a console has no times");
+}
+
+#[test]
+fn a_log_cannot_drive_a_terminal() {
+    let node = Node::start();
+    let (mut child, mut ours, _theirs) = on_terminal(warren(&node).args(["logs", "hostile"]));
+    assert_eq!(read_until(&mut ours, "over\r\n"), "\\x1b]0;owned\\x07\tover\r\n");
+    assert!(child.wait().expect("it ends").success());
 }
 
 #[test]

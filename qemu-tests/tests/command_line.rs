@@ -416,6 +416,10 @@ fn console_output_events_and_use_are_followed_and_who_stops_reading_is_told_what
     top.until("CPU TIME");
     root("echo said on the console > /dev/console");
     console.until("said on the console");
+    qemu_tests::timing::wait_for("its last line", || {
+        let said = stdout(&warren(&node, &["logs", "-n", "1", "followed"]));
+        (said.lines().count() == 1 && said.contains("said on the console")).then_some(())
+    });
     events.until("exec.ended");
     top.until("CPU TIME");
 

@@ -1,7 +1,7 @@
 //! The service at 169.254.169.254: who a sandbox is, what its programs log, and what hostile programs get of it.
 
 use qemu_tests::fault::next_supervisor;
-use qemu_tests::{Call, Fields, Node, Request, Sandbox, shared, timing};
+use qemu_tests::{Call, Code, Fields, Node, Request, Sandbox, shared, timing};
 
 fn id_of(sandbox: &Sandbox) -> String {
     sandbox.client().ok(sandbox.request("sandbox.inspect")).field("id").to_string()
@@ -89,6 +89,15 @@ fn what_programs_log_is_attributed_followed_and_outlives_a_supervisor() {
     let own = id_of(&one);
     assert!(rows.iter().all(|row| row["sandbox"] == own.as_str() && row["time_ms"].is_u64()), "{rows:?}");
     assert_eq!((&rows[0]["log"]["n"], &rows[1]["log"]["sandbox"]), (&1.into(), &"forged".into()));
+    let part = |key: &str, value: &str| {
+        let request = one.request("sandbox.logs").set("source", "guest").set(key, value);
+        one.client().ok(request).text("log").lines().count()
+    };
+    assert_eq!((part("tail", "0"), part("tail", "1"), part("tail", "7")), (0, 1, 2));
+    let last = rows[1]["time_ms"].as_u64().expect("a time");
+    assert_eq!((part("since_ms", "1"), part("since_ms", &(last + 1).to_string())), (2, 0));
+    let error = one.client().err(one.request("sandbox.logs").set("since_ms", last));
+    assert!(error.is(Code::BadArgument) && error.fields.get("argument") == Some("since_ms"), "{error}");
     let theirs = timing::wait_for("the other's", || Some(logs(&other)).filter(|rows| rows.len() == 1));
     assert_eq!(theirs[0]["log"], "theirs");
 

@@ -55,4 +55,13 @@ fn what_a_guest_prints_is_in_its_log() {
         log.contains("printed by a program").then_some(log)
     });
     assert!(log.len() <= 1 << 20);
+    timing::wait_for("its last two lines", || {
+        let [whole, tail] = [None, Some(2)].map(|lines| {
+            let request = sandbox.request("sandbox.logs");
+            let request = lines.iter().fold(request, |request, lines| request.set("tail", lines));
+            sandbox.client().ok(request).text("log")
+        });
+        // It may have grown in between.
+        (whole.ends_with(&tail) && tail.lines().count() == 2).then_some(())
+    });
 }

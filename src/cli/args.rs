@@ -9,6 +9,7 @@ use clap_complete::Shell;
 
 use super::code::args::{CodeArgs, ContextVerb, Dependencies};
 use super::history::HistoryArgs;
+use super::logs::LogsArgs;
 use super::shape::{LimitArgs, NetworkArgs, Shape, TimeLimitArgs};
 use super::show::{AuditArgs, PsArgs};
 use super::values::{parse_duration, parse_mib};
@@ -195,17 +196,7 @@ pub enum Verb {
         force: bool,
     },
     /// Print a sandbox's console log, or what its programs log at http://169.254.169.254/logs
-    Logs {
-        /// Id or name
-        #[arg(value_name = "SANDBOX")]
-        id: String,
-        /// Go on printing what comes
-        #[arg(short, long)]
-        follow: bool,
-        /// What its programs log, lines of JSON
-        #[arg(short, long)]
-        guest: bool,
-    },
+    Logs(LogsArgs),
     /// Show what becomes of sandboxes and executions
     Events(EventsArgs),
     /// Show what changes at a path in a sandbox, as it changes

@@ -22,6 +22,7 @@ pub mod code;
 mod copy;
 mod exec;
 mod history;
+mod logs;
 mod output;
 mod run;
 mod shape;
@@ -128,7 +129,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Failure> {
         Verb::Rollback { sandbox, snapshot } => snapshot::rollback(&mut connect()?, sandbox, snapshot, cli.json),
         Verb::Fork { from, count } => snapshot::fork(&mut connect()?, from, *count, cli.json),
         Verb::Rm { ids, force } => show::rm(&mut connect()?, ids, *force, cli.json),
-        Verb::Logs { id, follow, guest } => show::logs(&mut connect()?, id, *follow, *guest),
+        Verb::Logs(args) => logs::logs(&mut connect()?, args),
         Verb::Attach { interactive, tty, id, exec } => {
             watch::attach(cli, id, *exec, Mode { stdin: *interactive, tty: *tty, watches: true })
         }

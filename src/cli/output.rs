@@ -63,6 +63,53 @@ pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
+/// Makes of what a guest says, piece by piece, text that cannot drive a terminal: of control characters, only the ends of lines and
+/// tabs are let through, the others are shown.
+#[derive(Debug, Default)]
+pub struct Visible {
+    /// The begin of what only the next piece tells: a character, or the end of a line.
+    pending: Vec<u8>,
+}
+
+impl Visible {
+    /// The next piece.
+    pub fn take(&mut self, piece: &[u8]) -> String {
+        self.pending.extend_from_slice(piece);
+        let octets = std::mem::take(&mut self.pending);
+        let cut = match octets.utf8_chunks().last().map(|last| (last.valid().as_bytes().last(), last.invalid())) {
+            Some((Some(b'\r'), [])) => 1,
+            // A character has four octets at most.
+            Some((_, part)) if std::str::from_utf8(part).is_err_and(|e| e.error_len().is_none()) => part.len(),
+            _ => 0,
+        };
+        let (whole, rest) = octets.split_at(octets.len() - cut);
+        self.pending = rest.to_vec();
+        visible(whole)
+    }
+
+    /// What is left when nothing more comes.
+    pub fn end(&mut self) -> String {
+        visible(&std::mem::take(&mut self.pending))
+    }
+}
+
+fn visible(octets: &[u8]) -> String {
+    let mut text = String::with_capacity(octets.len());
+    for chunk in octets.utf8_chunks() {
+        let mut characters = chunk.valid().chars().peekable();
+        while let Some(c) = characters.next() {
+            match c {
+                '\n' | '\t' => text.push(c),
+                '\r' if characters.peek() == Some(&'\n') => {}
+                c if c.is_control() => text.push_str(&format!("\\x{:02x}", u32::from(c))),
+                c => text.push(c),
+            }
+        }
+        chunk.invalid().iter().for_each(|octet| text.push_str(&format!("\\x{octet:02x}")));
+    }
+    text
+}
+
 /// A line on standard error that is written over again and again, only on a terminal.
 #[derive(Debug)]
 pub struct StatusLine {
@@ -264,6 +311,17 @@ mod tests {
     #[test]
     fn a_cell_cannot_drive_the_terminal() {
         assert_eq!(table(&["A"], &[vec!["\x1b[2Jx\n".into()]]), "A\n?[2Jx?\n");
+    }
+
+    #[test]
+    fn what_a_guest_says_is_shown_and_does_nothing_to_a_terminal_wherever_it_is_cut() {
+        let said = b"a\tb\r\n\x1b]0;owned\x07\rover\x7f \xc2\x9b31m \x9b \xe2\x82\xac \xff\xe2\x82\n\xf0\x9f";
+        let shown = "a\tb\n\\x1b]0;owned\\x07\\x0dover\\x7f \\x9b31m \\x9b € \\xff\\xe2\\x82\n\\xf0\\x9f";
+        for length in 1..=said.len() {
+            let mut visible = Visible::default();
+            let text: String = said.chunks(length).map(|piece| visible.take(piece)).collect();
+            assert_eq!(text + &visible.end(), shown, "in pieces of {length}");
+        }
     }
 
     #[test]

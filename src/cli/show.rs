@@ -9,9 +9,7 @@ use serde_json::{Value, json};
 
 use super::Failure;
 use super::client::{CONNECTION_LOST, Call, Client, Event};
-use super::output::{
-    ago, complain, human_bytes, human_seconds, json_object, print, print_error, print_json, printable, table,
-};
+use super::output::{ago, human_bytes, human_seconds, json_object, print, print_error, print_json, printable, table};
 use super::shape::{LimitArgs, NetworkArgs, TimeLimitArgs};
 use crate::wire::{Code, Error, Fields, Request};
 
@@ -294,36 +292,6 @@ fn each(names: &[String], mut action: impl FnMut(&str) -> Result<(), Error>) -> 
         }
     }
     code
-}
-
-/// `warren logs`: a log as it is. What is lost to a reader that is too slow is said.
-pub fn logs(client: &mut Client, id: &str, follow: bool, guest: bool) -> Result<u8, Failure> {
-    let mut request = Request::new("", "sandbox.logs").arg(id);
-    if follow {
-        request = request.set("follow", true);
-    }
-    if guest {
-        request = request.set("source", "guest");
-    }
-    let call = client.start(request)?;
-    loop {
-        match client.next(&call, None)? {
-            Event::Item(fields) => {
-                if let Some(lost) = fields.number("lost") {
-                    complain(&format!("warning: at least {lost} octets are lost here"));
-                }
-            }
-            Event::Data { channel, payload } => {
-                print(&payload)?;
-                client.consumed(&call, &channel, payload.len());
-            }
-            Event::End { .. } => {}
-            Event::Done(result) => {
-                result?;
-                return Ok(0);
-            }
-        }
-    }
 }
 
 /// `warren node`.

@@ -191,6 +191,8 @@ pub enum Command {
         follow: bool,
         /// Which log.
         source: LogSource,
+        /// Where in it to begin.
+        from: LogStart,
     },
     /// Starts a program.
     ExecStart {
@@ -255,6 +257,15 @@ pub enum LogSource {
     Console,
     /// What its programs log by the guest's own service.
     Guest,
+}
+
+/// Where in what is kept of a log to begin: at its start where nothing is said, else at the later of both.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LogStart {
+    /// So many lines before the end.
+    pub tail: Option<u64>,
+    /// At the first line of this time or a later one, in Unix milliseconds.
+    pub since_ms: Option<u64>,
 }
 
 /// Sandboxes of one fork.
@@ -446,7 +457,7 @@ verbs! {
         done(args, Command::SandboxStats(sandbox))
     };
     "sandbox.update", "SANDBOX memory_target_mib=N | network=on|off [allow=CIDR,…]* [deny=CIDR,…]* | [cpu_quota=N] [disk_iops=N] [disk_mbps=N] [net_mbps=N] | [ttl=LIMIT] [idle_timeout=LIMIT] [max_lifetime=LIMIT]", "change a running sandbox", sandbox_update;
-    "sandbox.logs", "SANDBOX [follow=true] [source=console|guest]", "the serial log, or what programs log, on channel log", sandbox_logs;
+    "sandbox.logs", "SANDBOX [follow=true] [source=console|guest] [tail=N] [since_ms=TIME]", "the serial log, or what programs log, on channel log", sandbox_logs;
     "exec.start",
     "SANDBOX ARG+ [env=K=V]* [cwd=PATH] [user=USER] [stdin=true] [tty=true cols=N rows=N] [privileged=true] [timeout_ms=N] [detach=true]",
     "start a program; channels stdin, stdout, stderr", exec_start;
@@ -594,6 +605,9 @@ fn sandbox_update(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error
     done(args, Command::SandboxUpdate { sandbox, update })
 }
 
+/// Most lines that are asked for: no log has more octets.
+const MAX_TAIL: u64 = 1 << 30;
+
 fn sandbox_logs(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
     let sandbox = sandbox(&mut args)?;
     let follow = args.flag("follow")?;
@@ -605,7 +619,12 @@ fn sandbox_logs(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> 
             return Err(Error::new(Code::BadArgument, message).with("argument", "source"));
         }
     };
-    done(args, Command::SandboxLogs { sandbox, follow, source })
+    let from = LogStart { tail: args.number("tail", 0..=MAX_TAIL)?, since_ms: args.number("since_ms", 0..=u64::MAX)? };
+    if from.since_ms.is_some() && source == LogSource::Console {
+        let message = "since_ms= is for source=guest: lines of a console have no time";
+        return Err(Error::new(Code::BadArgument, message).with("argument", "since_ms"));
+    }
+    done(args, Command::SandboxLogs { sandbox, follow, source, from })
 }
 
 /// Largest terminal, in columns or rows: the kernel's `struct winsize` holds 16 bits.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::requests::Job;
 use super::supervisor::{Supervisor, Timer};
 use crate::control::client::Client;
-use crate::control::command::LogSource;
+use crate::control::command::{LogSource, LogStart};
 use crate::sandbox::exec::Sink;
 use crate::sandbox::flow::QUEUE_HIGH;
 use crate::sandbox::guest_log;
@@ -42,7 +42,67 @@ enum Origin {
     Ring(Ring),
 }
 
+impl LogStart {
+    /// The place in what is kept.
+    fn of(self, kept: &[u8]) -> usize {
+        let mut at = 0;
+        if let Some(since) = self.since_ms {
+            let earlier = |line: &&[u8]| time_of(line).is_none_or(|time| time < since);
+            at = kept.split_inclusive(|octet| *octet == b'\n').take_while(earlier).map(<[u8]>::len).sum();
+        }
+        match self.tail {
+            None => at,
+            Some(0) => kept.len(),
+            Some(lines) => {
+                let body = kept.strip_suffix(b"\n").unwrap_or(kept);
+                let ends = body.iter().enumerate().rev().filter(|(_, octet)| **octet == b'\n');
+                let before = usize::try_from(lines - 1).ok().and_then(|lines| ends.map(|(at, _)| at + 1).nth(lines));
+                at.max(before.unwrap_or(0))
+            }
+        }
+    }
+}
+
+/// The time of a line that a program has logged, which `sandbox::guest_log` has put in front.
+fn time_of(line: &[u8]) -> Option<u64> {
+    let digits = line.strip_prefix(guest_log::TIME.as_bytes())?;
+    let end = digits.iter().position(|octet| !octet.is_ascii_digit())?;
+    std::str::from_utf8(&digits[..end]).ok()?.parse().ok()
+}
+
 impl Origin {
+    /// Where a reading begins.
+    fn begin(&mut self, from: LogStart) -> io::Result<u64> {
+        let anywhere = from == LogStart::default();
+        let begin = match self {
+            // What is kept is read from its start, and is all that there is.
+            Self::Ring(ring) => line_start(ring).unwrap_or(ring.oldest()),
+            Self::File { .. } if anywhere => 0,
+            // The worker, which writes it, keeps it shorter than that, and is not trusted to.
+            Self::File { file, .. } => file.metadata()?.len().saturating_sub(2 * LOG_BYTES),
+        };
+        if anywhere {
+            return Ok(begin);
+        }
+        let (mut kept, mut chunk) = (Vec::new(), vec![0; 64 * 1024]);
+        while (kept.len() as u64) < 2 * LOG_BYTES {
+            let at = begin + kept.len() as u64;
+            match match self {
+                Self::Ring(ring) => ring.read_at(at, &mut chunk)?,
+                Self::File { file, .. } => file.read_at(&mut chunk, at)?,
+            } {
+                0 => break,
+                read => kept.extend_from_slice(&chunk[..read]),
+            }
+        }
+        let at = from.of(&kept);
+        if let Self::File { mark, seen, .. } = self {
+            *mark = kept[at.saturating_sub(MARK)..at].to_vec();
+            *seen = begin + kept.len() as u64;
+        }
+        Ok(begin + at as u64)
+    }
+
     fn of_file(file: File) -> Self {
         Self::File { file, mark: Vec::new(), seen: 0 }
     }
@@ -165,6 +225,7 @@ impl Supervisor {
         given: &str,
         follow: bool,
         source: LogSource,
+        from: LogStart,
     ) -> Result<(), Error> {
         let id = self.find(key, given)?;
         let Some(sandbox) = self.sandboxes.get_mut(&id) else { return Ok(()) };
@@ -176,9 +237,9 @@ impl Supervisor {
                 there.and_then(|()| Ring::open(&path, guest_log::KEPT)).map(Origin::Ring)
             }
         };
-        let origin = opened.map_err(|e| Error::new(Code::NotFound, format!("sandbox {id} has no log: {e}")))?;
-        // What is kept is read from its start, and is all that there is.
-        let offset = if let Origin::Ring(ring) = &origin { line_start(ring).unwrap_or(ring.oldest()) } else { 0 };
+        let begun = opened.and_then(|mut origin| Ok((origin.begin(from)?, origin)));
+        let (offset, origin) =
+            begun.map_err(|e| Error::new(Code::NotFound, format!("sandbox {id} has no log: {e}")))?;
         let reader = Reader { sandbox: Some(id), channel: "log", origin, offset, credit: INITIAL_CREDIT, follow };
         self.add_job(key, tag, Job::Logs(Box::new(reader)));
         if follow && !self.log_timer {
@@ -242,6 +303,45 @@ mod tests {
         let text: String = text.collect();
         assert_eq!(fields.number("lost").expect("a count") + text.len() as u64, 10_000);
         assert!(text.starts_with("line 0000\nline 0") && text.ends_with("line 0999\n"), "{text}");
+        std::fs::remove_file(&path).expect("clean up");
+    }
+
+    fn from(tail: Option<u64>, since_ms: Option<u64>) -> LogStart {
+        LogStart { tail, since_ms }
+    }
+
+    #[test]
+    fn a_reading_begins_with_a_line_before_the_end_or_at_a_time() {
+        let console = b"one\ntwo\n\nlast";
+        for (tail, expected) in [(0, ""), (1, "last"), (2, "\nlast"), (3, "two\n\nlast"), (4, "one\ntwo\n\nlast")] {
+            let at = from(Some(tail), None).of(console);
+            assert_eq!(&console[at..], expected.as_bytes(), "{tail}");
+        }
+        assert_eq!(from(Some(u64::MAX), None).of(console), 0);
+        assert_eq!((from(Some(1), None).of(b"one\ntwo\n"), from(Some(1), None).of(b"")), (4, 0));
+        let line = |time: u64| format!("{{\"time_ms\":{time},\"sandbox\":\"x\",\"log\":\"{time}\"}}\n");
+        let (first, second, third) = (line(998), line(1000), line(1002));
+        let timed = [first.as_str(), &second, &third].concat().into_bytes();
+        let rest = |tail, since| String::from_utf8(timed[from(tail, Some(since)).of(&timed)..].to_vec()).expect("text");
+        assert_eq!(rest(None, 0).len(), timed.len());
+        assert_eq!(rest(None, 999), format!("{second}{third}"));
+        assert_eq!(rest(None, 1002), third);
+        assert_eq!(rest(None, 1003), "");
+        assert_eq!((rest(Some(1), 0), rest(Some(2), 1002)), (third.clone(), third));
+    }
+
+    #[test]
+    fn a_log_that_was_begun_anew_after_a_reading_from_its_end_began_is_read_on_all_the_same() {
+        let path = std::env::temp_dir().join(format!("warren-tail-{}", std::process::id()));
+        let log: String = (0..50).map(|number| format!("line {number:02}\n")).collect();
+        std::fs::write(&path, &log).expect("write");
+        let mut origin = Origin::of_file(File::open(&path).expect("open"));
+        let mut offset = origin.begin(from(Some(1), None)).expect("a start");
+        assert_eq!(&log[offset as usize..], "line 49\n");
+        // Its end is kept, as the worker does.
+        std::fs::write(&path, format!("{}line 50\n", &log[200..])).expect("write");
+        let (lost, octets) = origin.read(&mut offset, 1000).expect("read");
+        assert_eq!((lost, octets.as_slice()), (0, &b"line 49\nline 50\n"[..]));
         std::fs::remove_file(&path).expect("clean up");
     }
 

@@ -337,7 +337,9 @@ impl Supervisor {
             Command::SandboxRemove { sandbox, force } => self.ask_remove(key, tag, &sandbox, force)?,
             Command::SandboxStats(sandbox) => self.ask_stats(key, tag, &sandbox)?,
             Command::SandboxUpdate { sandbox, update } => self.ask_update(key, tag, &sandbox, update)?,
-            Command::SandboxLogs { sandbox, follow, source } => self.open_logs(key, tag, &sandbox, follow, source)?,
+            Command::SandboxLogs { sandbox, follow, source, from } => {
+                self.open_logs(key, tag, &sandbox, follow, source, from)?
+            }
             Command::ExecStart { sandbox, argv, request, detach } => {
                 self.start_exec(key, tag, &sandbox, argv, request, detach, None)?;
             }

@@ -11,6 +11,8 @@ use crate::wire::{Code, Error, INITIAL_CREDIT};
 pub const KEPT: u64 = 1024 * 1024;
 /// Octets that may come in a second, beyond what may come at once.
 const RATE: u64 = 64 * 1024;
+/// What each line that is kept begins with, before the node's time.
+pub const TIME: &str = "{\"time_ms\":";
 /// Longest line.
 const LINE_MAX: usize = 16 * 1024;
 
@@ -57,7 +59,7 @@ impl GuestLog {
             }
             let line = self.partial.trim_ascii();
             if serde_json::from_slice::<IgnoredAny>(line).is_ok() {
-                entries.extend_from_slice(format!("{{\"time_ms\":{now_ms},\"sandbox\":\"{id}\",\"log\":").as_bytes());
+                entries.extend_from_slice(format!("{TIME}{now_ms},\"sandbox\":\"{id}\",\"log\":").as_bytes());
                 entries.extend_from_slice(line);
                 entries.extend_from_slice(b"}\n");
             }

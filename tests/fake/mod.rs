@@ -296,7 +296,9 @@ impl Connection {
                 if one("follow").is_some() {
                     self.say(Message::item(&tag, Fields::new().with("lost", 5)));
                 }
-                self.say(Message::data(&tag, "log", &b"[    0.0] Linux\n"[..]));
+                let log: &[u8] =
+                    if positional[0] == "hostile" { b"\x1b]0;owned\x07\tover\n" } else { b"[    0.0] Linux\n" };
+                self.say(Message::data(&tag, "log", log));
                 self.say(Message::end(&tag, "log"));
                 self.say(Message::ok(&tag, Fields::new()));
             }
