@@ -100,6 +100,20 @@ fn fails(sandbox: &Sandbox, language: &str, packages: &[&str], code: Code) -> Er
     error
 }
 
+/// The spans of a sandbox's last code run, which has ended: one after the other.
+fn spans(of: &Sandbox) -> Vec<String> {
+    let runs = of.client().ok(of.request("code.list")).items;
+    let last = runs.last().and_then(|run| run.get("exec")).expect("a run has a number");
+    let trace = of.client().ok(of.request("sandbox.trace").set("exec", last));
+    let mut end = 0;
+    for span in &trace.items {
+        let (start, took) = (span.number("start_us"), span.number("duration_us"));
+        assert!(start.is_some_and(|start| start >= end), "{trace:?}");
+        end = start.zip(took).map(|(start, took)| start + took).expect("it has ended");
+    }
+    trace.items.iter().map(|span| span.get("span").expect("a name").to_string()).collect()
+}
+
 /// Two packages, one of which needs the other.
 fn put_greeting(node: &Node) {
     put_wheel(
@@ -130,6 +144,7 @@ fn packages_of_python_are_installed_once_and_reached_by_runs_and_contexts() {
     put_greeting(&node);
     let one = sandbox(&node, "python");
     assert_eq!(run(&one, "python", &["greeting"], GREET).unwrap(), ("hello there\n".to_string(), true));
+    assert_eq!(spans(&one)[..3], ["validate", "packages", "start"]);
     let requests = internet.count(MIRROR, "http");
     assert!(requests >= 4, "two pages and two wheels: {requests}");
     // The same in the same sandbox, in another, and written otherwise: nothing is asked for any more.
@@ -148,6 +163,7 @@ fn packages_of_python_are_installed_once_and_reached_by_runs_and_contexts() {
     // A run that asks for none has none, and what was installed is nobody's to change.
     let none = "try:\n    import greeting\nexcept ImportError:\n    print('none')";
     assert_eq!(run(&two, "python", &[], none).unwrap().0, "none\n");
+    assert!(!spans(&two).contains(&"packages".to_string()), "{:?}", spans(&two));
     let modes = "stat -c '%U %a' /var/lib/warren/packages/*/site-packages/greeting/__init__.py";
     assert_eq!(two.sh(modes), "root 644\n");
     no_secret_is_left(&node);

@@ -49,6 +49,7 @@ use crate::sandbox::census::Census;
 use crate::sandbox::home::Places;
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::spawn::Spawner;
+use crate::sandbox::trace::Trace;
 use crate::sandbox::uids::Uids;
 use crate::sentinel;
 use crate::storage::backup::Contents;
@@ -270,6 +271,8 @@ pub struct Supervisor {
     pub(super) next_record: u64,
     /// When the request that is being taken came.
     pub(super) taken: Option<Instant>,
+    /// The trace of a request that has waited and goes on now.
+    pub(super) went_on: Option<Trace>,
     /// Creates that failed, the newest first.
     pub(super) failed_creates: VecDeque<FailedCreate>,
     /// What happened last.
@@ -370,6 +373,7 @@ impl Supervisor {
             next_audit: snapshot.next_audit,
             next_record: snapshot.next_record,
             taken: None,
+            went_on: None,
             failed_creates: VecDeque::new(),
             events: EventLog::new(snapshot.events.clone()),
             started: SystemTime::now(),

@@ -28,6 +28,8 @@ pub(super) const AGENT_READY: &str = "agent-ready";
 /// Until it is in the database that it runs.
 pub(super) const REGISTER: &str = "register";
 
+/// Of a code run: until the packages that it asks for are in its sandbox.
+pub(super) const PACKAGES: &str = "packages";
 /// Of an execution: until the agent has started it.
 pub(super) const START: &str = "start";
 /// Of a code run: until its source and its context are there.
@@ -52,8 +54,11 @@ impl Supervisor {
         self.taken.unwrap_or_else(Instant::now)
     }
 
-    /// The trace of what the request being taken asks for.
-    pub(super) fn new_trace(&self) -> Trace {
+    /// The trace of what the request being taken asks for, or that of one that goes on.
+    pub(super) fn new_trace(&mut self) -> Trace {
+        if let Some(trace) = self.went_on.take() {
+            return trace;
+        }
         let mut trace = Trace::since(self.asked());
         trace.begin_at_once(VALIDATE);
         trace

@@ -21,12 +21,14 @@ use self::layers::Layers;
 use super::config::Config;
 use super::requests::Job;
 use super::supervisor::{Done, Supervisor};
+use super::tracing::PACKAGES;
 use crate::cli::client::Client as Caller;
 use crate::control::access::Identity;
 use crate::control::client::Client;
 use crate::control::code::{Bounds, RunAsk};
 use crate::sandbox::id::SandboxId;
 use crate::sandbox::packages;
+use crate::sandbox::trace::Trace;
 use crate::storage::languages::Installing;
 use crate::wire::{Code, Error, Fields, INITIAL_CREDIT, Message};
 
@@ -55,6 +57,8 @@ struct Waiting {
     what: What,
     sandbox: SandboxId,
     owner: String,
+    /// What the request has waited for so far.
+    trace: Trace,
 }
 
 /// What goes on when they are there.
@@ -160,7 +164,9 @@ impl Supervisor {
             return Err(Error::new(Code::NoCapacity, format!("no thread: {e}")));
         }
         self.packages.next += 1;
-        let waiting = Waiting { client: key, tag: tag.to_string(), link, what, sandbox: id.clone(), owner };
+        let mut trace = self.new_trace();
+        trace.next(PACKAGES);
+        let waiting = Waiting { client: key, tag: tag.to_string(), link, what, sandbox: id.clone(), owner, trace };
         self.packages.waiting.insert(ticket, waiting);
         self.add_job(key, tag, Job::Packages { ticket, early: Early::default() });
         Ok(())
@@ -244,16 +250,17 @@ impl Supervisor {
 
     /// The packages of a request are in its sandbox, or cannot be.
     pub(super) fn packages_there(&mut self, ticket: u64, result: Result<(), Error>) {
-        let Some(Waiting { client: key, tag, link, what, sandbox, .. }) = self.packages.waiting.remove(&ticket) else {
-            return;
-        };
+        let Some(waiting) = self.packages.waiting.remove(&ticket) else { return };
+        let Waiting { client: key, tag, link, what, sandbox, trace, .. } = waiting;
         self.drop_client(link);
         let job = self.clients.get_mut(&key).and_then(|client| client.jobs.remove(&tag));
         let Some(Job::Packages { early, .. }) = job else { return };
+        self.went_on = Some(trace);
         let gone_on = result.and_then(|()| match what {
             What::Run(ask) => self.run_code(key, &tag, sandbox.as_str(), *ask),
             What::Context { language, bounds } => self.create_context(key, &tag, sandbox.as_str(), &language, bounds),
         });
+        self.went_on = None;
         if let Err(error) = gone_on {
             return self.finish(key, &Message::err(&tag, error));
         }
