@@ -265,9 +265,10 @@ impl Supervisor {
         }
         self.touched_sandboxes.insert(id.clone());
         self.watch_health(id);
-        self.meeting.expect(id);
         if stopping {
             self.timers.after(Duration::ZERO, Timer::Stop(id.clone()));
+        } else {
+            self.meeting.expect(id);
         }
         log::info!("sandbox {id} runs on under worker {pid}");
         Ok(())
