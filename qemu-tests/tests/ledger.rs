@@ -108,6 +108,7 @@ fn a_full_data_partition_refuses_what_needs_room_and_harms_nobody() {
     // Output that cannot be kept ends its program, and nothing else.
     let unkept = node.control().err(kept.exec_request(&["cat", "/workspace/file"]));
     assert!(unkept.is(Code::NoCapacity) && unkept.message.contains("cannot be kept"), "{unkept}");
+    assert_eq!(unkept.fields.get("resource"), Some("disk"), "{unkept}");
     assert_eq!(kept.exec(&["grep", "-q", "kept", "/workspace/file"]).field("exit"), "0");
     // What a guest cannot write is the node's want of room, not the file's fault.
     let call = writing.start(writing.request("file.write").set("path", "/workspace/large"));

@@ -456,7 +456,7 @@ fn a_full_disk_of_the_node_ends_an_installation_and_nobody_else() {
     node.sh(&format!("rm {INDEX}/hold"));
     let error = end(call).unwrap_err();
     assert!(error.is(Code::NoCapacity), "{error}: {:?}", error.fields);
-    assert_eq!(error.fields.get("resource"), Some("disk"));
+    assert_eq!(error.fields.get("resource"), Some("disk"), "{error}: {:?}", error.fields);
     assert_eq!(sandbox.sh("echo on"), "on\n");
     wait_until_gone(&node, &before);
     assert_eq!(node.sh("ls /data/packages"), "");

@@ -546,8 +546,7 @@ impl Supervisor {
 
 /// The error of what failed because the node had no room for what a sandbox wrote.
 pub(super) fn no_room(what: &str) -> Error {
-    Error::new(Code::NoCapacity, format!("the node has no room for what the sandbox writes: {what}"))
-        .with("resource", "disk")
+    Error::disk_full(format!("the node has no room for what the sandbox writes: {what}"))
 }
 
 /// Goes on with a program's output where the kept part ends.

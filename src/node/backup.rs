@@ -33,7 +33,7 @@ pub(super) struct Backups {
 
 fn to_error(error: &StateError) -> Error {
     let code = match error {
-        StateError::DiskFull(_) => Code::NoCapacity,
+        StateError::DiskFull(_) => return Error::disk_full(error.to_string()),
         StateError::Corrupt(_) | StateError::Newer { .. } | StateError::Database(_) => Code::Corrupt,
         _ => Code::Internal,
     };

@@ -555,13 +555,12 @@ fn template_fields(template: &Template) -> Fields {
 /// What a client is told.
 pub(super) fn to_error(error: &TemplateError) -> Error {
     let code = match error {
-        TemplateError::Io { disk_full: true, .. } => Code::NoCapacity,
+        TemplateError::Io { disk_full: true, .. } => return Error::disk_full(error.to_string()),
         TemplateError::Io { .. } => Code::Internal,
         TemplateError::NameTaken { .. } => Code::AlreadyExists,
         _ => Code::Corrupt,
     };
-    let told = Error::new(code, error.to_string());
-    if code == Code::NoCapacity { told.with("resource", "disk") } else { told }
+    Error::new(code, error.to_string())
 }
 
 /// An image, to read it.

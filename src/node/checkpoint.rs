@@ -444,10 +444,7 @@ pub(super) fn drop_other_overlays(sandbox: &Sandbox) {
 }
 
 fn failed(what: &'static str) -> impl Fn(io::Error) -> Error {
-    move |e| {
-        let code = if e.raw_os_error() == Some(libc::ENOSPC) { Code::NoCapacity } else { Code::VmFailed };
-        Error::new(code, format!("the snapshot cannot be taken: {what}: {e}"))
-    }
+    move |e| Error::of_io(Code::VmFailed, format!("the snapshot cannot be taken: {what}: {e}"), &e)
 }
 
 /// Makes the files of a snapshot and has the worker take the machine. Blocks.

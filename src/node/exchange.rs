@@ -369,14 +369,12 @@ fn to_error(error: &BundleError) -> Error {
         }
         BundleError::Value { field: "octets", limit, .. } => {
             let message = format!("{message}: there is no more room on the data partition");
-            Error::new(Code::NoCapacity, message).with("resource", "disk").with("max", limit)
+            Error::disk_full(message).with("max", limit)
         }
         BundleError::Value { field: field @ ("memory_bytes" | "disk_bytes" | "layers"), limit, .. } => {
             Error::new(Code::OutOfRange, message).with("argument", field).with("max", limit)
         }
-        BundleError::Io { cause, .. } if space::is_full(cause) => {
-            Error::new(Code::NoCapacity, message).with("resource", "disk")
-        }
+        BundleError::Io { cause, .. } if space::is_full(cause) => Error::disk_full(message),
         BundleError::Io { cause, .. }
             if matches!(cause.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe) =>
         {

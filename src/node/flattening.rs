@@ -14,7 +14,6 @@ use crate::sandbox::id::SandboxId;
 use crate::storage::memory_file::MemoryFileError;
 use crate::storage::snapshots::store::Flatten;
 use crate::storage::snapshots::{Shelves, SnapshotRow};
-use crate::storage::space::is_full;
 use crate::storage::state::Change;
 use crate::wire::{Code, Error, Message};
 
@@ -211,11 +210,8 @@ fn flatten(shelves: &Shelves, step: &Flatten, memory_bytes: u64) -> Result<u64, 
 pub(super) fn to_error(error: &MemoryFileError) -> Error {
     let message = format!("its memory, a difference to that of another, cannot be made whole: {error}");
     match error {
-        MemoryFileError::Io { cause, .. } if is_full(cause) => {
-            Error::new(Code::NoCapacity, message).with("resource", "disk")
-        }
         MemoryFileError::Io { cause, .. } if cause.kind() != std::io::ErrorKind::NotFound => {
-            Error::new(Code::VmFailed, message)
+            Error::of_io(Code::VmFailed, message, cause)
         }
         _ => Error::new(Code::Corrupt, message),
     }

@@ -468,10 +468,7 @@ impl Supervisor {
         let row = self.snapshots.ready(snapshot).cloned();
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.rolling_back = None;
-        let made = result.map_err(|e| {
-            let code = if e.raw_os_error() == Some(libc::ENOSPC) { Code::NoCapacity } else { Code::VmFailed };
-            Error::new(code, format!("no overlay for the rollback: {e}"))
-        });
+        let made = result.map_err(|e| Error::of_io(Code::VmFailed, format!("no overlay for the rollback: {e}"), &e));
         // Much may have happened meanwhile.
         let ready = made.and(row).and_then(|row| check_rollback(sandbox, &row).map(|()| row));
         let row = match ready {

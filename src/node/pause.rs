@@ -309,10 +309,7 @@ impl Supervisor {
 /// The memory may be a difference to that of the snapshot that `below` is, or to what the sandbox was paused as before.
 fn capture(home: &Home, pid: i32, memory_bytes: u64, below: Option<&Path>) -> Result<Fields, Error> {
     let io = |what: &'static str| {
-        move |e: std::io::Error| {
-            let code = if e.raw_os_error() == Some(libc::ENOSPC) { Code::NoCapacity } else { Code::VmFailed };
-            Error::new(code, format!("the sandbox cannot be paused: {what}: {e}"))
-        }
+        move |e: std::io::Error| Error::of_io(Code::VmFailed, format!("the sandbox cannot be paused: {what}: {e}"), &e)
     };
     let files = home.begin_pause(memory_bytes, below).map_err(io("its files"))?;
     let captured = worker::begin_capture(home.socket(), pid, &files.state, &files.memory, None, files.below.as_ref());

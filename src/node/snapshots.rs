@@ -249,12 +249,12 @@ impl Supervisor {
         let Some(then) = self.snapshots.tickets.remove(&ticket) else { return false };
         let refused = result.as_ref().err().map(|e| {
             log::error!("state database: {e}");
-            let code = match e {
-                StateError::DiskFull(_) => Code::NoCapacity,
-                StateError::Conflict(_) => Code::AlreadyExists,
-                _ => Code::Internal,
-            };
-            Error::new(code, format!("the state database: {e}"))
+            let message = format!("the state database: {e}");
+            match e {
+                StateError::DiskFull(_) => Error::disk_full(message),
+                StateError::Conflict(_) => Error::new(Code::AlreadyExists, message),
+                _ => Error::new(Code::Internal, message),
+            }
         });
         match (then, refused) {
             (Then::Begun(id), None) => self.snapshot_begun(&id),

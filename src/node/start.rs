@@ -302,7 +302,7 @@ impl Supervisor {
 
         let no_room = |what: &str| {
             let what = what.to_string();
-            move |e: std::io::Error| Error::new(Code::NoCapacity, format!("{what}: {e}"))
+            move |e: std::io::Error| Error::of_io(Code::NoCapacity, format!("{what}: {e}"), &e)
         };
         let Berth { pid, pidfd, link, serial, .. } = berth;
         let overlay = self.take_blank(id, shape).map_err(no_room("overlay"))?;

@@ -157,7 +157,7 @@ impl Shelf<'_> {
         options.read(true).write(!disk.read_only);
         let file = match &disk.source {
             DiskSource::New { mib } => {
-                let no_room = |e| Error::new(Code::NoCapacity, format!("disk {}: {e}", disk.name));
+                let no_room = |e| Error::of_io(Code::NoCapacity, format!("disk {}: {e}", disk.name), &e);
                 return home.make_disk(&disk.name, mib * MIB).map_err(no_room);
             }
             DiskSource::File(name) => {

@@ -267,8 +267,9 @@ impl Exec {
                 None => Ok(()),
             }
         };
-        append(output)
-            .map_err(|e| Error::new(Code::NoCapacity, format!("output of exec {} cannot be kept: {e}", self.number)))
+        append(output).map_err(|e| {
+            Error::of_io(Code::NoCapacity, format!("output of exec {} cannot be kept: {e}", self.number), &e)
+        })
     }
 
     /// The agent says that an output has ended.

@@ -124,6 +124,19 @@ impl Error {
         Self { code: code.as_str().to_string(), message: message.into(), fields: Fields::new() }
     }
 
+    /// The error of what found no room on the node's disk.
+    pub fn disk_full(message: impl Into<String>) -> Self {
+        Self::new(Code::NoCapacity, message).with("resource", "disk")
+    }
+
+    /// The error of what could not be read or written on the node: for want of room, or with a code of its own.
+    pub fn of_io(code: Code, message: impl Into<String>, cause: &std::io::Error) -> Self {
+        match cause.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) => Self::disk_full(message),
+            _ => Self::new(code, message),
+        }
+    }
+
     /// The error of what makes no line, because that would be too long.
     pub fn line_too_long(what: &str, length: usize) -> Self {
         let message = format!("{what} makes a line of {length} octets, over the limit of {MAX_LINE}");

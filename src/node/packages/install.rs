@@ -181,7 +181,7 @@ fn failure(what: &str, ended: &Ended, timeout: Duration) -> Error {
             Error::new(Code::OutOfMemory, format!("{what}: the memory of the sandbox was not enough"))
         }
         None if last.starts_with(Code::NoCapacity.as_str()) => {
-            Error::new(Code::NoCapacity, format!("{what}: the disk of the sandbox is full")).with("resource", "disk")
+            Error::disk_full(format!("{what}: the disk of the sandbox is full"))
         }
         None => {
             let exit = fields.get("exit").unwrap_or("unknown").to_string();
@@ -210,7 +210,7 @@ fn install<'a>(client: &mut Client, order: &Order, making: Making<'a>) -> Result
         }
         let message = format!("the node's disk is full: {}", error.message);
         let output = error.fields.get("output").unwrap_or_default().to_string();
-        Error::new(Code::NoCapacity, message).with("resource", "disk").with("output", output)
+        Error::disk_full(message).with("output", output)
     });
     // Its end takes the builder away.
     client.abandon(&call);
@@ -248,11 +248,7 @@ fn install_in<'a>(
         }
         hash.update(octets);
         making.write(octets).inspect_err(|e| {
-            let error = match e.raw_os_error() {
-                Some(libc::ENOSPC) => Error::new(Code::NoCapacity, "the node's disk is full").with("resource", "disk"),
-                _ => Error::new(Code::Internal, format!("the packages cannot be written: {e}")),
-            };
-            refused = Some(error);
+            refused = Some(Error::of_io(Code::Internal, format!("the packages cannot be written: {e}"), e));
         })
     });
     let mut ended = match (ended, refused) {

@@ -64,11 +64,7 @@ pub struct Making<'a> {
 }
 
 fn io_error(what: &str, error: &io::Error) -> Error {
-    if error.raw_os_error() == Some(libc::ENOSPC) {
-        let message = format!("{what}: the node's disk is full");
-        return Error::new(Code::NoCapacity, message).with("resource", "disk");
-    }
-    Error::new(Code::Internal, format!("{what}: {error}"))
+    Error::of_io(Code::Internal, format!("{what}: {error}"), error)
 }
 
 impl Layers {
