@@ -410,10 +410,7 @@ impl Supervisor {
         run: Option<CodeRun>,
     ) -> Result<(), Error> {
         let sandbox = self.find_running(key, given)?;
-        if sandbox.execs.len() >= EXECS_MAX {
-            let message = format!("sandbox {} has {EXECS_MAX} programs, the limit", sandbox.id);
-            return Err(Error::new(Code::NoCapacity, message).with("max", EXECS_MAX));
-        }
+        check_room(&sandbox.id, sandbox.execs.len())?;
         let id = sandbox.id.clone();
         // The source of a code run comes over its request, which lasts until that is there.
         let feeds = run.is_some();
@@ -544,6 +541,15 @@ impl Supervisor {
     }
 }
 
+/// Whether a sandbox with so many programs may have another.
+fn check_room(id: &SandboxId, programs: usize) -> Result<(), Error> {
+    if programs < EXECS_MAX {
+        return Ok(());
+    }
+    let message = format!("sandbox {id} has {EXECS_MAX} programs, the limit");
+    Err(Error::new(Code::NoCapacity, message).with("resource", "programs").with("max", EXECS_MAX))
+}
+
 /// The error of what failed because the node had no room for what a sandbox wrote.
 pub(super) fn no_room(what: &str) -> Error {
     Error::disk_full(format!("the node has no room for what the sandbox writes: {what}"))
@@ -570,4 +576,17 @@ fn take_over(sandbox: &mut Sandbox, number: u64) {
     let route = worker.agent.request(request);
     worker.routes.insert(route.clone(), Route::Exec(number));
     exec.rejoin(route);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sandbox_has_so_many_programs_and_no_more() {
+        let id = SandboxId::random().expect("urandom");
+        assert!(check_room(&id, 4095).is_ok());
+        let error = check_room(&id, 4096).expect_err("one too many");
+        assert!(error.is(Code::NoCapacity) && error.fields.number("max") == Some(4096), "{error}");
+    }
 }

@@ -195,12 +195,35 @@ fn unread(worker: &Worker) -> Option<String> {
         return None;
     }
     let streams = worker.routes.values().filter(|route| matches!(route, Route::Exec(_) | Route::Relay { .. })).count();
+    left_behind(queued, streams, worker.routes.len() - streams)
+}
+
+/// The same of so many octets that wait, so many requests that have a window for theirs, and so many others.
+fn left_behind(queued: usize, streams: usize, others: usize) -> Option<String> {
     let window = usize::try_from(INITIAL_CREDIT).unwrap_or(usize::MAX);
     let max = UNREAD_MAX.saturating_add(streams.saturating_mul(window));
     if queued > max {
         return Some(format!("it left {queued} octets unread, over the limit of {max}"));
     }
-    let unanswered = worker.routes.len() - streams;
-    let over = unanswered > UNANSWERED_MAX;
-    over.then(|| format!("it left {unanswered} requests unanswered, over the limit of {UNANSWERED_MAX}"))
+    let over = others > UNANSWERED_MAX;
+    over.then(|| format!("it left {others} requests unanswered, over the limit of {UNANSWERED_MAX}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_agent_leaves_behind_is_bounded_by_its_streams_and_by_a_number_of_requests() {
+        let window = usize::try_from(INITIAL_CREDIT).expect("it fits");
+        assert_eq!(left_behind(UNREAD_MAX, 0, UNANSWERED_MAX), None);
+        assert_eq!(left_behind(UNREAD_MAX + 3 * window, 3, 0), None);
+        let octets = left_behind(UNREAD_MAX + 3 * window + 1, 3, 0).expect("too much");
+        assert!(
+            octets.contains("octets unread") && octets.ends_with(&(UNREAD_MAX + 3 * window).to_string()),
+            "{octets}"
+        );
+        let requests = left_behind(0, 0, UNANSWERED_MAX + 1).expect("too many");
+        assert_eq!(requests, "it left 16385 requests unanswered, over the limit of 16384");
+    }
 }
