@@ -171,7 +171,7 @@ impl Supervisor {
         let ticket = self.database.submit_durable(Change::PutSnapshot(Box::new(row)));
         self.snapshots.after(ticket, Then::Begun(snapshot.clone()));
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
-            sandbox.snapshotting = Some(snapshot.clone());
+            (sandbox.snapshotting, sandbox.capture) = (Some(snapshot.clone()), None);
         }
         let (sandbox, written) = (id.clone(), Arc::default());
         let making = Making { sandbox, step: Step::Recording, want, written, layer_bytes: None, failure: None };

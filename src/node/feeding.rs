@@ -76,6 +76,17 @@ impl Supervisor {
         }
     }
 
+    /// Nothing more comes from a client: others may feed what it attached to.
+    pub(super) fn let_go_of_stdins(&mut self, key: u64) {
+        let Some(client) = self.clients.get(&key) else { return };
+        for job in client.jobs.values() {
+            let Job::Exec { sandbox, number } = job else { continue };
+            let exec = self.sandboxes.get_mut(sandbox).and_then(|sandbox| sandbox.execs.get_mut(number));
+            let viewers = exec.into_iter().flat_map(|exec| &mut exec.viewers);
+            viewers.filter(|viewer| viewer.client == key && !viewer.owner).for_each(|viewer| viewer.feeds = false);
+        }
+    }
+
     /// Over a new link an agent says where a program's streams stand.
     pub(super) fn streams_stand(&mut self, id: &SandboxId, number: u64, said: &Fields) {
         let Some(exec) = self.sandboxes.get_mut(id).and_then(|sandbox| sandbox.execs.get_mut(&number)) else { return };
@@ -115,10 +126,10 @@ fn check_feeder(exec: &Exec) -> Result<(), Error> {
     if exec.feeder().is_some() { refused("is fed by another client, whose program it is") } else { Ok(()) }
 }
 
-/// Sends a program what waits for its stdin, where its sandbox runs: what is sent to one that is about to stand still might
-/// not arrive before that.
+/// Sends a program what waits for its stdin, where its sandbox runs or is asked to end: what is sent to one that is about to stand
+/// still might not arrive before that.
 pub(super) fn pour(sandbox: &mut Sandbox) {
-    let running = sandbox.state == State::Running;
+    let running = matches!(sandbox.state, State::Running | State::Stopping);
     let Some(worker) = sandbox.worker.as_mut().filter(|_| running) else { return };
     for exec in sandbox.execs.values_mut() {
         let Some(route) = &exec.route else { continue };

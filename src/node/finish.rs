@@ -144,6 +144,7 @@ impl Supervisor {
 
     /// Ends the sandbox of a worker that has ended.
     pub(super) fn bury_anyway(&mut self, id: &SandboxId) {
+        self.met(id);
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let recording = matches!(sandbox.rolling_back, Some(RollingBack::Preparing | RollingBack::Recording(_)));
         if sandbox.pausing == Some(Pausing::Capturing) || sandbox.snapshotting.is_some() || recording {

@@ -64,7 +64,7 @@ impl Supervisor {
     }
 
     fn open_door(&mut self) {
-        if std::mem::take(&mut self.meeting.clients_wait) {
+        if std::mem::take(&mut self.meeting.clients_wait) && self.stopping.is_none() {
             self.accept();
             self.open_port();
         }

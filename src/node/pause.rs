@@ -65,6 +65,8 @@ impl Supervisor {
         }
         sandbox.state.become_(State::Pausing)?;
         sandbox.pausing = Some(Pausing::Recording);
+        // The time of one before this is nobody's any more.
+        sandbox.capture = None;
         let writing = self.record(id);
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
             sandbox.writing = writing;

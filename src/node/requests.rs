@@ -129,6 +129,7 @@ impl Supervisor {
                 Step::Drained => return,
                 Step::Closed => {
                     client.half_closed = true;
+                    self.let_go_of_stdins(key);
                     self.touched_clients.insert(key);
                     return;
                 }

@@ -9,6 +9,9 @@ use std::collections::VecDeque;
 use super::flow::QUEUE_HIGH;
 use crate::wire::{Code, Error, INITIAL_CREDIT};
 
+/// Small pieces are joined up to this size.
+const CHUNK: usize = 16 * 1024;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// It is open, and the agent takes more.
@@ -115,7 +118,12 @@ impl Stdin {
         }
         self.left -= length;
         self.holds += length;
-        self.held.push_back(octets);
+        // Many small ones would cost more than their octets, and so would one large one that is split again and again.
+        match self.held.back_mut() {
+            _ if octets.is_empty() => {}
+            Some(last) if last.len() + octets.len() <= CHUNK => last.extend_from_slice(&octets),
+            _ => self.held.push_back(octets),
+        }
         Ok(())
     }
 
@@ -152,7 +160,8 @@ impl Stdin {
 
     /// Credit for who feeds it now, given what is queued toward the agent. Small grants wait until they add up.
     pub fn grant(&mut self, queued: usize) -> Option<u64> {
-        if self.phase != Phase::Open || self.ended || queued >= QUEUE_HIGH {
+        // What waits here goes first: nobody knows when, and the agent may allow any number.
+        if self.phase != Phase::Open || self.ended || queued >= QUEUE_HIGH || !self.held.is_empty() {
             return None;
         }
         let room = self.allowed.saturating_sub(self.sent.saturating_add(self.holds)).min(INITIAL_CREDIT);
@@ -175,14 +184,16 @@ impl Stdin {
     pub fn stands(&mut self, offset: Option<u64>, credit: Option<u64>) -> Standing {
         let Phase::Away { known } = self.phase else { return Standing::Same };
         let Some(offset) = offset else {
-            let expected = self.ended;
+            // It was told to close it.
+            let expected = self.end_sent;
             self.close();
             return if expected { Standing::Same } else { Standing::Closed };
         };
         let elsewhere = known && offset != self.sent;
         if elsewhere {
-            // After a gap it would be another stream.
+            // After a gap it would be another stream, and its end another one's.
             self.drop_held();
+            self.ended = false;
         }
         self.phase = Phase::Open;
         self.sent = offset;
@@ -244,6 +255,41 @@ mod tests {
         assert_eq!(stdin.grant(QUEUE_HIGH), None, "the link is full");
         assert_eq!(stdin.grant(0), Some(INITIAL_CREDIT));
         assert_eq!(stdin.grant(0), None);
+    }
+
+    #[test]
+    fn whatever_the_agent_allows_and_however_small_the_pieces_are_a_window_waits_at_most() {
+        let mut stdin = Stdin::of_new(true);
+        stdin.begin();
+        stdin.allow(u64::MAX);
+        for _ in 0..WINDOW {
+            stdin.take(vec![1]).expect("a window");
+            stdin.take(Vec::new()).expect("nothing");
+            assert_eq!(stdin.grant(0), None, "it waits for the sandbox to run");
+        }
+        assert!(stdin.take(vec![1]).is_err() && stdin.held.len() == WINDOW / CHUNK);
+        assert_eq!(sent(&mut stdin).len(), WINDOW);
+        assert_eq!(stdin.grant(0), Some(INITIAL_CREDIT));
+    }
+
+    #[test]
+    fn an_end_that_the_agent_was_not_told_of_explains_nothing() {
+        // It was not open when this supervisor came, or when its link was made anew.
+        let mut stdin = Stdin::unknown();
+        stdin.begin();
+        stdin.take(b"lost".to_vec()).expect("room");
+        stdin.end();
+        assert_eq!(stdin.stands(None, None), Standing::Closed);
+        // After a gap there is no end: who feeds it again goes on.
+        let mut stdin = Stdin::of_new(true);
+        stdin.begin();
+        stdin.take(b"0123456789".to_vec()).expect("room");
+        assert_eq!(sent(&mut stdin).len(), 10);
+        stdin.end();
+        stdin.away();
+        assert_eq!(stdin.stands(Some(4), None), Standing::Elsewhere(4));
+        assert!(!stdin.ends() && stdin.check().is_ok());
+        assert_eq!(stdin.begin(), Some(4));
     }
 
     #[test]

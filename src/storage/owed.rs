@@ -30,10 +30,15 @@ impl Owed {
         }
     }
 
-    /// Keeps what of a batch was refused and is a removal. `results` are the batch's.
+    /// Keeps what of a batch was refused and is a removal, unless its row was put anew after it. `results` are the batch's.
     pub(super) fn keep<'a>(&mut self, batch: Vec<Job>, results: impl IntoIterator<Item = &'a Result<(), StateError>>) {
-        let refused = batch.into_iter().zip(results).filter(|(_, result)| result.is_err()).map(|(job, _)| job);
-        self.0.extend(refused.filter(|job| removed(&job.change).is_some()));
+        let refused: Vec<bool> = results.into_iter().map(Result::is_err).collect();
+        let is_owed = |(at, job): (usize, &Job)| {
+            let row = removed(&job.change).filter(|_| refused[at]);
+            row.is_some_and(|row| !batch[at..].iter().any(|later| put(&later.change) == Some(row)))
+        };
+        let owed: Vec<bool> = batch.iter().enumerate().map(is_owed).collect();
+        self.0.extend(batch.into_iter().zip(owed).filter(|(_, owed)| *owed).map(|(job, _)| job));
     }
 }
 
@@ -90,5 +95,12 @@ mod tests {
         assert!(owed.is_empty());
         settle(&mut owed, &[], &Ok(()));
         assert_eq!(tried, [vec![remove("a"), template()], vec![remove("a")]]);
+        // Also where that is in the same batch.
+        let put = || Change::PutTemplate(TemplateRow { name: "t".to_string(), ..TemplateRow::default() });
+        owed.keep(jobs([put(), template()]), [&full, &full]);
+        assert!(!owed.is_empty());
+        owed.settle(&jobs([put()]), |_| Ok(()));
+        owed.keep(jobs([template(), put()]), [&full, &Ok(())]);
+        assert!(owed.is_empty());
     }
 }
