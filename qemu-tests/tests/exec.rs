@@ -390,8 +390,10 @@ fn what_cannot_be_fed_is_a_typed_error() {
     let nobody = sandbox.client().err(sandbox.request("exec.attach").set("exec", 999).set("stdin", true));
     assert!(nobody.is(Code::NotFound), "{nobody}");
     // After a restart it is the agent that says which of them are open.
-    let fed = Fed::start(&sandbox, sandbox.exec_request(&["cat"]));
-    drop(owner);
+    let fed = Fed::shell(&sandbox, "echo on; exec cat");
+    let mut watched = sandbox.start(fed.attach());
+    watched.read_until("stdout", "on");
+    drop((owner, watched));
     next_supervisor(&node);
     for closed in [without, closed, run] {
         closed.refused();
