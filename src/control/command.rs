@@ -8,6 +8,7 @@ use super::code::{self, Bounds, RunAsk};
 use super::events::{self, EventQuery};
 use super::history;
 use super::list::{self, ListQuery};
+use super::programs::{exec_attach, exec_resize, exec_signal, exec_start, file};
 use crate::init::StopMode;
 use crate::sandbox::id::check_name;
 use crate::sandbox::network;
@@ -15,7 +16,7 @@ use crate::sandbox::spec::{Defaults, MEMORY_MIB, MIN_MEMORY_TARGET_MIB, Quota, S
 use crate::sandbox::time_limits;
 use crate::storage::audit::AuditQuery;
 use crate::storage::history::HistoryQuery;
-use crate::wire::{Arg, Args, Code, Error, Request};
+use crate::wire::{Args, Code, Error, Request};
 
 /// A checked request.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -510,15 +511,15 @@ impl Command {
     }
 }
 
-fn done(args: Args, command: Command) -> Result<Command, Error> {
+pub(super) fn done(args: Args, command: Command) -> Result<Command, Error> {
     args.finish().map(|()| command)
 }
 
-fn sandbox(args: &mut Args) -> Result<String, Error> {
+pub(super) fn sandbox(args: &mut Args) -> Result<String, Error> {
     args.next_text("sandbox")
 }
 
-fn missing(key: &str) -> Error {
+pub(super) fn missing(key: &str) -> Error {
     Error::new(Code::MissingArgument, format!("{key} is missing")).with("argument", key)
 }
 
@@ -625,88 +626,6 @@ fn sandbox_logs(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> 
         return Err(Error::new(Code::BadArgument, message).with("argument", "since_ms"));
     }
     done(args, Command::SandboxLogs { sandbox, follow, source, from })
-}
-
-/// Largest terminal, in columns or rows: the kernel's `struct winsize` holds 16 bits.
-const MAX_TERMINAL: u64 = 65_535;
-
-fn exec_start(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
-    let sandbox = sandbox(&mut args)?;
-    let argv = args.rest();
-    if argv.first().is_none_or(Vec::is_empty) {
-        return Err(missing("program"));
-    }
-    let mut request = argv.iter().fold(Request::new("", verb), Request::arg);
-    for entry in args.all("env") {
-        request = request.set_bytes("env", &entry);
-    }
-    for key in ["cwd", "user"] {
-        if let Some(value) = args.bytes(key)? {
-            request = request.set_bytes(key, &value);
-        }
-    }
-    let flags = [("stdin", args.flag("stdin")?), ("tty", args.flag("tty")?), ("privileged", args.flag("privileged")?)];
-    request = flags.iter().filter(|(_, on)| *on).fold(request, |request, (key, _)| request.set(key, true));
-    for (key, limits) in
-        [("cols", 1..=MAX_TERMINAL), ("rows", 1..=MAX_TERMINAL), ("timeout_ms", 1..=u64::MAX / 2_000_000)]
-    {
-        if let Some(number) = args.number(key, limits)? {
-            request = request.set(key, number);
-        }
-    }
-    let detach = args.flag("detach")?;
-    done(args, Command::ExecStart { sandbox, argv, request, detach })
-}
-
-fn exec_attach(_: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
-    let sandbox = sandbox(&mut args)?;
-    let exec = args.number("exec", 0..=u64::MAX)?.ok_or_else(|| missing("exec"))?;
-    let feeds = args.flag("stdin")?;
-    done(args, Command::ExecAttach { sandbox, exec, feeds })
-}
-
-fn exec_signal(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
-    let sandbox = sandbox(&mut args)?;
-    let exec = args.number("exec", 0..=u64::MAX)?.ok_or_else(|| missing("exec"))?;
-    let signal = args.text("signal")?.ok_or_else(|| missing("signal"))?;
-    let request = Request::new("", verb).set("exec", exec).set("signal", signal);
-    done(args, Command::ExecControl { sandbox, request })
-}
-
-fn exec_resize(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
-    let sandbox = sandbox(&mut args)?;
-    let exec = args.number("exec", 0..=u64::MAX)?.ok_or_else(|| missing("exec"))?;
-    let cols = args.number("cols", 1..=MAX_TERMINAL)?.ok_or_else(|| missing("cols"))?;
-    let rows = args.number("rows", 1..=MAX_TERMINAL)?.ok_or_else(|| missing("rows"))?;
-    let request = Request::new("", verb).set("exec", exec).set("cols", cols).set("rows", rows);
-    done(args, Command::ExecControl { sandbox, request })
-}
-
-/// The keys of each file verb; the agent checks their values.
-const FILE_KEYS: &[(&str, &[&str])] = &[
-    ("file.read", &["path", "offset", "length"]),
-    ("file.write", &["path", "mode", "user", "append"]),
-    ("file.list", &["path"]),
-    ("file.stat", &["path"]),
-    ("file.watch", &["path", "recursive"]),
-    ("file.mkdir", &["path", "mode", "parents", "user"]),
-    ("file.move", &["from", "to"]),
-    ("file.link", &["path", "target", "user"]),
-    ("file.remove", &["path", "recursive"]),
-];
-
-fn file(verb: &str, mut args: Args, _: Defaults) -> Result<Command, Error> {
-    let sandbox = sandbox(&mut args)?;
-    let mut request = Request::new("", verb);
-    let keys = FILE_KEYS.iter().find(|(name, _)| *name == verb).map_or(&[][..], |(_, keys)| keys);
-    for key in keys {
-        match args.bytes(key)? {
-            Some(value) => request.args.push(Arg::Named((*key).to_string(), value)),
-            None if matches!(*key, "path" | "from" | "to" | "target") => return Err(missing(key)),
-            None => {}
-        }
-    }
-    done(args, Command::File { sandbox, request })
 }
 
 #[cfg(test)]

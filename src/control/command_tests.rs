@@ -1,3 +1,4 @@
+use super::super::programs::FILE_KEYS;
 use super::*;
 use crate::sandbox::time_limits::TimeLimits;
 

@@ -9,3 +9,4 @@ pub mod events;
 mod history;
 pub mod list;
 pub mod port;
+mod programs;

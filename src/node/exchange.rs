@@ -21,7 +21,6 @@ use crate::storage::memory_file::taken;
 use crate::storage::snapshots::bundle::{self, BundleError, Files, Imported, Limits, Manifest, Part};
 use crate::storage::snapshots::files::unhindered;
 use crate::storage::snapshots::{Shelves, SnapshotKind, SnapshotRow, SnapshotState};
-use crate::storage::space;
 use crate::storage::state::{Change, LayerRow};
 use crate::vmm::snapshot::Saved;
 use crate::wire::{Code, Error, FRAME, Fields};
@@ -374,13 +373,12 @@ fn to_error(error: &BundleError) -> Error {
         BundleError::Value { field: field @ ("memory_bytes" | "disk_bytes" | "layers"), limit, .. } => {
             Error::new(Code::OutOfRange, message).with("argument", field).with("max", limit)
         }
-        BundleError::Io { cause, .. } if space::is_full(cause) => Error::disk_full(message),
         BundleError::Io { cause, .. }
             if matches!(cause.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe) =>
         {
             Error::new(Code::LinkLost, message)
         }
-        BundleError::Io { .. } => Error::new(Code::Internal, message),
+        BundleError::Io { cause, .. } => Error::of_io(Code::Internal, message, cause),
         _ => Error::new(Code::Corrupt, message),
     }
 }

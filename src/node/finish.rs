@@ -125,7 +125,6 @@ impl Supervisor {
             return;
         }
         let token = worker.tokens[1];
-        self.met(id);
         self.read_worker(id, token);
         self.timers.after(OBITUARY, Timer::Obituary(id.clone()));
         self.bury(id);

@@ -10,6 +10,7 @@ mod build;
 mod capture;
 mod catalogue;
 mod checkpoint;
+mod clients;
 mod code;
 mod components;
 pub mod config;

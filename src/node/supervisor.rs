@@ -39,9 +39,7 @@ use super::templates::Changed;
 use super::timers::Timers;
 use super::tracing::FailedCreate;
 use super::warm::WarmPools;
-use crate::control::access::{Identity, Peer};
 use crate::control::client::Client;
-use crate::control::port::Port;
 use crate::init::{ExitWatch, StopMode};
 use crate::network::{Network, Report, Settings};
 use crate::sandbox::berth::Berth;
@@ -228,7 +226,7 @@ pub struct Supervisor {
     pub(super) again: BTreeSet<Token>,
     pub(super) clients: BTreeMap<u64, Client<Job>>,
     pub(super) client_tokens: HashMap<u64, Token>,
-    next_client: u64,
+    pub(super) next_client: u64,
     /// Clients that may have something to be sent.
     pub(super) touched_clients: BTreeSet<u64>,
     /// Sandboxes whose links may have something to be sent.
@@ -280,7 +278,7 @@ pub struct Supervisor {
     pub(super) started: SystemTime,
     pub(super) log_timer: bool,
     /// How often the control port was looked for in vain.
-    port_looks: u32,
+    pub(super) port_looks: u32,
     /// A row could not be written; a timer to put all of them again runs.
     pub(super) unrecorded: bool,
     /// The node is stopping; the clients that asked for it.
@@ -306,13 +304,6 @@ pub(super) struct Stopping {
     /// Requests to answer when all sandboxes have ended.
     pub waiters: Vec<(u64, String)>,
 }
-
-/// How often the control port is looked for after the start; the last look is about 13 s after it.
-const PORT_LOOKS: u32 = 8;
-/// Pause before a control port is tried again that is there and cannot be opened.
-const PORT_AGAIN: Duration = Duration::from_millis(200);
-/// Requests under way at once through the control port, which is one connection for all clients behind a bridge.
-const PORT_REQUESTS: usize = 4096;
 
 impl Supervisor {
     /// A supervisor of the parts that have started.
@@ -400,38 +391,6 @@ impl Supervisor {
         self.history_due();
     }
 
-    pub(super) fn open_port(&mut self) {
-        let path = std::path::Path::new("/dev/virtio-ports").join(crate::control::port::NAME);
-        if !path.exists() {
-            // The host may name its ports late, and most nodes have none: a cheap look, less and less often.
-            if self.port_looks < PORT_LOOKS {
-                self.timers.after(Duration::from_millis(50) * 2u32.pow(self.port_looks), Timer::Port);
-                self.port_looks += 1;
-            }
-            return;
-        }
-        match Port::open(&path) {
-            Ok(port) => {
-                self.add_client(Client::port(port, PORT_REQUESTS));
-            }
-            Err(e) => {
-                // What the supervisor before had begun may still have it open, for as long as its end takes.
-                if self.port_looks < PORT_LOOKS {
-                    log::error!("control port {}: {e}; it is tried again", path.display());
-                    self.port_looks = PORT_LOOKS;
-                }
-                self.timers.after(PORT_AGAIN, Timer::Port);
-            }
-        }
-    }
-
-    /// The port was closed, by a fault of it or because its host took no answers: whoever is behind it has no other way here.
-    pub(super) fn reopen_port(&mut self) {
-        log::warn!("the control port is opened anew");
-        self.port_looks = 0;
-        self.timers.after(PORT_AGAIN, Timer::Port);
-    }
-
     pub(super) fn import_templates(&mut self) {
         let directory = self.config.paths.data.join("templates");
         let reserved = self.catalogue.built_in();
@@ -501,57 +460,6 @@ impl Supervisor {
             Source::WorkerLink(id) => self.read_worker(&id, token),
             Source::Agent(id) => self.read_agent(&id, token),
         }
-    }
-
-    pub(super) fn accept(&mut self) {
-        if !self.meeting.is_over() {
-            return;
-        }
-        loop {
-            let Some(listener) = &self.listener else { return };
-            match listener.accept() {
-                Ok(Some(stream)) => {
-                    let peer = match Peer::of(&stream) {
-                        Ok(peer) => peer,
-                        Err(e) => {
-                            log::warn!("a client's credentials cannot be read: {e}");
-                            continue;
-                        }
-                    };
-                    let own = nix::unistd::geteuid().as_raw();
-                    let Some(identity) = Identity::of(&peer, &self.config.control.peers, own) else {
-                        log::warn!("a client of user {} (process {}) has no role", peer.uid, peer.pid);
-                        Listener::refuse_peer(stream, peer.uid);
-                        continue;
-                    };
-                    if self.clients.len() as u64 >= self.config.control.max_clients {
-                        Listener::refuse(stream, self.config.control.max_clients);
-                        continue;
-                    }
-                    let max_jobs = usize::try_from(self.config.control.max_requests_per_client).unwrap_or(usize::MAX);
-                    self.add_client(Client::socket(stream, identity, max_jobs));
-                }
-                Ok(None) => return,
-                Err(e) => {
-                    log::error!("control socket: {e}");
-                    return;
-                }
-            }
-        }
-    }
-
-    /// Takes up a connection; its key.
-    pub(super) fn add_client(&mut self, mut client: Client<Job>) -> u64 {
-        let key = self.next_client;
-        self.next_client += 1;
-        match self.watch(client.descriptor(), Source::Client(key)) {
-            Ok(token) => {
-                self.client_tokens.insert(key, token);
-                self.clients.insert(key, client);
-            }
-            Err(e) => log::error!("a client cannot be watched: {e}"),
-        }
-        key
     }
 
     /// Registers a descriptor, edge-triggered, both ways.
